@@ -1,0 +1,45 @@
+"""Checks of arguments, shared by the rooms: each error names the argument, what was given and what was wanted."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+
+def is_int(value: Any) -> bool:
+    """Whether `value` is a whole number by type (a bool is not)."""
+    if isinstance(value, bool):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
+def per_axis(name: str, value: Any, rank: int, *, minimum: int) -> tuple[int, ...]:
+    """One int per spatial axis, from an int for all of them, one for each, or None for 1 everywhere (as in Flax)."""
+    if value is None:
+        value = 1
+    values = [value] * rank if is_int(value) else value
+    if not isinstance(values, Sequence) or not all(map(is_int, values)):
+        raise TypeError(f"{name}={value!r} is not made of ints; wanted an int or {rank} ints, one per spatial axis")
+    if len(values) != rank:
+        raise ValueError(
+            f"{name}={value!r} has {len(values)} entries; wanted an int or {rank} ints, one per spatial axis"
+        )
+    if any(v < minimum for v in values):
+        raise ValueError(f"{name}={value!r} is too small; wanted at least {minimum} on each axis")
+    return tuple(operator.index(v) for v in values)
+
+
+def array(name: str, value: Any, kind: Any) -> jax.Array:
+    """`value` as a JAX array, its dtype checked to be of `kind`, jnp.floating or jnp.inexact."""
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        raise TypeError(f"{name} is a {type(value).__name__}; wanted an array (wrap it in jnp.asarray)")
+    if not jnp.issubdtype(value.dtype, kind):
+        wanted = "floating-point" if kind is jnp.floating else "floating-point or complex"
+        raise TypeError(f"{name} has dtype {value.dtype}; wanted a {wanted} array: {name}.astype(jnp.float32)")
+    return cast(jax.Array, value) if isinstance(value, jax.ShapeDtypeStruct) else jnp.asarray(value)

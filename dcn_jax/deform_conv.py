@@ -1,0 +1,299 @@
+"""Deformable convolution: the op's checks, its choice of an implementation, and the XLA implementation.
+
+The op is Σ over taps of (read x where the tap points) · (modulation) · (the tap's matrix of the kernel). The XLA
+implementation does just that, one tap after another, so that no more than one tap's readings are ever in memory.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dcn_jax import _check
+from dcn_jax.geometry import Padding, Window, check_offset_shape, place_taps, resolve_window
+from dcn_jax.sampling import sample_groups
+
+IMPLEMENTATIONS = ("xla", "pallas")
+
+
+def deform_conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    offset: jax.Array,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    strides: int | Sequence[int] | None = 1,
+    padding: Padding = "SAME",
+    kernel_dilation: int | Sequence[int] | None = 1,
+    feature_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Convolve with taps that read at learned, fractional offsets and are scaled by a learned modulation.
+
+        y(p0) = Σ_n  w_n · x(p0 + p_n + Δp_n) · Δm_n  +  bias
+
+    Without `mask` it is deformable convolution (DCNv1), with it modulated deformable convolution (DCNv2); with zero
+    offsets and a mask of ones it equals `jax.lax.conv_general_dilated`. x at a fractional position is the linear
+    interpolation of its neighbours, those outside the map counting as zero (`linear_sample`).
+
+    The legend of the shapes: n spatial axes (1, 2 or 3), K = prod(window) taps, OG offset groups (read off `offset`),
+    C channels. OG and `feature_group_count` are independent; each divides C.
+
+    Args:
+        x: `(*batch, *spatial, C)`; any number of leading batch axes, none included.
+        kernel: `(*window, C // feature_group_count, features)`; its rank fixes n.
+        offset: `(*batch, *out_spatial, OG * K * n)`, in pixels of x, any float dtype. The last axis is ordered
+            [offset group, tap (row-major), axis (first spatial axis first: dy, dx)], as in torchvision and mmcv.
+        mask: `(*batch, *out_spatial, OG * K)`, ordered [offset group, tap], or None for 1 everywhere.
+        bias: `(features,)` or None.
+        strides: pixels between neighbouring outputs; one for all axes, or one per axis.
+        padding: "SAME" or "VALID" as XLA defines them, an int, one int per axis, or one (low, high) pair per axis.
+        kernel_dilation: pixels between neighbouring taps; one for all axes, or one per axis.
+        feature_group_count: groups of channels that are convolved apart.
+        precision: of the matrix products, as in `jax.lax.dot_general`.
+        preferred_element_type: dtype of the result; by default the dtype of x (promoted with kernel and bias).
+        implementation: "xla" (pure jax.numpy, everywhere), "pallas" (fused GPU kernels), or None for the fastest that
+            is sound for these arguments here (`select_implementation` tells which).
+
+    Returns:
+        `(*batch, *out_spatial, features)`. Positions are computed in float32 or wider and products are accumulated in
+        float32 or wider, whatever the dtypes of the arguments.
+
+    Raises:
+        ValueError: a shape or an option does not fit; the message names it, what was given and what was wanted.
+        TypeError: an argument is of the wrong kind.
+
+    Derivatives of every order, in both modes, with respect to every array. At whole-number positions the derivative
+    with respect to the position is the right-hand one, as in torchvision (mmcv sets it to zero where a coordinate is
+    exactly -1 or the map's size). Offsets of ±inf or 1e30 read zero with a zero gradient; a NaN offset makes NaN at its
+    own output position alone.
+
+    Source: arXiv 1703.06211 (DCNv1), arXiv 1811.11168 (DCNv2).
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+        >>> kernel = jax.random.normal(jax.random.key(1), (3, 3, 4, 16))
+        >>> offset = jnp.full((2, 8, 8, 18), 0.5)
+        >>> mask = jnp.ones((2, 8, 8, 9))
+        >>> deform_conv(x, kernel, offset, mask).shape
+        (2, 8, 8, 16)
+    """
+    call = _check_arguments(
+        x, kernel, offset, mask, bias,
+        strides=strides, padding=padding, kernel_dilation=kernel_dilation, feature_group_count=feature_group_count,
+        preferred_element_type=preferred_element_type,
+    )  # fmt: skip
+    _choose(implementation)
+    return _deform_conv_xla(call, precision)
+
+
+def select_implementation(
+    x: jax.Array,
+    kernel: jax.Array,
+    offset: jax.Array,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    strides: int | Sequence[int] | None = 1,
+    padding: Padding = "SAME",
+    kernel_dilation: int | Sequence[int] | None = 1,
+    feature_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    implementation: str | None = None,
+) -> tuple[str, str]:
+    """Tell which implementation `deform_conv` would take for these arguments, and why not another.
+
+    Args: those of `deform_conv`; arrays may be `jax.ShapeDtypeStruct`s, since only shapes and dtypes are looked at.
+
+    Returns:
+        (implementation, reason), for example `("xla", "…")`.
+
+    Raises:
+        ValueError, TypeError: where `deform_conv` would.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, kernel, offset = jnp.ones((8, 8, 4)), jnp.ones((3, 3, 4, 16)), jnp.ones((8, 8, 18))
+        >>> select_implementation(x, kernel, offset)[0]
+        'xla'
+    """
+    del precision  # either implementation takes any
+    _check_arguments(
+        x, kernel, offset, mask, bias,
+        strides=strides, padding=padding, kernel_dilation=kernel_dilation, feature_group_count=feature_group_count,
+        preferred_element_type=preferred_element_type,
+    )  # fmt: skip
+    return _choose(implementation)
+
+
+def _choose(implementation: str | None) -> tuple[str, str]:
+    if implementation is None:
+        return "xla", "the fused GPU kernels are not part of this version"
+    if implementation == "xla":
+        return "xla", "asked for by name"
+    if implementation == "pallas":
+        raise ValueError(
+            "implementation='pallas' is not available: the fused GPU kernels are not part of this version; "
+            "use implementation='xla', or None for the fastest there is"
+        )
+    raise ValueError(f"implementation={implementation!r} is not known; wanted one of {IMPLEMENTATIONS} or None")
+
+
+def kernel_shape(window: Sequence[int], channels: int, features: int, feature_group_count: int) -> tuple[int, ...]:
+    """`(*window, C // feature_group_count, features)`, once the groups are known to divide both."""
+    if not _check.is_int(feature_group_count):
+        raise TypeError(
+            f"feature_group_count={feature_group_count!r} is a {type(feature_group_count).__name__}; wanted an int"
+        )
+    if feature_group_count < 1 or channels % feature_group_count or features % feature_group_count:
+        raise ValueError(
+            f"feature_group_count={feature_group_count} must divide the {channels} channels of the input and the {features} "
+            "features of the result"
+        )
+    return (*window, channels // feature_group_count, features)
+
+
+class _Call(NamedTuple):
+    """The arguments of one call, checked, and what follows from them."""
+
+    x: jax.Array
+    kernel: jax.Array
+    offset: jax.Array
+    mask: jax.Array | None
+    bias: jax.Array | None
+    window: Window
+    offset_groups: int
+    feature_groups: int
+    dtype: jnp.dtype  # of x and kernel in the products
+    out_dtype: jnp.dtype
+
+
+def _check_arguments(
+    x, kernel, offset, mask, bias, *, strides, padding, kernel_dilation, feature_group_count, preferred_element_type
+) -> _Call:
+    x = _check.array("x", x, jnp.inexact)
+    kernel = _check.array("kernel", kernel, jnp.inexact)
+    offset = _check.array("offset", offset, jnp.floating)
+
+    rank = len(kernel.shape) - 2
+    if rank not in (1, 2, 3):
+        raise ValueError(
+            f"kernel has shape {kernel.shape}; wanted (*window, C // feature_group_count, features) with a window of "
+            "1, 2 or 3 axes"
+        )
+    if len(x.shape) < rank + 1:
+        raise ValueError(
+            f"x has shape {x.shape}; wanted (*batch, *spatial, C) with {rank} spatial axes, the rank of the window of "
+            f"kernel, whose shape is {kernel.shape}"
+        )
+    *window_size, _, features = kernel.shape
+    batch, spatial, channels = x.shape[: -rank - 1], x.shape[-rank - 1 : -1], x.shape[-1]
+    if 0 in spatial:
+        raise ValueError(f"x has shape {x.shape}, a map without pixels; wanted at least one along each spatial axis")
+    window = resolve_window(
+        window_size, spatial=spatial, strides=strides, padding=padding, kernel_dilation=kernel_dilation
+    )
+
+    wanted = kernel_shape(window.size, channels, features, feature_group_count)
+    if kernel.shape != wanted:
+        raise ValueError(
+            f"kernel has shape {kernel.shape}; wanted {wanted}: (*window, C // feature_group_count, features) with "
+            f"C = {channels}, the channels of x, and feature_group_count={feature_group_count}"
+        )
+
+    offset_groups = check_offset_shape(offset.shape, window)
+    if channels % offset_groups:
+        raise ValueError(
+            f"offset has shape {offset.shape}, that is {offset_groups} offset groups of {window.taps} taps; wanted a number "
+            f"of groups that divides the {channels} channels of x"
+        )
+    _check_batch("offset", offset, batch, rank)
+    if mask is not None:
+        mask = _check.array("mask", mask, jnp.floating)
+        wanted = (*batch, *window.out_spatial, offset_groups * window.taps)
+        if mask.shape != wanted:
+            raise ValueError(
+                f"mask has shape {mask.shape}; wanted {wanted}: one value for each tap ({window.taps}) of each offset "
+                f"group ({offset_groups}, as in offset)"
+            )
+    if bias is not None:
+        bias = _check.array("bias", bias, jnp.inexact)
+        if bias.shape != (features,):
+            raise ValueError(f"bias has shape {bias.shape}; wanted {(features,)}: one value per feature of kernel")
+
+    dtype = jnp.result_type(x.dtype, kernel.dtype)
+    out_dtype = dtype if bias is None else jnp.result_type(dtype, bias.dtype)
+    if preferred_element_type is not None:
+        out_dtype = jnp.dtype(preferred_element_type)
+        if not jnp.issubdtype(out_dtype, jnp.inexact):
+            raise TypeError(f"preferred_element_type={out_dtype} is not a floating-point or complex dtype")
+    return _Call(x, kernel, offset, mask, bias, window, offset_groups, int(feature_group_count), dtype, out_dtype)
+
+
+def _check_batch(name: str, array: jax.Array, batch: tuple[int, ...], rank: int) -> None:
+    if array.shape[: -rank - 1] != batch:
+        raise ValueError(
+            f"{name} has shape {array.shape}, batch axes {array.shape[: -rank - 1]}; wanted those of x, {batch}"
+        )
+
+
+def _deform_conv_xla(call: _Call, precision: Any) -> jax.Array:
+    """The op in jax.numpy: a scan over the taps, each recomputed in the backward pass."""
+    window, groups, rank = call.window, call.offset_groups, len(call.window.size)
+    batch, spatial, channels = call.x.shape[: -rank - 1], call.x.shape[-rank - 1 : -1], call.x.shape[-1]
+    kernel_channels, features = call.kernel.shape[-2:]
+    accumulate = jnp.promote_types(call.dtype, jnp.float32)
+
+    # One batch axis B, kept apart from the positions: folded into them it would hide from the partitioner, and a call
+    # on a batch-sharded x would gather all of x on every device.
+    images = math.prod(batch)
+    x = call.x.reshape(images, *spatial, groups, channels // groups)
+    points = place_taps(call.offset, window, jnp.promote_types(call.offset.dtype, jnp.finfo(accumulate).dtype))
+    points = points.reshape(images, *points.shape[len(batch) :])
+    taps = (
+        jnp.moveaxis(points, -2, 0),  # (K, B, *out_spatial, OG, n)
+        call.kernel.reshape(window.taps, kernel_channels, features).astype(call.dtype),
+        None
+        if call.mask is None
+        else jnp.moveaxis(call.mask.reshape(images, *window.out_spatial, groups, window.taps), -1, 0),
+    )
+    # In the accumulator's dtype already here, because the gradient of x is summed in the dtype that is gathered from.
+    x = x.astype(accumulate)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # keeps no samples for the backward pass
+    def add_tap(total, tap):
+        points, kernel, mask = tap
+        samples = jax.vmap(sample_groups)(x, points)  # (B, *out_spatial, OG, Cg)
+        if mask is not None:
+            samples = samples * mask[..., None].astype(samples.dtype)
+        # A flat matrix product: a batched one would make the gradient of the kernel contract two axes at once.
+        samples = samples.reshape(len(total), channels).astype(call.dtype)
+        return total + _multiply(samples, kernel, call.feature_groups, precision, accumulate), None
+
+    total = jnp.zeros((images * math.prod(window.out_spatial), features), accumulate)
+    total, _ = lax.scan(add_tap, total, taps)
+    y = total.reshape(*batch, *window.out_spatial, features)
+    if call.bias is not None:
+        y = y + lax.expand_dims(call.bias.astype(y.dtype), range(y.ndim - 1))
+    return y.astype(call.out_dtype)
+
+
+def _multiply(samples: jax.Array, kernel: jax.Array, groups: int, precision: Any, dtype: jnp.dtype) -> jax.Array:
+    """`(N, C)` times one tap's matrices `(C // groups, features)`, group by group: `(N, features)`."""
+    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=dtype)
+    if groups == 1:
+        return product("nc,cf->nf", samples, kernel)
+    rows, channels, features = len(samples), *kernel.shape
+    samples = samples.reshape(rows, groups, channels)
+    kernel = kernel.reshape(channels, groups, features // groups)
+    return product("ngc,cgf->ngf", samples, kernel).reshape(rows, features)
