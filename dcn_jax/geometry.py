@@ -37,6 +37,10 @@ class Window(NamedTuple):
         """How many taps the window has: K."""
         return math.prod(self.size)
 
+    def place(self, axis: int, index, tap):
+        """Where the `tap`-th tap along an axis reads for the `index`-th output along it, before any offset, in pixels."""
+        return index * self.strides[axis] - self.pads[axis][0] + tap * self.dilation[axis]
+
 
 def resolve_window(
     size: Sequence[int],
@@ -180,14 +184,13 @@ def place_taps(offset: jax.Array, window: Window, dtype: jnp.dtype) -> jax.Array
     rank = len(window.size)
     groups = offset.shape[-1] // (window.taps * rank)
     offset = offset.reshape(*offset.shape[:-1], groups, window.taps, rank).astype(dtype)
-    starts = _grid(window.out_spatial, window.strides, [-low for low, _ in window.pads], dtype)
-    taps = _grid(window.size, window.dilation, [0] * rank, dtype).reshape(window.taps, rank)
-    regular = starts[..., None, None, :] + taps  # (*out_spatial, 1, K, n)
+    # Iotas, not constants: XLA computes them where they are used, and nothing of the map's size is stored in the program.
+    grid = (*window.out_spatial, *window.size)
+    regular = jnp.stack(
+        [
+            window.place(a, lax.broadcasted_iota(dtype, grid, a), lax.broadcasted_iota(dtype, grid, rank + a))
+            for a in range(rank)
+        ],
+        axis=-1,
+    ).reshape(*window.out_spatial, 1, window.taps, rank)
     return lax.expand_dims(regular, range(offset.ndim - regular.ndim)) + offset
-
-
-def _grid(shape: Sequence[int], step: Sequence[int], start: Sequence[int], dtype) -> jax.Array:
-    """`(*shape, n)`: the coordinates start + step · index along each axis."""
-    # An iota, not a constant: XLA computes it where it is used, and nothing of the map's size is stored in the program.
-    axes = [lax.broadcasted_iota(dtype, shape, a) * step[a] + start[a] for a in range(len(shape))]
-    return jnp.stack(axes, axis=-1)

@@ -64,7 +64,8 @@ def sample_groups(features: jax.Array, points: jax.Array) -> jax.Array:
     points = points.astype(jnp.promote_types(points.dtype, jnp.float32))
     group = jnp.arange(features.shape[-2])
     total = jnp.zeros((), points.dtype)
-    for pixel, weight, inside in _corners(points, features.shape[:-2]):
+    spatial = features.shape[:-2]
+    for pixel, weight, inside in corners([points[..., axis] for axis in range(len(spatial))], spatial):
         # Every index is in bounds by construction, so the gather (and its transpose, a scatter-add) needs no check.
         read = features.at[(*pixel, group)].get(mode="promise_in_bounds")  # (*query, OG, Cg)
         # The pixel itself is zeroed, not its weight: what lies at the border it was clamped to (an inf, say) is not
@@ -74,9 +75,14 @@ def sample_groups(features: jax.Array, points: jax.Array) -> jax.Array:
     return total
 
 
-def _corners(points: jax.Array, spatial: Sequence[int]) -> Iterator[tuple[tuple[jax.Array, ...], jax.Array, jax.Array]]:
-    """For each corner of the cells that hold `points`: (its index along each axis, its weight, whether it is in the map)."""
-    axes = [_neighbours(points[..., a], size) for a, size in enumerate(spatial)]
+def corners(
+    position: Sequence[jax.Array], spatial: Sequence[int]
+) -> Iterator[tuple[tuple[jax.Array, ...], jax.Array, jax.Array]]:
+    """The pixels around points: for each corner of their cells (its index along each axis, its weight, whether it is in the map).
+
+    `position` holds one array for each spatial axis. Elementwise, so that it also serves inside a kernel.
+    """
+    axes = [_neighbours(p, size) for p, size in zip(position, spatial, strict=True)]
     for corner in itertools.product(*axes):
         pixel, weights, insides = zip(*corner, strict=True)
         yield pixel, functools.reduce(operator.mul, weights), functools.reduce(operator.and_, insides)
@@ -85,8 +91,10 @@ def _corners(points: jax.Array, spatial: Sequence[int]) -> Iterator[tuple[tuple[
 def _neighbours(position: jax.Array, size: int):
     """The two pixels beside `position` on an axis, each (index clamped to the map, weight, whether it is in the map)."""
     # Clamped before floor, where inf - floor(inf) would be NaN, and outside [-1, size], where the reading is constantly
-    # zero: so the derivative at -1, where every fresh layer with padding 1 reads, is the right-hand one.
-    position = jnp.clip(position, -2, size + 1)
+    # zero: so the derivative at -1, where every fresh layer with padding 1 reads, is the right-hand one. By comparisons
+    # and not jnp.clip, because the minimum and maximum of a GPU drop a NaN.
+    position = jnp.where(position < -2, -2, position)
+    position = jnp.where(position > size + 1, size + 1, position)
     below = jnp.floor(position)
     fraction = position - below
     below = jnp.where(jnp.isnan(position), -2, below).astype(jnp.int32)  # NaN has a NaN weight and lies outside the map
