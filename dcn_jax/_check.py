@@ -1,5 +1,6 @@
 """Checks of arguments, shared by the rooms: each error names the argument, what was given and what was wanted."""
 
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any, cast
@@ -43,3 +44,11 @@ def array(name: str, value: Any, kind: Any) -> jax.Array:
         wanted = "floating-point" if kind is jnp.floating else "floating-point or complex"
         raise TypeError(f"{name} has dtype {value.dtype}; wanted a {wanted} array: {name}.astype(jnp.float32)")
     return cast(jax.Array, value) if isinstance(value, jax.ShapeDtypeStruct) else jnp.asarray(value)
+
+
+def wide(*dtypes: Any) -> Any:
+    """The dtype that positions, weights and sums are computed in: as wide as each of `dtypes`, and as float32."""
+    # Said here, so it is no implicit promotion (a strict user allows none); 8-bit floats promote to nothing at all.
+    with jax.numpy_dtype_promotion("standard"):
+        dtypes = [dtype for dtype in dtypes if jnp.finfo(dtype).bits >= 32]
+        return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))

@@ -252,13 +252,13 @@ def _deform_conv_xla(call: _Call, precision: Any) -> jax.Array:
     window, groups, rank = call.window, call.offset_groups, len(call.window.size)
     batch, spatial, channels = call.x.shape[: -rank - 1], call.x.shape[-rank - 1 : -1], call.x.shape[-1]
     kernel_channels, features = call.kernel.shape[-2:]
-    accumulate = jnp.promote_types(call.dtype, jnp.float32)
+    accumulate = _check.wide(call.dtype)
 
     # One batch axis B, kept apart from the positions: folded into them it would hide from the partitioner, and a call
     # on a batch-sharded x would gather all of x on every device.
     images = math.prod(batch)
     x = call.x.reshape(images, *spatial, groups, channels // groups)
-    points = place_taps(call.offset, window, jnp.promote_types(call.offset.dtype, jnp.finfo(accumulate).dtype))
+    points = place_taps(call.offset, window, _check.wide(call.offset.dtype, jnp.finfo(accumulate).dtype))
     points = points.reshape(images, *points.shape[len(batch) :])
     taps = (
         jnp.moveaxis(points, -2, 0),  # (K, B, *out_spatial, OG, n)
@@ -284,6 +284,7 @@ def _deform_conv_xla(call: _Call, precision: Any) -> jax.Array:
     total, _ = lax.scan(add_tap, total, taps)
     y = total.reshape(*batch, *window.out_spatial, features)
     if call.bias is not None:
+        y = y.astype(_check.wide(y.dtype, call.bias.dtype))  # a bias may be wider than the rest
         y = y + lax.expand_dims(call.bias.astype(y.dtype), range(y.ndim - 1))
     return y.astype(call.out_dtype)
 

@@ -162,7 +162,7 @@ def sampling_points(
     )
     offset = _check.array("offset", offset, jnp.floating)
     check_offset_shape(offset.shape, resolved)
-    return place_taps(offset, resolved, jnp.promote_types(offset.dtype, jnp.float32))
+    return place_taps(offset, resolved, _check.wide(offset.dtype))
 
 
 def check_offset_shape(shape: tuple[int, ...], window: Window) -> int:

@@ -61,16 +61,16 @@ def sample_groups(features: jax.Array, points: jax.Array) -> jax.Array:
 
     features `(*spatial, OG, Cg)`, points `(*query, OG, n)` -> `(*query, OG, Cg)`, in float32 or the wider dtype of both.
     """
-    points = points.astype(jnp.promote_types(points.dtype, jnp.float32))
+    points = points.astype(_check.wide(points.dtype))
     group = jnp.arange(features.shape[-2])
-    total = jnp.zeros((), points.dtype)
+    total = jnp.zeros((), _check.wide(features.dtype, points.dtype))
     spatial = features.shape[:-2]
     for pixel, weight, inside in corners([points[..., axis] for axis in range(len(spatial))], spatial):
         # Every index is in bounds by construction, so the gather (and its transpose, a scatter-add) needs no check.
         read = features.at[(*pixel, group)].get(mode="promise_in_bounds")  # (*query, OG, Cg)
         # The pixel itself is zeroed, not its weight: what lies at the border it was clamped to (an inf, say) is not
         # read, gets no gradient, and a NaN weight still makes NaN.
-        read = jnp.where(inside[..., None], read, 0).astype(jnp.promote_types(read.dtype, weight.dtype))
+        read = jnp.where(inside[..., None], read, 0).astype(_check.wide(read.dtype, weight.dtype))
         total = total + weight[..., None].astype(read.dtype) * read
     return total
 
