@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +26,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shar
 
 import jax
 import jax.numpy as jnp
+from benchmark_report import FIGURES, STACK, figures_table, plot, results_table, spoken
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from workloads import WORKLOADS, Workload
+from workloads import BATCHES, FIVE, GPU, KINDS, MAPS, RESNET, WORKLOADS, Workload
 
 MODES = ("forward", "forward_backward")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -48,29 +48,22 @@ class Group(NamedTuple):
         return len(self.workloads) == 1
 
 
-FIVE = ("conv2-224", "conv3-224", "conv4-224", "conv4-detector", "small")
-KINDS = ("groups4", "offset-groups4", "groups4-offset-groups4", "groups32", "depthwise", "1d", "3d")
-RESNET = ("conv3-224", "conv4-224", "conv5-224", "conv3-detector", "conv4-detector", "conv5-detector")
-GPU = ("gpu-conv3", "gpu-conv4", "gpu-conv5", "gpu-conv2")
-BATCHES = tuple(name for name in WORKLOADS if name.startswith("batch"))
-MAPS = tuple(name for name in WORKLOADS if name.startswith("map"))
+def singly(workloads: Sequence[str], dtypes: tuple[str, ...] = ("float32",)) -> tuple[Group, ...]:
+    """A group for each workload."""
+    return tuple(Group((name,), dtypes) for name in workloads)
+
 
 SUITES = {
-    "cpu": tuple(Group((name,)) for name in dict.fromkeys((*FIVE, *RESNET, "stride2", "dcnv1", *KINDS))),
-    "five": tuple(Group((name,)) for name in FIVE),
-    "kinds": tuple(Group((name,)) for name in KINDS),
+    "cpu": singly([*FIVE, *(name for name in RESNET if name not in FIVE), "stride2", "dcnv1", *KINDS]),
+    "five": singly(FIVE),
+    "kinds": singly(KINDS),
     "scaling": (Group(BATCHES), Group(MAPS)),
-    "reach": (
-        *(Group((name,), ("float32", "bfloat16")) for name in FIVE),
-        *(Group((name,)) for name in KINDS),
-        Group(BATCHES),
-        Group(MAPS),
-    ),
-    "gpu": tuple(Group((name,), DTYPES) for name in GPU),
+    "reach": (*singly(FIVE, ("float32", "bfloat16")), *singly(KINDS), Group(BATCHES), Group(MAPS)),
+    "gpu": singly(GPU, DTYPES),
 }
 
 
-# Programs: what is timed
+# What is timed
 
 
 class JaxProgram:
@@ -81,16 +74,17 @@ class JaxProgram:
         start = time.perf_counter()
         self.compiled = jax.jit(function).lower(*inputs[0]).compile()
         self.compile_s = time.perf_counter() - start
-        memory = self.compiled.memory_analysis()
+        memory: Any = self.compiled.memory_analysis()
         self.scratch_bytes = memory.temp_size_in_bytes
         self.peak_bytes = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
 
     def run(self, calls: int) -> float:
         """Milliseconds of one of `calls` calls."""
         start = time.perf_counter()
+        results = None
         for call in range(calls):
-            result = self.compiled(*self.inputs[call % len(self.inputs)])
-        jax.block_until_ready(result)
+            results = self.compiled(*self.inputs[call % len(self.inputs)])
+        jax.block_until_ready(results)
         return 1e3 * (time.perf_counter() - start) / calls
 
 
@@ -119,9 +113,10 @@ class Peer:
     def __init__(self, python: str, device: str, allow_tf32: bool):
         self.device, self.allow_tf32 = {"gpu": "cuda"}.get(device, device), allow_tf32
         script = Path(__file__).with_name("benchmark_peer.py")
-        self.process = subprocess.Popen(
-            [python, str(script), str(threads())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self.process: Any = subprocess.Popen(
+            [python, str(script), str(threads())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            start_new_session=True,  # Ctrl-C is ours to answer
+        )  # fmt: skip
         self.version = self._answer()["version"]
 
     def ask(self, **command: Any) -> dict:
@@ -202,11 +197,50 @@ def take_turns(runs: dict[Case, Run], repeats: int, advance: Callable[[], None])
     every = max(1, repeats // 7)
     times: dict[Case, list[float]] = {case: [] for case in runs}
     for turn in range(repeats):
-        for case, run in runs.items():
+        for case in list(runs)[:: -1 if turn % 2 else 1]:  # there and back: no run always follows the same other
             if case.program != "peer" or turn % every == 0:
-                times[case].append(run(calls[case]))
+                times[case].append(runs[case](calls[case]))
         advance()
     return {case: statistics.median(measured) for case, measured in times.items()}
+
+
+class Rates(NamedTuple):
+    """What this device can do, per second, measured."""
+
+    flops: float  # of a matrix product
+    memory: float  # bytes read and written of arrays that fit no cache
+    cache: float  # bytes read of an array that fits one
+
+
+@functools.cache
+def measure_rates(device: str, dtype: str, precision: str | None) -> Rates:
+    """The best of several runs of a large matrix product, a large copy, and many reads of a small array."""
+    gpu = device == "gpu"
+    side, large, small, step, reads = (8192, 2**28, 2**22, 2**16, 32) if gpu else (1024, 2**26, 2**18, 2**12, 32)
+
+    def per_second(amount: float, function: Callable, *arguments: jax.Array) -> float:
+        program = JaxProgram(function, [arguments])
+        program.run(1)
+        return 1e3 * amount / min(program.run(10 if gpu else 1) for _ in range(5))
+
+    def read_often(a):  # fused into one loop: each element out reads `reads` elements in
+        return sum(a[step * i : step * i + small] for i in range(reads))
+
+    square = jnp.ones((side, side), dtype)
+    return Rates(
+        per_second(2 * side**3, lambda a, b: jnp.matmul(a, b, precision=precision), square, square),
+        per_second(2 * 4 * large, lambda a: a + 1, jnp.ones(large, "float32")),
+        per_second(4 * small * (reads + 1), read_often, jnp.ones(small + step * reads, "float32")),
+    )
+
+
+def floor(work: Workload, dtype: str, rates: Rates) -> float:
+    """Milliseconds below which a forward pass cannot go: its products, its reading of corners, or its arguments."""
+    itemsize = jnp.dtype(dtype).itemsize
+    corners = work.columns * itemsize * 2 ** len(work.window)
+    arguments = sum(math.prod(s.shape) for s in work.shapes(dtype)) * itemsize
+    result = work.x[0] * math.prod(work.out_spatial) * work.features * itemsize
+    return 1e3 * max(work.flops / rates.flops, corners / rates.cache, (arguments + result) / rates.memory)
 
 
 def reason(error: Exception) -> str:
@@ -232,16 +266,17 @@ def prepare(name: str, dtype: str, mode: str, with_peer: bool, options: Options)
     answer = {"error": "not asked for"}
     if options.peer and with_peer:
         answer = options.peer.prepare(work, dtype, mode, copies, dtype)
-    if "error" not in answer:
-        runs[Case(name, dtype, "peer")] = functools.partial(options.peer.run, dtype)
+        if "error" not in answer:
+            runs[Case(name, dtype, "peer")] = functools.partial(options.peer.run, dtype)
 
+    floor_ms = floor(work, dtype, measure_rates(options.device, dtype, precision)) if mode == "forward" else None
     rows = []
     for implementation in options.implementations:
         row = {
             "workload": name, "implementation": implementation, "dtype": dtype, "mode": mode,
             "ms": None, "dense_ms": None, "peer_ms": None, "compile_s": None, "scratch_bytes": None, "peak_bytes": None,
             "dense_compile_s": dense.compile_s, "dense_scratch_bytes": dense.scratch_bytes,
-            "dense_peak_bytes": dense.peak_bytes, "peer_peak_bytes": answer.get("peak_bytes"),
+            "dense_peak_bytes": dense.peak_bytes, "peer_peak_bytes": answer.get("peak_bytes"), "floor_ms": floor_ms,
             "columns_bytes": work.columns * itemsize, "tf32": options.tf32, "error": None, "peer_error": answer.get("error"),
             "device": options.device_name, "jax": jax.__version__,
         }  # fmt: skip
@@ -278,11 +313,8 @@ def measure(group: Group, mode: str, options: Options, advance: Callable[[], Non
     return rows
 
 
-STACK = 12  # layers of a ResNet-50 that the paper makes deformable
-
-
 def compile_stack(options: Options) -> dict:
-    """A row with the seconds to trace and compile a stack of layers, forward and backward."""
+    """A row with the seconds to trace and compile a stack of 12 layers, forward and backward, without their times."""
     work = WORKLOADS["conv4-224"]
     x, kernel, offset, mask = work.shapes("float32")
 
@@ -300,229 +332,14 @@ def compile_stack(options: Options) -> dict:
         for key, (function, layer) in stacks.items():
             jax.clear_caches()
             start = time.perf_counter()
-            jax.jit(with_gradients(function)).lower(x, x, *[layer] * STACK).compile()
+            jax.jit(with_gradients(function)).lower(x, x, *[layer] * 12).compile()
             seconds[key].append(time.perf_counter() - start)
     return {
-        "workload": f"stack{STACK}", "implementation": "xla", "dtype": "float32", "mode": "forward_backward",
+        "workload": STACK, "implementation": "xla", "dtype": "float32", "mode": "forward_backward",
         "ms": None, "dense_ms": None, "peer_ms": None, "scratch_bytes": None, "error": None,
         **{key: statistics.median(measured) for key, measured in seconds.items()},
         "device": options.device_name, "jax": jax.__version__,
     }  # fmt: skip
-
-
-# Reports
-
-
-def ratio(row: dict, above: str, below: str) -> float | None:
-    """row[above] / row[below], where both were measured."""
-    return row[above] / row[below] if row.get(above) is not None and row.get(below) else None
-
-
-def geometric_mean(values: Iterable[float]) -> float | None:
-    """exp(mean(log(values))), or None of nothing."""
-    logs = [math.log(value) for value in values]
-    return math.exp(statistics.fmean(logs)) if logs else None
-
-
-def show(value: float | None, form: str = "{:.2f}") -> str:
-    """A figure for a table."""
-    return "–" if value is None else form.format(value)
-
-
-def results_table(rows: list[dict]) -> Table:
-    """One line a row, and one with the geometric means of each implementation, dtype and mode."""
-    table = Table(
-        title="deform_conv beside the plain convolution"
-        + (" and torchvision" if any(r["peer_ms"] for r in rows) else "")
-    )
-    table.add_column("workload")
-    table.add_column("mode")
-    table.add_column("dtype")
-    table.add_column("impl.")
-    for heading in (
-        "ms",
-        "plain ms",
-        "ours / plain",
-        "torchvision ms",
-        "torchvision / ours",
-        "scratch / columns",
-        "compile s",
-    ):
-        table.add_column(heading, justify="right")
-    kinds: dict[tuple[str, ...], list[dict]] = {}
-    notes: dict[str, int] = {}
-    for row in rows:
-        labels = row["workload"], row["mode"].replace("_", " + "), row["dtype"], row["implementation"]
-        if row["error"]:
-            notes.setdefault(row["error"], len(notes) + 1)
-            table.add_row(*labels, f"not available ({notes[row['error']]})")
-            continue
-        table.add_row(
-            *labels,
-            show(row["ms"]), show(row["dense_ms"]), show(ratio(row, "ms", "dense_ms")), show(row["peer_ms"]),
-            show(ratio(row, "peer_ms", "ms"), "{:.1f}"), show(ratio(row, "scratch_bytes", "columns_bytes")),
-            show(row["compile_s"]),
-        )  # fmt: skip
-        if row["ms"] is not None:
-            kinds.setdefault(labels[1:], []).append(row)
-    table.add_section()
-    for labels, members in kinds.items():
-        if len(members) > 1:
-            to_dense = geometric_mean(ratio(row, "ms", "dense_ms") for row in members)
-            to_peer = geometric_mean(r for row in members if (r := ratio(row, "peer_ms", "ms")) is not None)
-            table.add_row("geometric mean", *labels, "", "", show(to_dense), "", show(to_peer, "{:.1f}"))
-    table.caption = "\n".join(f"({number}) {note}" for note, number in notes.items()) or None
-    table.caption_justify = "left"
-    return table
-
-
-class Figure(NamedTuple):
-    """A figure, what it should reach, and whether less is better."""
-
-    name: str
-    value: float | None
-    limit: float
-    at_most: bool = True
-
-    @property
-    def reached(self) -> bool:
-        """Whether the value is on the right side of the limit."""
-        return self.value is not None and (self.value <= self.limit if self.at_most else self.value >= self.limit)
-
-
-def select(
-    rows: list[dict], workloads: Sequence[str], mode: str, dtype: str = "float32", implementation: str = "xla"
-) -> list[dict]:
-    """The rows of these workloads that have a time."""
-    wanted = mode, dtype, implementation
-    return [
-        row
-        for row in rows
-        if row["workload"] in workloads and (row["mode"], row["dtype"], row["implementation"]) == wanted and row["ms"]
-    ]
-
-
-def worst(values: Iterable[float | None]) -> float | None:
-    """The largest value, of those that were measured."""
-    return max((value for value in values if value is not None), default=None)
-
-
-def cpu_figures(rows: list[dict]) -> list[Figure]:
-    """What the XLA path should reach on a CPU, from the rows of the suite "reach"."""
-    figures = []
-    for mode, mean, most, peer, scratch in (("forward", 1.2, 1.6, 12, 0.30), ("forward_backward", 1.8, 3.0, 25, 0.75)):
-        label, five, kinds = mode.replace("_", " + "), select(rows, FIVE, mode), select(rows, KINDS, mode)
-        ratios = [ratio(row, "ms", "dense_ms") for row in five]
-        peers = [r for row in five if (r := ratio(row, "peer_ms", "ms")) is not None]
-        halves = {row["workload"]: row["ms"] for row in select(rows, FIVE, mode, "bfloat16")}
-        figures += [
-            Figure(f"{label}: ours / plain, geometric mean of {len(five)}", geometric_mean(ratios), mean),
-            Figure(f"{label}: ours / plain, worst of {len(five)}", worst(ratios), most),
-            Figure(
-                f"{label}: torchvision / ours, geometric mean of {len(peers)}",
-                geometric_mean(peers),
-                peer,
-                at_most=False,
-            ),
-            Figure(
-                f"{label}: ours / plain, worst of {', '.join(KINDS)}",
-                worst(ratio(r, "ms", "dense_ms") for r in kinds),
-                4,
-            ),
-            Figure(
-                f"{label}: scratch / columns, worst",
-                worst(ratio(r, "scratch_bytes", "columns_bytes") for r in five + kinds),
-                scratch,
-            ),
-            Figure(
-                f"{label}: bfloat16 / float32, geometric mean of {len(halves)}",
-                geometric_mean(halves[row["workload"]] / row["ms"] for row in five if row["workload"] in halves),
-                1.5,
-            ),
-            Figure(f"{label}: ms an image, batch 1 to 64, most / least", spread(select(rows, BATCHES, mode)), 1.5),
-            Figure(f"{label}: ms a position, map 14² to 224², most / least", spread(select(rows, MAPS, mode)), 1.5),
-        ]
-    stack = [row for row in rows if row["workload"] == f"stack{STACK}"]
-    figures.append(
-        Figure(
-            f"compiling {STACK} layers: ours / plain", worst(ratio(r, "compile_s", "dense_compile_s") for r in stack), 2
-        )
-    )
-    return figures
-
-
-def spread(rows: list[dict]) -> float | None:
-    """The most time a position takes over the least, of sizes of one kind."""
-    times = [row["ms"] / math.prod(WORKLOADS[row["workload"]].x[:-1]) for row in rows]
-    return max(times) / min(times) if len(times) > 1 else None
-
-
-def gpu_figures(rows: list[dict]) -> list[Figure]:
-    """What the fused kernels should reach on an H100, from the rows of the suite "gpu"."""
-    figures = []
-    for mode, peers, dense in (
-        ("forward", {"float32": 4, "float16": 8}, 2.5),
-        ("forward_backward", {"float32": 4, "float16": 6}, 4),
-    ):
-        label = mode.replace("_", " + ")
-        for dtype, limit in peers.items():
-            times = [r for row in select(rows, GPU, mode, dtype, "pallas") if (r := ratio(row, "peer_ms", "ms"))]
-            figures.append(
-                Figure(f"{label}, {dtype}: torchvision / ours, least", min(times, default=None), limit, at_most=False)
-            )
-        halves = select(rows, GPU, mode, "bfloat16", "pallas")
-        figures.append(
-            Figure(f"{label}, bfloat16: ours / plain, worst", worst(ratio(r, "ms", "dense_ms") for r in halves), dense)
-        )
-        if mode == "forward":
-            scratch = worst(ratio(row, "scratch_bytes", "columns_bytes") for row in halves)
-            figures.append(Figure(f"{label}, bfloat16: scratch / columns, worst", scratch, 0.02))
-    return figures
-
-
-FIGURES = {"reach": cpu_figures, "gpu": gpu_figures}  # suite to what it should reach
-
-
-def figures_table(figures: list[Figure]) -> Table:
-    """Each figure beside its limit."""
-    table = Table(title="What was set out to be reached")
-    table.add_column("figure")
-    for heading in ("measured", "reach", ""):
-        table.add_column(heading, justify="right")
-    for figure in figures:
-        verdict = "not measured" if figure.value is None else "reached" if figure.reached else "not reached"
-        table.add_row(figure.name, show(figure.value), f"{'≤' if figure.at_most else '≥'} {figure.limit:g}", verdict)
-    return table
-
-
-def plot(rows: list[dict], path: str) -> None:
-    """Draw the times over the plain convolution's, on a logarithmic axis, one panel a mode."""
-    from matplotlib.figure import Figure as Canvas
-
-    rows = [row for row in rows if row["ms"] is not None]
-    modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
-    workloads = list(dict.fromkeys(row["workload"] for row in rows))
-    series = {}  # label to {(workload, mode): ratio}
-    for row in rows:
-        place = row["workload"], row["mode"]
-        series.setdefault(f"{row['implementation']}, {row['dtype']}", {})[place] = ratio(row, "ms", "dense_ms")
-        if row["peer_ms"]:
-            series.setdefault(f"torchvision, {row['dtype']}", {})[place] = ratio(row, "peer_ms", "dense_ms")
-    canvas = Canvas(figsize=(5 * len(modes) + 2, 1.5 + 0.18 * len(workloads) * (len(series) + 1)), layout="constrained")
-    panels = canvas.subplots(1, len(modes), sharey=True, squeeze=False)[0]
-    height = 0.8 / len(series)
-    for panel, mode in zip(panels, modes, strict=True):
-        for index, (label, ratios) in enumerate(series.items()):
-            placed = [
-                (w + index * height, ratios[name, mode]) for w, name in enumerate(workloads) if (name, mode) in ratios
-            ]
-            panel.barh(*zip(*placed, strict=True), height=height, align="edge", label=label)
-        panel.axvline(1, color="black", linewidth=1)
-        panel.set(xscale="log", title=mode.replace("_", " + "), xlabel="time / plain convolution's")
-        panel.set_yticks([w + 0.4 for w in range(len(workloads))], workloads)
-    panels[0].invert_yaxis()
-    panels[-1].legend(fontsize="small")
-    canvas.savefig(path, dpi=150)
 
 
 # The command
@@ -552,9 +369,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--implementation", nargs="+", choices=("xla", "pallas"), help="(default: xla; both with --device gpu)"
     )
-    what.add_argument(
-        "--compile", action="store_true", help=f"also compile a stack of {STACK} layers, as suite reach does"
-    )
+    what.add_argument("--compile", action="store_true", help="also compile a stack of 12 layers, as suite reach does")
     how = p.add_argument_group("how to time it")
     how.add_argument("--device", choices=("cpu", "gpu"), help="(default: JAX's own choice)")
     how.add_argument(
@@ -655,10 +470,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task("", total=len(jobs) * options.repeats)
             for group, mode in jobs:
-                progress.update(task, description=f"{', '.join(group.workloads)}: {mode.replace('_', ' + ')}")
+                progress.update(task, description=f"{', '.join(group.workloads)}: {spoken(mode)}")
                 rows += measure(group, mode, options, functools.partial(progress.advance, task))
             if args.compile or args.suite == "reach":
-                progress.update(task, description=f"compiling {STACK} layers")
+                progress.update(task, description="compiling 12 layers")
                 rows.append(compile_stack(options))
     except KeyboardInterrupt:
         console.print("interrupted: what follows is what was measured until then")

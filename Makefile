@@ -1,0 +1,61 @@
+# `make help` lists the targets. Each makes the virtual environment it needs and installs the project there.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS)
+SOURCES := dcn_jax examples tests
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+	@echo
+	@echo 'PYTHON=python3.12 picks the Python, VENV=.venv-3.12 the environment, ARGS="…" is handed to the program.'
+
+train: $(VENV)/installed-examples ## train on real digits: four networks, a table, a picture (ARGS="--help" for the options)
+	$(BIN)/python examples/train_digits.py $(ARGS)
+
+test: $(VENV)/installed-test ## run the tests
+	$(PYTEST) $(ARGS)
+
+test-all: $(VENV)/installed-test ## run the tests, the slow ones too
+	$(PYTEST) -m "slow or not slow" $(ARGS)
+
+test-aot: ## compile for GPUs and TPUs that are not here, and check the memory that takes
+	@$(MAKE) --no-print-directory VENV=$(VENV)-aot test-aot-here
+
+test-aot-here: $(VENV)/installed-aot
+	JAX_PLATFORMS=cpu $(PYTEST) tests/test_aot.py $(ARGS)
+
+bench: $(VENV)/installed-examples ## time the op beside the plain convolution (ARGS="--help" for the options)
+	$(BIN)/python examples/benchmark.py $(ARGS)
+
+lint: $(VENV)/installed-dev ## check style and types
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/installed-dev ## bring the sources into style
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean: ## remove the environments and what tools leave behind
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An extra of pyproject.toml, installed; again whenever pyproject.toml changes.
+$(VENV)/installed-%: pyproject.toml | $(BIN)/python
+	@echo 'installing dcn-jax[$*] into $(VENV) …'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo 'make: dcn-jax needs Python 3.11 or newer, and PYTHON=$(PYTHON) is not; name another: make PYTHON=python3.12 …' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo 'make: $(PYTHON) cannot make virtual environments; install its venv module (Debian: apt install python3-venv)' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+.PHONY: help train test test-all test-aot test-aot-here bench lint format clean
+.PRECIOUS: $(VENV)/installed-%
