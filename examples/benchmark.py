@@ -149,8 +149,7 @@ class Peer:
 
     def close(self) -> None:
         """End the process."""
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()
 
 
 def threads() -> int:
@@ -244,8 +243,8 @@ def floor(work: Workload, dtype: str, rates: Rates) -> float:
 
 
 def reason(error: Exception) -> str:
-    """One line that says why something is not available."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """The first line of what an error says."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def prepare(name: str, dtype: str, mode: str, with_peer: bool, options: Options) -> tuple[list[dict], dict[Case, Run]]:
@@ -401,36 +400,34 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             p.error('--plot needs matplotlib: pip install "dcn-jax[viz]"')
         if Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
             p.error(f"--plot {args.plot}: wanted a name that ends in .png, .svg or .pdf")
-    if args.device:
-        jax.config.update("jax_platforms", {"gpu": "cuda", "cpu": "cpu"}[args.device])
+    if args.device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
     try:
-        args.device = jax.default_backend()
+        args.device = jax.devices(args.device)[0].platform
     except RuntimeError as error:
-        p.error(f"--device {args.device}: JAX finds none here ({reason(error)})")
+        p.error(f"--device {args.device}: {reason(error)}")
+    if not args.workload:
+        args.suite = args.suite or args.device
     if args.peer_python:
-        check = (
-            subprocess.run([args.peer_python, "-c", "import torchvision"], capture_output=True, text=True)
-            if shutil.which(args.peer_python)
-            else None
-        )
-        if check is None:
-            p.error(f"--peer-python {args.peer_python}: no such program")
-        if check.returncode:
-            p.error(
-                f"--peer-python {args.peer_python}: cannot import torchvision ({check.stderr.strip().splitlines()[-1]})"
-            )
+        if problem := peer_problem(args.peer_python):
+            p.error(f"--peer-python {args.peer_python}: {problem}")
     elif args.device == "gpu" and importlib.util.find_spec("torchvision"):
         args.peer_python = sys.executable
     return args
 
 
-def groups_of(args: argparse.Namespace) -> list[Group]:
+def peer_problem(python: str) -> str | None:
+    """Why torchvision cannot be asked in that Python, or None."""
+    if not shutil.which(python):
+        return "no such program"
+    check = subprocess.run([python, "-c", "import torchvision"], capture_output=True, text=True)
+    return f"cannot import torchvision ({check.stderr.strip().splitlines()[-1]})" if check.returncode else None
+
+
+def groups_of(args: argparse.Namespace) -> tuple[Group, ...]:
     """The groups that the command asks for."""
-    if args.workload:
-        groups = [Group((name,)) for name in args.workload]
-    else:
-        groups = SUITES[args.suite or ("gpu" if args.device == "gpu" else "cpu")]
-    return [group._replace(dtypes=tuple(args.dtype)) if args.dtype else group for group in groups]
+    groups = SUITES[args.suite] if args.suite else singly(args.workload)
+    return tuple(group._replace(dtypes=tuple(args.dtype)) if args.dtype else group for group in groups)
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
@@ -445,10 +442,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
             console.print(f"{name:24}{work}", highlight=False)
         return []
 
-    device = jax.devices()[0]
     options = Options(
         device=args.device,
-        device_name=f"CPU, {threads()} threads" if args.device == "cpu" else device.device_kind,
+        device_name=f"CPU, {threads()} threads" if args.device == "cpu" else jax.devices()[0].device_kind,
         implementations=tuple(args.implementation or (("xla", "pallas") if args.device == "gpu" else ("xla",))),
         repeats=2 if args.quick else args.repeats,
         tf32=not args.no_tf32,
