@@ -21,9 +21,7 @@ def is_int(value: Any) -> bool:
 
 
 def per_axis(name: str, value: Any, rank: int, *, minimum: int) -> tuple[int, ...]:
-    """One int per spatial axis, from an int for all of them, one for each, or None for 1 everywhere (as in Flax)."""
-    if value is None:
-        value = 1
+    """One int per spatial axis, from an int for all of them or one for each."""
     values = [value] * rank if is_int(value) else value
     if not isinstance(values, Sequence) or not all(map(is_int, values)):
         raise TypeError(f"{name}={value!r} is not made of ints; wanted an int or {rank} ints, one per spatial axis")
@@ -50,5 +48,5 @@ def wide(*dtypes: Any) -> Any:
     """The dtype that positions, weights and sums are computed in: as wide as each of `dtypes`, and as float32."""
     # Said here, so it is no implicit promotion (a strict user allows none); 8-bit floats promote to nothing at all.
     with jax.numpy_dtype_promotion("standard"):
-        dtypes = [dtype for dtype in dtypes if jnp.finfo(dtype).bits >= 32]
-        return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+        wider = [dtype for dtype in dtypes if jnp.finfo(dtype).bits >= 32]
+        return functools.reduce(jnp.promote_types, wider, jnp.dtype(jnp.float32))

@@ -73,10 +73,17 @@ def resolve_window(
         >>> resolve_window((3, 3), spatial=(8, 8), strides=2).out_spatial
         (4, 4)
     """
+    if not isinstance(size, Sequence):
+        raise TypeError(f"window={size!r} is a {type(size).__name__}; wanted 1, 2 or 3 ints, one per spatial axis")
+    if len(size) not in (1, 2, 3):
+        raise ValueError(f"window={size!r} has {len(size)} entries; wanted 1, 2 or 3 ints, one per spatial axis")
     size = _check.per_axis("window", size, len(size), minimum=1)
     spatial = _check.per_axis("spatial", spatial, len(size), minimum=1)
-    strides = _check.per_axis("strides", strides, len(size), minimum=1)
-    dilation = _check.per_axis("kernel_dilation", kernel_dilation, len(size), minimum=1)
+    # None is 1 everywhere, as in Flax.
+    strides = _check.per_axis("strides", 1 if strides is None else strides, len(size), minimum=1)
+    dilation = _check.per_axis(
+        "kernel_dilation", 1 if kernel_dilation is None else kernel_dilation, len(size), minimum=1
+    )
     extent = tuple((k - 1) * d + 1 for k, d in zip(size, dilation, strict=True))
     pads = canonical_padding(padding, len(size))
     if isinstance(pads, str):
@@ -105,14 +112,15 @@ def canonical_padding(padding: Padding, rank: int) -> str | tuple[tuple[int, int
         if name not in ("SAME", "SAME_LOWER", "VALID"):
             raise ValueError(f"padding={padding!r} is not known; wanted {wanted}")
         return name
-    if isinstance(padding, int) and not isinstance(padding, bool):
-        return ((padding, padding),) * rank
-    if not isinstance(padding, Sequence):
+    per_axis = [padding] * rank if _check.is_int(padding) else padding
+    if not isinstance(per_axis, Sequence):
         raise TypeError(f"padding={padding!r} is a {type(padding).__name__}; wanted {wanted}")
-    pairs = [tuple(p) if isinstance(p, Sequence) else (p, p) for p in padding]
-    if len(pairs) != rank or not all(len(p) == 2 and all(map(_check.is_int, p)) for p in pairs):
+    pairs = [tuple(p) if isinstance(p, Sequence) else (p, p) for p in per_axis]
+    if not all(_check.is_int(pad) for pair in pairs for pad in pair):
+        raise TypeError(f"padding={padding!r} is not made of ints; wanted {wanted}")
+    if len(pairs) != rank or not all(len(pair) == 2 for pair in pairs):
         raise ValueError(f"padding={padding!r} does not fit {rank} spatial axes; wanted {wanted}")
-    return tuple((int(p[0]), int(p[1])) for p in pairs)
+    return tuple((int(low), int(high)) for low, high in pairs)
 
 
 def sampling_points(
