@@ -377,6 +377,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     how.add_argument("--repeats", type=int, default=20, metavar="N", help="rounds of runs (default: 20)")
     how.add_argument("--quick", action="store_true", help="2 rounds, for a first look")
+    how.add_argument(
+        "--minutes", type=float, metavar="M", help="begin nothing more after M minutes (default: 7 for suite gpu)"
+    )
     how.add_argument("--no-tf32", action="store_true", help="full float32 products on a GPU, for all sides")
     out = p.add_argument_group("what to write")
     out.add_argument("--json", metavar="FILE", help="the rows, as a JSON list of objects")
@@ -408,6 +411,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         p.error(f"--device {args.device}: {reason(error)}")
     if not args.workload:
         args.suite = args.suite or args.device
+    if args.minutes is None:
+        args.minutes = 7 if args.suite == "gpu" else math.inf
     if args.peer_python:
         if problem := peer_problem(args.peer_python):
             p.error(f"--peer-python {args.peer_python}: {problem}")
@@ -433,7 +438,7 @@ def groups_of(args: argparse.Namespace) -> tuple[Group, ...]:
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     """Measure, print the tables, write the files; returns the rows."""
     jax.config.update("jax_enable_compilation_cache", False)  # it would make compile times those of a file's reading
-    args = parse(argv)
+    args, start = parse(argv), time.perf_counter()
     console = Console()
     if not console.is_terminal:
         console = Console(width=180)
@@ -466,6 +471,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task("", total=len(jobs) * options.repeats)
             for group, mode in jobs:
+                if time.perf_counter() - start > 60 * args.minutes:
+                    console.print(f"{args.minutes:g} minutes are over: what follows is what was measured until then")
+                    break
                 progress.update(task, description=f"{', '.join(group.workloads)}: {spoken(mode)}")
                 rows += measure(group, mode, options, functools.partial(progress.advance, task))
             if args.compile or args.suite == "reach":

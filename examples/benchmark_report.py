@@ -36,44 +36,52 @@ def spoken(mode: str) -> str:
     return mode.replace("_", " + ")
 
 
-# The table of results: heading, and the row's figure
+# The table of results: heading, and the row's figure; a column without a figure is left out
 
 COLUMNS = {
     "ms": lambda row: show(row["ms"]),
-    "plain ms": lambda row: show(row["dense_ms"]),
-    "ours / plain": lambda row: show(ratio(row, "ms", "dense_ms")),
-    "torchvision ms": lambda row: show(row["peer_ms"]),
-    "torchvision / ours": lambda row: show(ratio(row, "peer_ms", "ms"), "{:.1f}"),
-    "ours / floor": lambda row: show(ratio(row, "ms", "floor_ms"), "{:.1f}"),
-    "scratch / columns": lambda row: show(ratio(row, "scratch_bytes", "columns_bytes")),
-    "compile s": lambda row: show(row["compile_s"]),
+    "plain\nms": lambda row: show(row["dense_ms"]),
+    "ours /\nplain": lambda row: show(ratio(row, "ms", "dense_ms")),
+    "torchvision\nms": lambda row: show(row["peer_ms"]),
+    "torchvision\n/ ours": lambda row: show(ratio(row, "peer_ms", "ms"), "{:.1f}"),
+    "ours /\nfloor": lambda row: show(ratio(row, "ms", "floor_ms"), "{:.1f}"),
+    "scratch /\ncolumns": lambda row: show(ratio(row, "scratch_bytes", "columns_bytes"), "{:.3f}"),
+    "peak\nMB": lambda row: show(ratio(row, "peak_bytes", "megabyte"), "{:.0f}"),
+    "plain\npeak MB": lambda row: show(ratio(row, "dense_peak_bytes", "megabyte"), "{:.0f}"),
+    "torchvision\npeak MB": lambda row: show(ratio(row, "peer_peak_bytes", "megabyte"), "{:.0f}"),
+    "compile\ns": lambda row: show(row["compile_s"]),
+    "plain\ncompile s": lambda row: show(row["dense_compile_s"]),
+}
+MEANS = {
+    "ours /\nplain": lambda rows: show(geometric_mean(ratios(rows, "ms", "dense_ms"))),
+    "torchvision\n/ ours": lambda rows: show(geometric_mean(ratios(rows, "peer_ms", "ms")), "{:.1f}"),
 }
 
 
 def results_table(rows: list[dict]) -> Table:
     """One line a row, then the geometric means of each mode, dtype and implementation."""
+    figures = [{heading: figure({"megabyte": 1e6} | row) for heading, figure in COLUMNS.items()} for row in rows]
+    headings = [heading for heading in COLUMNS if any(line[heading] != "–" for line in figures)]
     table = Table("workload", "mode", "dtype", "impl.", caption_justify="left")
-    for heading in COLUMNS:
+    for heading in headings:
         table.add_column(heading, justify="right")
+
     kinds: dict[tuple[str, str, str], list[dict]] = {}
     notes: list[str] = []
-    for row in rows:
+    for row, line in zip(rows, figures, strict=True):
         kind = spoken(row["mode"]), row["dtype"], row["implementation"]
-        kinds.setdefault(kind, []).append(row)
-        if row["error"]:
-            if row["error"] not in notes:
-                notes.append(row["error"])
-            table.add_row(row["workload"], *kind, f"none ({notes.index(row['error']) + 1})")
-        else:
-            table.add_row(row["workload"], *kind, *(figure(row) for figure in COLUMNS.values()))
+        if not row["error"]:
+            kinds.setdefault(kind, []).append(row)
+            table.add_row(row["workload"], *kind, *(line[heading] for heading in headings))
+            continue
+        if row["error"] not in notes:
+            notes.append(row["error"])
+        table.add_row(row["workload"], *kind, f"none ({notes.index(row['error']) + 1})")
     table.add_section()
     for kind, members in kinds.items():
-        means = {
-            "ours / plain": show(geometric_mean(ratios(members, "ms", "dense_ms"))),
-            "torchvision / ours": show(geometric_mean(ratios(members, "peer_ms", "ms")), "{:.1f}"),
-        }
         if len(members) > 1:
-            table.add_row("geometric mean", *kind, *(means.get(heading, "") for heading in COLUMNS))
+            means = [MEANS[heading](members) if heading in MEANS else "" for heading in headings]
+            table.add_row("geometric mean", *kind, *means)
     if notes:
         table.caption = "\n".join(f"({number}) {note}" for number, note in enumerate(notes, 1))
     return table

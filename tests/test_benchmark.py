@@ -118,6 +118,20 @@ def test_a_python_without_torchvision_is_refused_in_one_line(tmp_path, capsys):
     assert "cannot import torchvision (No module named torchvision)" in capsys.readouterr().err
 
 
+def test_nothing_begins_when_the_time_is_over(tiny, capsys):
+    assert benchmark.main(["--workload", "tiny", "--quick", "--minutes", "0"]) == []
+    assert "0 minutes are over" in capsys.readouterr().out
+
+
+def test_on_a_gpu_the_inputs_are_rotated_and_both_implementations_timed(tiny):
+    options = benchmark.Options("gpu", "a stand-in", ("xla", "pallas"), 1, True, None)
+    rows, runs = benchmark.prepare("tiny", "bfloat16", "forward", False, options)
+    assert [row["implementation"] for row in rows] == ["xla", "pallas"]
+    program = runs[benchmark.Case("tiny", "bfloat16", "xla")].__self__
+    assert len(program.inputs) == 16
+    assert len({float(x.sum()) for x, *_ in program.inputs}) > 8  # not one array again and again
+
+
 def test_an_interrupt_keeps_what_was_measured(tiny, monkeypatch, capsys):
     measure = benchmark.measure
 
