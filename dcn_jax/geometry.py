@@ -5,7 +5,7 @@ Everything here is counted in pixels of the input map; nothing reads the map its
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,7 @@ def canonical_padding(padding: Padding, rank: int) -> str | tuple[tuple[int, int
         if name not in ("SAME", "SAME_LOWER", "VALID"):
             raise ValueError(f"padding={padding!r} is not known; wanted {wanted}")
         return name
-    per_axis = [padding] * rank if _check.is_int(padding) else padding
+    per_axis: Any = [padding] * rank if _check.is_int(padding) else padding
     if not isinstance(per_axis, Sequence):
         raise TypeError(f"padding={padding!r} is a {type(padding).__name__}; wanted {wanted}")
     pairs = [tuple(p) if isinstance(p, Sequence) else (p, p) for p in per_axis]
