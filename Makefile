@@ -6,7 +6,6 @@ WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS)
-SOURCES := dcn_jax examples tests
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -32,17 +31,17 @@ bench: $(VENV)/installed-examples ## time the op beside the plain convolution (A
 	$(BIN)/python examples/benchmark.py $(ARGS)
 
 lint: $(VENV)/installed-dev ## check style and types
-	$(BIN)/ruff check $(SOURCES)
-	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/installed-dev ## bring the sources into style
-	$(BIN)/ruff check --fix $(SOURCES)
-	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 clean: ## remove the environments and what tools leave behind
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
-	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+	find dcn_jax examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An extra of pyproject.toml, installed; again whenever pyproject.toml changes.
 $(VENV)/installed-%: pyproject.toml | $(BIN)/python
