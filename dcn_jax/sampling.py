@@ -53,7 +53,10 @@ def linear_sample(features: jax.Array, points: jax.Array) -> jax.Array:
             f"points has shape {points.shape}; wanted (*query, {features.ndim - 1}): one coordinate for each spatial axis "
             f"of features, whose shape is {features.shape}"
         )
-    return sample_groups(features[..., None, :], points[..., None, :])[..., 0, :].astype(features.dtype)
+    dtype = features.dtype
+    points = points.astype(_check.wide(points.dtype, jnp.finfo(dtype).dtype))
+    features = features.astype(_check.wide(dtype))  # the gradient is summed in the dtype that is gathered from
+    return sample_groups(features[..., None, :], points[..., None, :])[..., 0, :].astype(dtype)
 
 
 def sample_groups(features: jax.Array, points: jax.Array) -> jax.Array:
