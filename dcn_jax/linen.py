@@ -99,9 +99,12 @@ class DeformConv(nn.Module):
             TypeError: an option or the input is of the wrong kind.
         """
         window = _branch.window_of(self.kernel_size)
-        channels = jnp.shape(inputs)[-1]
-        _branch.check_input(inputs, window, channels)
-        _branch.check_options(channels, self.offset_groups, self.max_offset)
+        _branch.check_input(
+            inputs, window, strides=self.strides, padding=self.padding, kernel_dilation=self.kernel_dilation
+        )
+        channels = inputs.shape[-1]
+        _branch.check_count("features", self.features)
+        _branch.check_options(channels, self.offset_groups, self.modulated, self.mask_scale, self.max_offset)
 
         injected = {
             "conv_general_dilated": self.conv_general_dilated,

@@ -108,7 +108,9 @@ class DeformConv(nnx.Module):
         implementation: str | None = None,
     ):
         window = _branch.window_of(kernel_size)
-        _branch.check_options(in_features, offset_groups, max_offset)
+        _branch.check_count("in_features", in_features)
+        _branch.check_count("out_features", out_features)
+        _branch.check_options(in_features, offset_groups, modulated, mask_scale, max_offset)
         shape = kernel_shape(window, in_features, out_features, feature_group_count)
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype), **kernel_metadata)
         self.bias = nnx.data(None)
@@ -156,7 +158,14 @@ class DeformConv(nnx.Module):
             ValueError: an option does not fit the input; the message names it.
             TypeError: the input is of the wrong kind.
         """
-        _branch.check_input(inputs, self.kernel_size, self.in_features)
+        _branch.check_input(
+            inputs,
+            self.kernel_size,
+            self.in_features,
+            strides=self.strides,
+            padding=self.padding,
+            kernel_dilation=self.kernel_dilation,
+        )
         offset, mask = _branch.split(
             self.offset_conv(inputs),
             self.kernel_size,
