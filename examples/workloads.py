@@ -4,6 +4,8 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 import dcn_jax
@@ -53,15 +55,14 @@ class Workload(NamedTuple):
         ]
         return [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes[: 3 + self.modulated]]
 
-    def arrays(self, key: jax.Array, dtype: Any) -> list[jax.Array]:
-        """Random arguments: x ~ N(0, 1), kernel of a unit gain, offset ~ N(0, 2) in pixels, mask ~ U(0, 1)."""
-        keys, structs = jax.random.split(key, 4), self.shapes(dtype)
-        scales = 1.0, math.sqrt(self.features / math.prod(structs[1].shape)), 2.0
-        normal = [
-            (scale * jax.random.normal(k, s.shape)).astype(dtype)
-            for scale, k, s in zip(scales, keys, structs, strict=False)
-        ]
-        return normal + [jax.random.uniform(keys[3], s.shape).astype(dtype) for s in structs[3:]]
+    def arrays(self, seed: int, dtype: Any) -> list[jax.Array]:
+        """Random arguments: x ~ N(0, 1), kernel for a result ~ N(0, 1), offset ~ N(0, 2) in pixels, mask ~ U(0, 1)."""
+        random = np.random.default_rng(seed)  # NumPy's: JAX would compile for each shape
+        shapes = [s.shape for s in self.shapes(dtype)]
+        unit = 1 / math.sqrt(math.prod(shapes[1][:-1]))
+        made = [scale * random.standard_normal(s, np.float32) for scale, s in zip((1, unit, 2), shapes, strict=False)]
+        made += [random.random(shape, np.float32) for shape in shapes[3:]]
+        return [jnp.asarray(a).astype(dtype) for a in made]
 
     def deform_conv(self, x, kernel, offset, mask=None, *, implementation=None, precision=None):
         """The deformable convolution of this workload."""
