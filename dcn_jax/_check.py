@@ -34,14 +34,29 @@ def per_axis(name: str, value: Any, rank: int, *, minimum: int) -> tuple[int, ..
     return tuple(operator.index(v) for v in values)
 
 
-def array(name: str, value: Any, kind: Any) -> jax.Array:
-    """`value` as a JAX array, its dtype checked to be of `kind`, jnp.floating or jnp.inexact."""
-    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+def array(name: str, value: Any, kind: Any, *, shape_alone: bool = False) -> jax.Array:
+    """`value` as a JAX array, its dtype checked to be of `kind`, jnp.floating or jnp.inexact.
+
+    With `shape_alone` a `jax.ShapeDtypeStruct` does as well, and is returned as it is.
+    """
+    struct = isinstance(value, jax.ShapeDtypeStruct)
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")) or (struct and not shape_alone):
         raise TypeError(f"{name} is a {type(value).__name__}; wanted an array (wrap it in jnp.asarray)")
     if not jnp.issubdtype(value.dtype, kind):
         wanted = "floating-point" if kind is jnp.floating else "floating-point or complex"
         raise TypeError(f"{name} has dtype {value.dtype}; wanted a {wanted} array: {name}.astype(jnp.float32)")
-    return cast(jax.Array, value) if isinstance(value, jax.ShapeDtypeStruct) else jnp.asarray(value)
+    return cast(jax.Array, value) if struct else jnp.asarray(value)
+
+
+def floating_dtype(name: str, value: Any) -> jnp.dtype:
+    """`value` as a dtype, checked to be a floating-point or complex one."""
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError as error:
+        raise TypeError(f"{name}={value!r} is not a dtype; wanted a floating-point or complex one, or None") from error
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"{name}={dtype} is not a floating-point or complex dtype")
+    return dtype
 
 
 def wide(*dtypes: Any) -> Any:

@@ -101,7 +101,6 @@ def select_implementation(
     kernel: jax.Array,
     offset: jax.Array,
     mask: jax.Array | None = None,
-    bias: jax.Array | None = None,
     *,
     strides: int | Sequence[int] | None = 1,
     padding: Padding = "SAME",
@@ -113,7 +112,8 @@ def select_implementation(
 ) -> tuple[str, str]:
     """Tell which implementation `deform_conv` would take for these arguments, and why not another.
 
-    Args: those of `deform_conv`; arrays may be `jax.ShapeDtypeStruct`s, since only shapes and dtypes are looked at.
+    Args: those of `deform_conv` but for bias, which makes no difference; arrays may be `jax.ShapeDtypeStruct`s, since
+    only shapes and dtypes are looked at.
 
     Returns:
         (implementation, reason), for example `("xla", "…")`.
@@ -129,9 +129,9 @@ def select_implementation(
     """
     del precision  # either implementation takes any
     _check_arguments(
-        x, kernel, offset, mask, bias,
+        x, kernel, offset, mask, None,
         strides=strides, padding=padding, kernel_dilation=kernel_dilation, feature_group_count=feature_group_count,
-        preferred_element_type=preferred_element_type,
+        preferred_element_type=preferred_element_type, shapes_alone=True,
     )  # fmt: skip
     return _choose(implementation)
 
@@ -179,17 +179,29 @@ class _Call(NamedTuple):
 
 
 def _check_arguments(
-    x, kernel, offset, mask, bias, *, strides, padding, kernel_dilation, feature_group_count, preferred_element_type
+    x,
+    kernel,
+    offset,
+    mask,
+    bias,
+    *,
+    strides,
+    padding,
+    kernel_dilation,
+    feature_group_count,
+    preferred_element_type,
+    shapes_alone=False,
 ) -> _Call:
-    x = _check.array("x", x, jnp.inexact)
-    kernel = _check.array("kernel", kernel, jnp.inexact)
-    offset = _check.array("offset", offset, jnp.floating)
+    array = functools.partial(_check.array, shape_alone=shapes_alone)
+    x = array("x", x, jnp.inexact)
+    kernel = array("kernel", kernel, jnp.inexact)
+    offset = array("offset", offset, jnp.floating)
 
     rank = len(kernel.shape) - 2
-    if rank not in (1, 2, 3):
+    if rank not in (1, 2, 3) or 0 in kernel.shape[:rank]:
         raise ValueError(
             f"kernel has shape {kernel.shape}; wanted (*window, C // feature_group_count, features) with a window of "
-            "1, 2 or 3 axes"
+            "1, 2 or 3 axes, none of them empty"
         )
     if len(x.shape) < rank + 1:
         raise ValueError(
@@ -219,7 +231,7 @@ def _check_arguments(
         )
     _check_batch("offset", offset, batch, rank)
     if mask is not None:
-        mask = _check.array("mask", mask, jnp.floating)
+        mask = array("mask", mask, jnp.floating)
         wanted = (*batch, *window.out_spatial, offset_groups * window.taps)
         if mask.shape != wanted:
             raise ValueError(
@@ -227,16 +239,19 @@ def _check_arguments(
                 f"group ({offset_groups}, as in offset)"
             )
     if bias is not None:
-        bias = _check.array("bias", bias, jnp.inexact)
+        bias = array("bias", bias, jnp.inexact)
         if bias.shape != (features,):
             raise ValueError(f"bias has shape {bias.shape}; wanted {(features,)}: one value per feature of kernel")
 
     dtype = jnp.result_type(x.dtype, kernel.dtype)
     out_dtype = dtype if bias is None else jnp.result_type(dtype, bias.dtype)
     if preferred_element_type is not None:
-        out_dtype = jnp.dtype(preferred_element_type)
-        if not jnp.issubdtype(out_dtype, jnp.inexact):
-            raise TypeError(f"preferred_element_type={out_dtype} is not a floating-point or complex dtype")
+        preferred = _check.floating_dtype("preferred_element_type", preferred_element_type)
+        if jnp.issubdtype(out_dtype, jnp.complexfloating) and not jnp.issubdtype(preferred, jnp.complexfloating):
+            raise TypeError(
+                f"preferred_element_type={preferred} cannot hold the result, which is {out_dtype}; wanted a complex dtype"
+            )
+        out_dtype = preferred
     return _Call(x, kernel, offset, mask, bias, window, offset_groups, int(feature_group_count), dtype, out_dtype)
 
 

@@ -1,0 +1,89 @@
+"""The package as its users meet it: what a name promises, what an import loads and costs."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import dcn_jax
+
+PUBLIC = [getattr(dcn_jax, name) for name in dcn_jax.__all__]
+
+SIGNATURES = {
+    "deform_conv": "x, kernel, offset, mask=None, bias=None, *, strides=1, padding='SAME', kernel_dilation=1, "
+    "feature_group_count=1, precision=None, preferred_element_type=None, implementation=None",
+    "select_implementation": "x, kernel, offset, mask=None, *, strides=1, padding='SAME', kernel_dilation=1, "
+    "feature_group_count=1, precision=None, preferred_element_type=None, implementation=None",
+    "linear_sample": "features, points",
+    "sampling_points": "offset, window, *, strides=1, padding='SAME', kernel_dilation=1, spatial",
+}
+
+
+def plain(signature):
+    """A signature without its annotations."""
+    parameters = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return str(signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty))[1:-1]
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_are_the_contracts(name):
+    assert plain(inspect.signature(getattr(dcn_jax, name))) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("public", PUBLIC, ids=dcn_jax.__all__)
+def test_public_functions_are_documented(public):
+    """One line first; every parameter under its name; what is returned, what is raised; an example to run."""
+    doc = inspect.getdoc(public)
+    assert doc is not None
+    first, rest = doc.split("\n", 1)
+    assert first.endswith(".")
+    assert rest.startswith("\n")
+    for section in ("Args:", "Returns:", "Raises:", "Example:\n    >>> "):
+        assert section in doc, f"{public.__name__} has no {section}"
+    if "Args: those of `deform_conv`" not in doc:
+        for parameter in inspect.signature(public).parameters:
+            assert f"\n    {parameter}: " in doc, f"{public.__name__} does not document {parameter}"
+
+
+@pytest.mark.parametrize("public", PUBLIC, ids=dcn_jax.__all__)
+def test_options_are_keywords(public):
+    """Arrays go by position; whatever changes how they are read has to be named."""
+    arrays = {"x", "kernel", "offset", "mask", "bias", "features", "points", "window"}
+    for name, parameter in inspect.signature(public).parameters.items():
+        wanted = parameter.POSITIONAL_OR_KEYWORD if name in arrays else parameter.KEYWORD_ONLY
+        assert parameter.kind is wanted, f"{public.__name__}({name})"
+
+
+@pytest.mark.parametrize("module", ["linen", "nnx"])
+def test_layers_are_documented(module):
+    layer = importlib.import_module(f"dcn_jax.{module}").DeformConv
+    doc = inspect.getdoc(layer)
+    assert ">>> " in doc
+    parameters = set(inspect.signature(layer.__init__).parameters) - {"self", "parent", "name"}
+    assert {name for name in parameters if f"\n    {name}: " not in doc} == set()
+
+
+def fresh_python(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
+
+
+def test_import_loads_jax_and_numpy_only():
+    code = "import sys, jax; before = set(sys.modules); import dcn_jax; print(*sorted(set(sys.modules) - before))"
+    loaded = fresh_python("-c", code).stdout.split()
+    tops = {module.split(".")[0] for module in loaded}
+    assert tops - set(sys.stdlib_module_names) <= {"dcn_jax", "jax", "jaxlib", "numpy", "ml_dtypes", "opt_einsum"}
+    assert not [module for module in loaded if "pallas" in module]
+    assert "flax" not in fresh_python("-c", "import sys, dcn_jax; print(*sys.modules)").stdout
+
+
+def test_import_costs_less_than_a_fifth_of_a_second():
+    """Beyond that of JAX, in the best of up to five runs, since the machine may be busy."""
+
+    def seconds():
+        log = fresh_python("-X", "importtime", "-c", "import jax, dcn_jax").stderr
+        rows = [line.removeprefix("import time:").split("|") for line in log.splitlines()[1:]]
+        return next(int(cumulative) for _, cumulative, name in rows if name.strip() == "dcn_jax") / 1e6
+
+    assert any(seconds() < 0.2 for _ in range(5))
