@@ -28,7 +28,9 @@ def check_options(
         raise ValueError(f"offset_groups={offset_groups} must divide the {channels} channels of the input")
     if not isinstance(modulated, bool):
         raise TypeError(f"modulated={modulated!r} is a {type(modulated).__name__}; wanted True or False")
-    _check_positive("mask_scale", mask_scale, "the modulation's upper bound: 1.0, or 2.0 to start as a plain convolution")
+    _check_positive(
+        "mask_scale", mask_scale, "the modulation's upper bound: 1.0, or 2.0 to start as a plain convolution"
+    )
     if max_offset is not None:
         _check_positive("max_offset", max_offset, "a number of pixels, or None for no bound")
 

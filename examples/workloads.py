@@ -115,8 +115,9 @@ WORKLOADS = {
 
 # Sets of them
 FIVE = ("conv2-224", "conv3-224", "conv4-224", "conv4-detector", "small")
-KINDS = ("groups4", "offset-groups4", "groups4-offset-groups4", "groups32", "depthwise", "1d", "3d")
 RESNET = ("conv3-224", "conv4-224", "conv5-224", "conv3-detector", "conv4-detector", "conv5-detector")
+GROUPS = ("groups4", "offset-groups4", "groups4-offset-groups4")
+KINDS = (*GROUPS, "groups32", "depthwise", "1d", "3d")
 GPU = ("gpu-conv3", "gpu-conv4", "gpu-conv5", "gpu-conv2")
 BATCHES = tuple(name for name in WORKLOADS if name.startswith("batch"))
 MAPS = tuple(name for name in WORKLOADS if name.startswith("map"))
