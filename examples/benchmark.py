@@ -4,6 +4,11 @@ Every figure is the median of many runs; all the runs of a workload (ours, the p
 turns in one loop, so that a machine that slows down slows them all. "forward_backward" computes the result and the
 gradients of x, kernel, offset and mask (plain convolution: of x and kernel). torchvision runs in a Python of its own
 (--peer-python) with as many threads, and is asked run by run.
+
+In the table, "plain" is the plain convolution; "columns" are the bytes of the im2col columns, which neither of ours makes;
+"floor" is the time that the products or the memory traffic of a forward pass take at the rates measured on this device;
+"peak" is the memory of arguments, results and scratch; "error" (on a GPU) is the largest of result and gradients, against
+the XLA implementation in full float32.
 """
 
 import argparse
@@ -243,6 +248,22 @@ def floor(work: Workload, dtype: str, rates: Rates) -> float:
     return 1e3 * max(work.flops / rates.flops, corners / rates.cache, (arguments + result) / rates.memory)
 
 
+@functools.cache
+def exact(name: str, mode: str) -> Callable:
+    """The XLA implementation in full float32 products, compiled."""
+    function = functools.partial(WORKLOADS[name].deform_conv, implementation="xla", precision="highest")
+    return jax.jit(function if mode == "forward" else with_gradients(function))
+
+
+def parity(name: str, mode: str, program: JaxProgram) -> float:
+    """The largest error of result and gradients on the first inputs, relative to the largest value of each."""
+    arguments = program.inputs[0]
+    ours = jax.tree.leaves(program.compiled(*arguments))
+    truth = jax.tree.leaves(exact(name, mode)(*(a.astype(jnp.float32) for a in arguments)))
+    pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in zip(ours, truth, strict=True)]
+    return max(float(abs(a - b).max() / abs(b).max()) for a, b in pairs)
+
+
 def reason(error: Exception) -> str:
     """The first line of what an error says."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -275,7 +296,7 @@ def prepare(name: str, dtype: str, mode: str, with_peer: bool, options: Options)
         row = {
             "workload": name, "implementation": implementation, "dtype": dtype, "mode": mode,
             "ms": None, "dense_ms": None, "peer_ms": None, "compile_s": None, "scratch_bytes": None, "peak_bytes": None,
-            "dense_compile_s": dense.compile_s, "dense_scratch_bytes": dense.scratch_bytes,
+            "parity": None, "dense_compile_s": dense.compile_s, "dense_scratch_bytes": dense.scratch_bytes,
             "dense_peak_bytes": dense.peak_bytes, "peer_peak_bytes": answer.get("peak_bytes"), "floor_ms": floor_ms,
             "columns_bytes": work.columns * itemsize, "tf32": options.tf32, "error": None, "peer_error": answer.get("error"),
             "device": options.device_name, "jax": jax.__version__,
@@ -288,10 +309,12 @@ def prepare(name: str, dtype: str, mode: str, with_peer: bool, options: Options)
         try:
             program = make_program(ours, inputs, mode)
             program.run(1)
-        except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        except Exception as error:  # whatever it is, it goes into the row and the others go on
             row["error"] = f"not available: {reason(error)}"
             continue
-        row |= {name: getattr(program, name) for name in ("compile_s", "scratch_bytes", "peak_bytes")}
+        row |= {key: getattr(program, key) for key in ("compile_s", "scratch_bytes", "peak_bytes")}
+        if options.device == "gpu":
+            row["parity"] = parity(name, mode, program)
         runs[Case(name, dtype, implementation)] = program.run
     return rows, runs
 

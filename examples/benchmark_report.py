@@ -49,6 +49,7 @@ COLUMNS = {
     "peak\nMB": lambda row: show(ratio(row, "peak_bytes", "megabyte"), "{:.0f}"),
     "plain\npeak MB": lambda row: show(ratio(row, "dense_peak_bytes", "megabyte"), "{:.0f}"),
     "torchvision\npeak MB": lambda row: show(ratio(row, "peer_peak_bytes", "megabyte"), "{:.0f}"),
+    "error": lambda row: show(row.get("parity"), "{:.0e}"),
     "compile\ns": lambda row: show(row["compile_s"]),
     "plain\ncompile s": lambda row: show(row["dense_compile_s"]),
 }
@@ -162,6 +163,10 @@ def gpu_figures(rows: list[dict]) -> list[Figure]:
     """What the fused kernels should reach on an H100, from the rows of the suite "gpu"."""
     figures = []
     for mode, single, half, dense in (("forward", 4, 8, 2.5), ("forward_backward", 4, 6, 4)):
+        exact = select(rows, GPU, mode, "float32", "pallas")
+        errors = [row["parity"] for row in exact if row.get("parity") is not None]
+        limit = 5e-3 if any(row.get("tf32") for row in exact) else 1e-5
+        figures.append(Figure(f"{spoken(mode)}, float32: relative error, worst", worst(errors), limit))
         for dtype, limit in (("float32", single), ("float16", half)):
             least = min(ratios(select(rows, GPU, mode, dtype, "pallas"), "peer_ms", "ms"), default=None)
             figures.append(Figure(f"{spoken(mode)}, {dtype}: torchvision / ours, least", least, limit, at_most=False))
@@ -189,7 +194,7 @@ def figures_table(figures: list[Figure]) -> Table:
         table.add_column(heading, justify="right")
     for figure in figures:
         limit = f"{'≤' if figure.at_most else '≥'} {figure.limit:g}"
-        table.add_row(figure.name, show(figure.value), limit, figure.verdict)
+        table.add_row(figure.name, show(figure.value, "{:.3g}"), limit, figure.verdict)
     return table
 
 

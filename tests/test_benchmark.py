@@ -125,11 +125,20 @@ def test_nothing_begins_when_the_time_is_over(tiny, capsys):
 
 def test_on_a_gpu_the_inputs_are_rotated_and_both_implementations_timed(tiny):
     options = benchmark.Options("gpu", "a stand-in", ("xla", "pallas"), 1, True, None)
-    rows, runs = benchmark.prepare("tiny", "bfloat16", "forward", False, options)
+    rows, runs = benchmark.prepare("tiny", "bfloat16", "forward_backward", False, options)
     assert [row["implementation"] for row in rows] == ["xla", "pallas"]
     program = runs[benchmark.Case("tiny", "bfloat16", "xla")].__self__
     assert len(program.inputs) == 16
-    assert len({float(x.sum()) for x, *_ in program.inputs}) > 8  # not one array again and again
+    assert len({float(x.sum()) for _, x, *_ in program.inputs}) > 8  # not one array again and again
+    assert 0 < rows[0]["parity"] < 2e-2
+
+
+def test_parity_sees_a_wrong_result(tiny):
+    inputs = [TINY.arrays(0, "float32")]
+    right = benchmark.JaxProgram(TINY.deform_conv, inputs)
+    wrong = benchmark.JaxProgram(lambda *a: TINY.deform_conv(*a).at[0, 0, 0, 0].add(1), inputs)
+    assert benchmark.parity("tiny", "forward", right) < 1e-6
+    assert benchmark.parity("tiny", "forward", wrong) > 1e-2
 
 
 def test_an_interrupt_keeps_what_was_measured(tiny, monkeypatch, capsys):
