@@ -1,4 +1,4 @@
-"""How far `deform_conv` is from torchvision: its 66 results, with all gradients, of tests/data/torchvision.npz.
+"""How far `deform_conv` is from torchvision: its 62 results, with all gradients, of tests/data/torchvision.npz.
 
     python tests/parity.py
 

@@ -15,7 +15,7 @@ def test_the_cases_are_at_least_60_and_cover_what_they_should():
     geometries = parity.GEOMETRIES
     kinds = [kind for g in geometries for kind in g["kinds"]]
     assert len(kinds) >= 60
-    assert set(kinds) == {"zero", "half", "near", "far", "normal"}
+    assert set(kinds) == {"zero", "plus half", "minus half", "near", "far", "normal"}
     for option in ("mask", "bias"):
         assert {g[option] for g in geometries} == {True, False}
     for option in ("feature_group_count", "offset_groups"):
