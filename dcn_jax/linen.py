@@ -65,6 +65,9 @@ class DeformConv(nn.Module):
         (2, 8, 8, 16)
         >>> jax.tree.map(jnp.shape, variables["params"])
         {'bias': (16,), 'kernel': (3, 3, 4, 16), 'offset_conv': {'bias': (27,), 'kernel': (3, 3, 4, 27)}}
+        >>> y, seen = layer.apply(variables, jnp.ones((2, 8, 8, 4)), mutable=["intermediates"])
+        >>> jax.tree.map(jnp.shape, seen["intermediates"])
+        {'mask': ((2, 8, 8, 9),), 'offset': ((2, 8, 8, 18),)}
     """
 
     features: int

@@ -30,7 +30,7 @@ class DeformConv(nnx.Module):
 
     Parameters: `kernel` `(*kernel_size, C // feature_group_count, features)`, `bias` `(features,)`, and
     `offset_conv.kernel`, `offset_conv.bias`. Under `flax.nnx.capture(…, nnx.Intermediate)` the layer sows `offset` and
-    `mask`; outside of it, it keeps nothing.
+    `mask`; outside of it, it keeps nothing, so that calling it never changes the model (and `nnx.pop` finds nothing).
 
     Args:
         in_features: channels of the input, C.
@@ -75,6 +75,9 @@ class DeformConv(nnx.Module):
         (2, 8, 8, 16)
         >>> layer.offset_conv.kernel.shape
         (3, 3, 4, 27)
+        >>> y, seen = nnx.capture(layer, nnx.Intermediate)(jnp.ones((2, 8, 8, 4)))
+        >>> seen["offset"][0].shape, seen["mask"][0].shape
+        ((2, 8, 8, 18), (2, 8, 8, 9))
     """
 
     def __init__(
@@ -173,7 +176,9 @@ class DeformConv(nnx.Module):
             mask_scale=self.mask_scale,
             max_offset=self.max_offset,
         )
-        if hasattr(self, "__captures__"):  # under nnx.capture; elsewhere sow would store into the model, and warn
+        # Only under nnx.capture. Elsewhere sow would store into the model, growing with each call, and raise in any model
+        # that jax.jit, grad or vmap closes over. (What newer versions of Flax call capture_noop.)
+        if hasattr(self, "__captures__"):
             self.sow(nnx.Intermediate, "offset", offset)
             if mask is not None:
                 self.sow(nnx.Intermediate, "mask", mask)
