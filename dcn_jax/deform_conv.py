@@ -6,6 +6,7 @@ implementation does just that, one tap after another, so that no more than one t
 
 import functools
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -92,7 +93,10 @@ def deform_conv(
         strides=strides, padding=padding, kernel_dilation=kernel_dilation, feature_group_count=feature_group_count,
         preferred_element_type=preferred_element_type,
     )  # fmt: skip
-    _choose(implementation)
+    if _choose(call, precision, implementation)[0] == "pallas":
+        from dcn_jax import pallas_gpu
+
+        return pallas_gpu.deform_conv(call, precision)
     return _deform_conv_xla(call, precision)
 
 
@@ -127,26 +131,12 @@ def select_implementation(
         >>> select_implementation(x, kernel, offset)[0]
         'xla'
     """
-    del precision  # either implementation takes any
-    _check_arguments(
+    call = _check_arguments(
         x, kernel, offset, mask, None,
         strides=strides, padding=padding, kernel_dilation=kernel_dilation, feature_group_count=feature_group_count,
         preferred_element_type=preferred_element_type, shapes_alone=True,
     )  # fmt: skip
-    return _choose(implementation)
-
-
-def _choose(implementation: str | None) -> tuple[str, str]:
-    if implementation is None:
-        return "xla", "the fused GPU kernels are not part of this version"
-    if implementation == "xla":
-        return "xla", "asked for by name"
-    if implementation == "pallas":
-        raise ValueError(
-            "implementation='pallas' is not available: the fused GPU kernels are not part of this version; "
-            "use implementation='xla', or None for the fastest there is"
-        )
-    raise ValueError(f"implementation={implementation!r} is not known; wanted one of {IMPLEMENTATIONS} or None")
+    return _choose(call, precision, implementation)
 
 
 def kernel_shape(window: Sequence[int], channels: int, features: int, feature_group_count: int) -> tuple[int, ...]:
@@ -260,6 +250,38 @@ def _check_batch(name: str, array: jax.Array, batch: tuple[int, ...], rank: int)
         raise ValueError(
             f"{name} has shape {array.shape}, batch axes {array.shape[: -rank - 1]}; wanted those of x, {batch}"
         )
+
+
+def _choose(call: _Call, precision: Any, implementation: str | None) -> tuple[str, str]:
+    if implementation is None:
+        # Not by looking at the platform: nothing that could come of it would choose otherwise, and a CPU user pays nothing.
+        reason = "the fused GPU kernels have not been timed on a GPU yet, so nobody knows where they are faster"
+        if _deterministic():
+            reason += ", and they add gradients atomically, in any order, which --xla_gpu_deterministic_ops rules out"
+        return "xla", f"{reason}; ask for them with implementation='pallas'"
+    if implementation == "xla":
+        return "xla", "asked for by name"
+    if implementation == "pallas":
+        from dcn_jax import pallas_gpu  # here, because importing Pallas takes time that most users need not spend
+
+        if problem := pallas_gpu.refusal(call, precision):
+            raise ValueError(
+                f"implementation='pallas' cannot take this call: {problem}; use implementation='xla', or None for the "
+                "fastest there is"
+            )
+        reason = "asked for by name"
+        if _deterministic():
+            reason += (
+                "; it adds gradients atomically, so that their last digits vary despite --xla_gpu_deterministic_ops"
+            )
+        return "pallas", reason
+    raise ValueError(f"implementation={implementation!r} is not known; wanted one of {IMPLEMENTATIONS} or None")
+
+
+def _deterministic() -> bool:
+    """Whether XLA was asked to order all sums on a GPU."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    return any(flag in ("--xla_gpu_deterministic_ops", "--xla_gpu_deterministic_ops=true") for flag in flags)
 
 
 def _deform_conv_xla(call: _Call, precision: Any) -> jax.Array:

@@ -1,0 +1,177 @@
+"""The fused GPU kernels, in Pallas's interpreter: what the op's own suite, which runs over them too, does not see."""
+
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import assert_close, draw, quick_jit
+from jax import lax
+
+from dcn_jax import deform_conv, pallas_gpu, select_implementation
+
+CASE = draw((2, 4, 3, 2), (2, 3), 2, offset_groups=2, strides=(1, 2))
+H100 = jax.sharding.AbstractMesh(
+    (), (), abstract_device=jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+)
+
+fused = functools.partial(deform_conv, implementation="pallas")
+
+
+@pytest.fixture
+def interpreted():
+    with pallas_gpu.interpret():
+        yield
+
+
+def value_and_gradients(op, arrays, cotangent):
+    y, pull = jax.vjp(op, *arrays)
+    return y, pull(cotangent)
+
+
+# Tiles of the interpreter hold 16 positions, channels and features: here each is ragged, split over several, or both.
+RAGGED = {
+    "positions": draw((3, 5, 7, 2), (2, 2), 3),
+    "channels": draw((1, 3, 3, 21), (2, 2), 2, bias=False),
+    "channels of groups": draw((1, 3, 3, 40), (2, 1), 2, offset_groups=2, mask=False),
+    "features of groups": draw((1, 3, 3, 4), (1, 2), 38, feature_group_count=2),
+    "groups that do not nest": draw((1, 3, 3, 12), (1, 2), 8, feature_group_count=4, offset_groups=6),
+    "strips": draw((1, 2, 40, 2), (1, 2), 2),
+}
+
+
+@pytest.mark.parametrize("case", RAGGED.values(), ids=RAGGED)
+def test_ragged_tiles(interpreted, case):
+    wanted = oracle.deform_conv(*case.arrays, **case.options)
+    cotangent = np.random.default_rng(1).standard_normal(wanted.shape).astype(np.float32)
+    op = functools.partial(fused, **case.options)
+    y, gradients = quick_jit(functools.partial(value_and_gradients, op))(case.arrays, cotangent)
+    assert_close(y, wanted, 1e-5)
+    for got, want in zip(gradients, oracle.gradients(cotangent, *case.arrays, **case.options), strict=True):
+        if got is not None:
+            assert_close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("transform", ["jvp", "jit of jvp", "jacfwd", "hessian", "linearize", "jvp of vjp"])
+def test_forward_mode_is_refused(interpreted, transform):
+    x, kernel, offset, mask, _ = CASE.arrays
+
+    def loss(x):
+        return jnp.sum(fused(x, kernel, offset, mask, **CASE.options) ** 2)
+
+    def jvp(x):
+        return jax.jvp(loss, (x,), (x,))
+
+    def of_cotangent(scale):
+        return jax.vjp(loss, x)[1](scale)
+
+    run = {
+        "jvp": lambda: jvp(x),
+        "jit of jvp": lambda: jax.jit(jvp)(x),
+        "jacfwd": lambda: jax.jacfwd(loss)(x),
+        "hessian": lambda: jax.hessian(loss)(x),
+        "linearize": lambda: jax.linearize(loss, x)[1](x),
+        "jvp of vjp": lambda: jax.jvp(of_cotangent, (jnp.float32(1),), (jnp.float32(1),)),
+    }[transform]
+    with pytest.raises(NotImplementedError, match=r"forward mode.*use implementation='xla'"):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kernel": (1, 1, 1, 4, 5), "x": (2, 3, 3, 3, 4), "offset": (2, 3, 3, 3, 3)}, "it has 3 spatial axes"),
+        ({"dtype": jnp.complex64}, "x has dtype complex64"),
+        ({"precision": lax.DotAlgorithmPreset.F64_F64_F64}, "precision=.*F64_F64_F64"),
+    ],
+    ids=["3-D", "complex", "precision"],
+)
+def test_refused_calls_say_why(interpreted, change, message):
+    shapes = {"x": (2, 3, 3, 4), "kernel": (1, 1, 4, 5), "offset": (2, 3, 3, 2)} | change
+    dtype = change.get("dtype", jnp.float32)
+    x, kernel = (jax.ShapeDtypeStruct(shapes[name], dtype) for name in ("x", "kernel"))
+    offset = jax.ShapeDtypeStruct(shapes["offset"], jnp.float32)
+    for call in (select_implementation, lambda *a, **k: jax.eval_shape(functools.partial(deform_conv, **k), *a)):
+        with pytest.raises(ValueError, match=f"implementation='pallas' cannot take this call: {message}.*use .*'xla'"):
+            call(x, kernel, offset, implementation="pallas", precision=change.get("precision"))
+
+
+def test_float64_is_refused(interpreted, x64):
+    with pytest.raises(ValueError, match="x has dtype float64"):
+        fused(*draw((2, 3, 3, 1), (1, 1), 1).astype(np.float64).arrays)
+
+
+def test_without_a_gpu_it_says_so(monkeypatch):
+    monkeypatch.setattr(pallas_gpu.importlib.util, "find_spec", lambda name: None)  # nor the plugin to compile for one
+    with pytest.raises(ValueError, match="runs on CUDA GPUs, and JAX's backend here is 'cpu'"):
+        jax.eval_shape(functools.partial(fused, **CASE.options), *CASE.arrays)
+
+
+def test_lowered_for_another_platform_it_says_so():
+    with jax.sharding.use_abstract_mesh(H100):
+        traced = jax.jit(functools.partial(fused, **CASE.options)).trace(*CASE.arrays)
+        with pytest.raises(ValueError, match="runs on CUDA GPUs alone"):
+            traced.lower(lowering_platforms=("cpu",))
+
+
+@pytest.mark.parametrize("dtype", pallas_gpu.DTYPES)
+def test_the_kernels_are_in_the_lowered_program(dtype):
+    """Lowering for a GPU needs none; it says nothing of its own."""
+    arrays = CASE.astype(jnp.dtype(dtype)).arrays
+    op = functools.partial(fused, **CASE.options)
+    cotangent = jax.ShapeDtypeStruct((2, 4, 2, 2), dtype)
+    with jax.sharding.use_abstract_mesh(H100):
+        lowered = jax.jit(functools.partial(value_and_gradients, op)).trace(arrays, cotangent)
+        text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+    for name in (
+        "deform_conv_forward",
+        "deform_conv_backward_x",
+        "deform_conv_backward_points",
+        "deform_conv_backward_kernel",
+    ):
+        assert f'name = "{name}"' in text
+
+
+def test_the_modes_share_no_trace():
+    """What `jit` traced in the interpreter is not taken for a program of the GPU."""
+    call = jax.jit(functools.partial(fused, **CASE.options))
+    with pallas_gpu.interpret():
+        call(*CASE.arrays)
+    with jax.sharding.use_abstract_mesh(H100):
+        assert "deform_conv_launch" in str(call.trace(*CASE.arrays).jaxpr)
+
+
+@pytest.mark.parametrize(
+    ("precision", "context", "wanted"),
+    [
+        (None, None, "TF32_TF32_F32"),
+        ("high", None, "TF32_TF32_F32"),
+        ("highest", None, "F32_F32_F32"),
+        (None, "float32", "F32_F32_F32"),
+        (None, "TF32_TF32_F32_X3", "TF32_TF32_F32_X3"),
+        (lax.DotAlgorithmPreset.TF32_TF32_F32_X3, "float32", "TF32_TF32_F32_X3"),
+        (lax.DotAlgorithmPreset.F64_F64_F64, None, None),
+    ],
+)
+def test_precision_is_read_as_lax_reads_it(precision, context, wanted):
+    with jax.default_matmul_precision(context):
+        found = pallas_gpu._product(precision)
+    assert (found and found.name) == wanted
+
+
+def test_importing_the_package_leaves_pallas_alone():
+    code = "import dcn_jax, sys; print([m for m in sys.modules if 'pallas' in m])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_the_automatic_choice_is_xla_and_says_why(monkeypatch):
+    name, reason = select_implementation(*CASE.arrays[:4], **CASE.options)
+    assert name == "xla"
+    assert "not been timed" in reason
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    assert "atomically" in select_implementation(*CASE.arrays[:4], **CASE.options)[1]
