@@ -107,7 +107,7 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
     "conv": nn.Conv,
     "dilated": functools.partial(nn.Conv, kernel_dilation=2),
     "dcnv1": functools.partial(DeformConv, modulated=False),
-    "dcnv2": functools.partial(DeformConv, mask_scale=2.0),  # starts as the plain convolution, like the others
+    "dcnv2": DeformConv,  # starts at half of the plain convolution, which the GroupNorm after it makes up for
 }
 
 
@@ -431,4 +431,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before or after the training, which has its own answer
+        sys.exit(130)

@@ -229,18 +229,25 @@ def test_help_names_every_option(capsys):
 
 
 def test_an_interruption_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
-    whole = program.train
+    row = {"model": "conv", "seed": 0, "params": 1, "mean_iou": 0.5, "foreground_accuracy": 0.5, "step_ms": 1.0}
+    network = program.Network("conv")
+    variables = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 1)))
 
-    def train(model, *arguments, **options):
+    def train(model, *_, **__):
         if model == "dilated":
             raise KeyboardInterrupt
-        return whole(model, *arguments, **options)
+        return program.Run(row, network, variables)
 
     monkeypatch.setattr(program, "train", train)
-    arguments = ["--model", "conv", "dilated", "--steps", "1", "--batch", "1", "--out", str(tmp_path)]
-    assert program.main([*arguments, "--json", str(tmp_path / "rows.json")]) == 130
-    assert [row["model"] for row in json.loads((tmp_path / "rows.json").read_text())] == ["conv"]
+    arguments = ["--model", "conv", "dilated", "--out", str(tmp_path), "--json", str(tmp_path / "rows.json")]
+    assert program.main(arguments) == 130
+    assert json.loads((tmp_path / "rows.json").read_text()) == [row]
+    assert (tmp_path / "sampling.png").exists()
     assert "interrupted: what follows is what was finished until then" in capsys.readouterr().out
+
+    arguments[1:3] = ["dilated"]
+    assert program.main(arguments) == 130
+    assert json.loads((tmp_path / "rows.json").read_text()) == []
 
 
 def test_a_missing_package_gets_one_clear_line():
