@@ -121,7 +121,7 @@ class Network(nn.Module):
     def __call__(self, canvas: jax.Array) -> jax.Array:
         """`(B, 32, 32, 1)` -> `(B, 16, 16, 11)`."""
         x = nn.relu(nn.GroupNorm(8)(nn.Conv(16, (3, 3))(canvas)))
-        x = nn.relu(nn.GroupNorm(8)(nn.Conv(self.features, (3, 3), strides=2)(x)))  # (B, 16, 16, features)
+        x = nn.Conv(self.features, (3, 3), strides=2)(x)  # (B, 16, 16, features)
         for i in range(3):
             layer = LAYERS[self.model](self.features, (3, 3), name=f"layer_{i}")
             x = x + nn.relu(nn.GroupNorm(8)(layer(x)))

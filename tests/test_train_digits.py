@@ -162,7 +162,7 @@ def test_a_short_run(tmp_path, capsys):
         assert 0 <= row["mean_iou"] <= 1
         assert 0 <= row["foreground_accuracy"] <= 1
         assert row["step_ms"] > 0
-        assert row["params"] == 56_604
+        assert row["params"] == 56_540
     assert (out / "sampling.png").read_bytes().startswith(b"\x89PNG")
 
     printed = capsys.readouterr().out
