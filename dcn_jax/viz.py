@@ -30,7 +30,8 @@ def plot_sampling(
     """Draw, for some output positions, the regular grid of the taps and where they really read, over the image.
 
     The picture of the papers: a small square where each tap of the plain convolution would read, a line from there to
-    where it reads now, and a dot there, larger and brighter the larger its modulation.
+    where it reads now, and a dot there, larger and brighter the larger its modulation. Squares and lines of one output
+    position have one colour.
 
     The artists carry labels, for `ax.legend()`; the dots are the last of `ax.collections`, for `colorbar`. The view is the
     map and one pixel around it; `ax.autoscale()` brings in dots further out, all of which read zero.
@@ -81,6 +82,7 @@ def plot_sampling(
     regular = _regular_grid(out_spatial, taps, spatial, window, strides, padding, kernel_dilation)
 
     try:
+        from matplotlib import colormaps
         from matplotlib import pyplot as plt
         from matplotlib.collections import LineCollection
     except ModuleNotFoundError as error:
@@ -102,14 +104,22 @@ def plot_sampling(
     center = grid.mean((1, 2))
     moves = np.stack([grid, reads], axis=-2).reshape(-1, 2, 2)
     modulation = modulation[rows, columns].ravel()
-    ax.add_collection(
-        LineCollection(list(moves), colors="tab:cyan", linewidths=0.7, alpha=0.7, zorder=2), autolim=False
+    hues = colormaps["Set2"](np.arange(len(rows)) % 8)  # one for each position
+    hue_of_tap: Any = np.repeat(hues, grid[0].size // 2, axis=0)
+    ax.add_collection(LineCollection(list(moves), colors=hue_of_tap, linewidths=0.8, zorder=2), autolim=False)
+    ax.scatter(
+        *grid.reshape(-1, 2).T,
+        s=12,
+        marker="s",
+        facecolors="none",
+        edgecolors=hue_of_tap,
+        linewidths=0.8,
+        label="regular grid",
     )
-    ax.scatter(*grid.reshape(-1, 2).T, s=14, marker="s", facecolors="none", edgecolors="tab:cyan", linewidths=0.8, label="regular grid")  # fmt: skip
-    ax.scatter(*center.T, s=70, marker="+", c="tab:red", linewidths=1.5, label="output position")
+    ax.scatter(*center.T, s=70, marker="+", c=hues, linewidths=1.5, label="output position")
     ax.scatter(
         *reads.reshape(-1, 2).T,
-        s=6 + 34 * modulation,
+        s=4 + 20 * modulation,
         c=modulation,
         cmap="plasma",
         vmin=0,
