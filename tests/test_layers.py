@@ -244,6 +244,13 @@ def test_the_result_s_dtype_is_that_of_flax_s_own(make, framework, options, x_dt
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", None])
+def test_offset_and_mask_are_computed_in_the_layer_s_dtype(make, dtype):
+    layer = make(4, 6, (2, 2), dtype=dtype, max_offset=2.0, mask_scale=2.0)
+    seen = jax.eval_shape(layer.look, fill(layer), X)
+    assert {value.dtype for value in seen.values()} == {jnp.dtype(dtype or jnp.float32)}
+
+
 @pytest.mark.parametrize(("make_one", "dtype", "tolerance"), [(linen, "bfloat16", 0.05), (nnx_, "float16", 0.01)])
 def test_half_precision_is_near_float32(make_one, dtype, tolerance):
     """Offsets of 0.5 and logits of 0, which both dtypes hold, so that only the products differ."""
@@ -283,6 +290,7 @@ def test_an_own_promote_dtype_is_used(make):
 
     layer = make(4, 6, (2, 2), promote_dtype=to_float16)
     assert jax.eval_shape(layer.apply, jax.eval_shape(layer.init), X).dtype == jnp.float16
+    assert jax.eval_shape(layer.look, fill(layer), X)["offset"].dtype == jnp.float16
 
 
 # ---- transformations
