@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from dcn_jax import _check
 from dcn_jax.geometry import Padding, Window, check_offset_shape, place_taps, resolve_window
-from dcn_jax.sampling import sample_groups
+from dcn_jax.sampling import locate, weighted_rows
 
 IMPLEMENTATIONS = ("xla", "pallas")
 
@@ -285,53 +286,105 @@ def _deterministic() -> bool:
 
 
 def _deform_conv_xla(call: _Call, precision: Any) -> jax.Array:
-    """The op in jax.numpy: a scan over the taps, each recomputed in the backward pass."""
+    """The op in jax.numpy: shapes with one batch axis and one axis of positions, and back."""
     window, groups, rank = call.window, call.offset_groups, len(call.window.size)
     batch, spatial, channels = call.x.shape[: -rank - 1], call.x.shape[-rank - 1 : -1], call.x.shape[-1]
-    kernel_channels, features = call.kernel.shape[-2:]
     accumulate = _check.wide(call.dtype)
 
-    # One batch axis B, kept apart from the positions: folded into them it would hide from the partitioner, and a call
+    # One batch axis B, kept apart from the positions P: folded into them it would hide from the partitioner, and a call
     # on a batch-sharded x would gather all of x on every device.
-    images = math.prod(batch)
-    x = call.x.reshape(images, *spatial, groups, channels // groups)
+    images, positions = math.prod(batch), math.prod(window.out_spatial)
     points = place_taps(call.offset, window, _check.wide(call.offset.dtype, jnp.finfo(accumulate).dtype))
-    points = points.reshape(images, *points.shape[len(batch) :])
-    taps = (
-        jnp.moveaxis(points, -2, 0),  # (K, B, *out_spatial, OG, n)
-        call.kernel.reshape(window.taps, kernel_channels, features).astype(call.dtype),
-        None
-        if call.mask is None
-        else jnp.moveaxis(call.mask.reshape(images, *window.out_spatial, groups, window.taps), -1, 0),
-    )
-    # In the accumulator's dtype already here, because the gradient of x is summed in the dtype that is gathered from.
-    x = x.astype(accumulate)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # keeps no samples for the backward pass
-    def add_tap(total, tap):
-        points, kernel, mask = tap
-        samples = jax.vmap(sample_groups)(x, points)  # (B, *out_spatial, OG, Cg)
-        if mask is not None:
-            samples = samples * mask[..., None].astype(samples.dtype)
-        # A flat matrix product: a batched one would make the gradient of the kernel contract two axes at once.
-        samples = samples.reshape(len(total), channels).astype(call.dtype)
-        return total + _multiply(samples, kernel, call.feature_groups, precision, accumulate), None
-
-    total = jnp.zeros((images * math.prod(window.out_spatial), features), accumulate)
-    total, _ = lax.scan(add_tap, total, taps)
-    y = total.reshape(*batch, *window.out_spatial, features)
+    points = points.reshape(images, positions, groups, window.taps, rank)
+    mask = jnp.ones((), points.dtype) if call.mask is None else call.mask
+    y = _sum_taps(
+        _Products(call.dtype, accumulate, call.feature_groups, precision),
+        spatial,
+        # In the accumulator's dtype already here, because the gradient of x is summed in the dtype that is gathered from.
+        call.x.reshape(images, math.prod(spatial) * groups, channels // groups).astype(accumulate),
+        call.kernel.reshape(window.taps, *call.kernel.shape[-2:]),
+        points,
+        jnp.broadcast_to(mask.reshape(mask.shape and points.shape[:-1]), points.shape[:-1]),
+    ).reshape(*batch, *window.out_spatial, call.kernel.shape[-1])
     if call.bias is not None:
         y = y.astype(_check.wide(y.dtype, call.bias.dtype))  # a bias may be wider than the rest
         y = y + lax.expand_dims(call.bias.astype(y.dtype), range(y.ndim - 1))
     return y.astype(call.out_dtype)
 
 
-def _multiply(samples: jax.Array, kernel: jax.Array, groups: int, precision: Any, dtype: jnp.dtype) -> jax.Array:
-    """`(N, C)` times one tap's matrices `(C // groups, features)`, group by group: `(N, features)`."""
-    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=dtype)
-    if groups == 1:
+class _Products(NamedTuple):
+    """How samples are multiplied with the kernel."""
+
+    dtype: jnp.dtype  # of both factors
+    accumulate: jnp.dtype
+    groups: int
+    precision: Any
+
+
+# Blocks of positions that a derivative is computed in: the scratch memory of one is about 1.1 / blocks of the im2col
+# columns, but each fills and adds a gradient of x the size of the map.
+_DERIVATIVE_BLOCKS = 3
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _sum_taps(products: _Products, spatial, x, kernel, points, mask) -> jax.Array:
+    """Σ over taps: `(B, R, Cg)`, `(K, C / groups, F)`, `(B, P, OG, K, n)`, `(B, P, OG, K)` -> `(B, P, F)`."""
+    return _sum_taps_of_block(products, spatial, x, kernel, points, mask)
+
+
+def _sum_taps_jvp(products, spatial, primals, tangents):
+    """The derivative, a block of positions at a time: of the block's samples, no more than one tap's are ever kept."""
+    active = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
+
+    def in_blocks(*arguments):
+        x, kernel, points, mask = (
+            arguments[active.index(i)] if i in active else primal for i, primal in enumerate(primals)
+        )
+        images, positions = points.shape[:2]
+        size = -(-positions // _DERIVATIVE_BLOCKS)
+        blocks = -(-positions // size)
+
+        def split(array):  # (B, P, …) -> (blocks, B, size, …)
+            array = jnp.pad(array, [(0, 0), (0, blocks * size - positions)] + [(0, 0)] * (array.ndim - 2))
+            return jnp.moveaxis(array.reshape(images, blocks, size, *array.shape[2:]), 1, 0)
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def block(_, block):
+            return None, _sum_taps_of_block(products, spatial, x, kernel, *block)
+
+        _, y = lax.scan(block, None, (split(points), split(mask)))  # (blocks, B, size, F)
+        return jnp.moveaxis(y, 0, 1).reshape(images, blocks * size, y.shape[-1])[:, :positions]
+
+    return jax.jvp(in_blocks, [primals[i] for i in active], [tangents[i] for i in active])
+
+
+_sum_taps.defjvp(_sum_taps_jvp, symbolic_zeros=True)
+
+
+def _sum_taps_of_block(products: _Products, spatial, x, kernel, points, mask) -> jax.Array:
+    """`_sum_taps`, one tap after another: a scan, each step recomputed in the backward pass."""
+    images, positions, groups = points.shape[:3]
+    channels, features = groups * x.shape[-1], kernel.shape[-1]
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # keeps no samples for the backward pass
+    def add_tap(total, tap):
+        points, mask, kernel = tap
+        samples = jax.vmap(lambda x, p, m: weighted_rows(x, *locate(p, m, spatial)))(x, points, mask)  # (B, P, OG, Cg)
+        # A flat matrix product: a batched one would make the gradient of the kernel contract two axes at once.
+        samples = samples.reshape(images * positions, channels).astype(products.dtype)
+        return total + _multiply(samples, kernel.astype(products.dtype), products), None
+
+    taps = (jnp.moveaxis(points, -2, 0), jnp.moveaxis(mask, -1, 0), kernel)  # (K, B, P, OG, n), (K, B, P, OG), …
+    total, _ = lax.scan(add_tap, jnp.zeros((images * positions, features), products.accumulate), taps)
+    return total.reshape(images, positions, features)
+
+
+def _multiply(samples: jax.Array, kernel: jax.Array, products: _Products) -> jax.Array:
+    """`(N, C)` times one tap's matrices `(C / groups, F)`, group by group: `(N, F)`."""
+    product = functools.partial(jnp.einsum, precision=products.precision, preferred_element_type=products.accumulate)
+    if products.groups == 1:
         return product("nc,cf->nf", samples, kernel)
     rows, channels, features = len(samples), *kernel.shape
-    samples = samples.reshape(rows, groups, channels)
-    kernel = kernel.reshape(channels, groups, features // groups)
+    samples = samples.reshape(rows, products.groups, channels)
+    kernel = kernel.reshape(channels, products.groups, features // products.groups)
     return product("ngc,cgf->ngf", samples, kernel).reshape(rows, features)
