@@ -6,6 +6,7 @@ implementation does just that, one tap after another, so that no more than one t
 
 import functools
 import math
+import operator
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -286,29 +287,42 @@ def _deterministic() -> bool:
 
 
 def _deform_conv_xla(call: _Call, precision: Any) -> jax.Array:
-    """The op in jax.numpy: shapes with one batch axis and one axis of positions, and back."""
+    """The op in jax.numpy, on a mesh of any kind: its axes are left to the partitioner."""
+    compute = functools.partial(_arrange, call, precision)
+    arrays = [call.x, call.kernel, call.offset, call.mask, call.bias]
+    axis_types = jax.sharding.get_abstract_mesh().axis_types
+    if jax.sharding.AxisType.Explicit not in axis_types:
+        return compute(*arrays)
+    batch = call.x.ndim - len(call.window.size) - 1
+    specs = [jax.typeof(array).sharding.spec[:batch] for array in (call.x, call.offset)]
+    sharded = [next((axis for axis in axes if axis is not None), None) for axes in zip(*specs, strict=True)]
+    out_sharding = jax.sharding.PartitionSpec(*sharded, *[None] * len(call.window.size), None)
+    return jax.sharding.auto_axes(compute, out_sharding=out_sharding)(*arrays)
+
+
+def _arrange(call: _Call, precision: Any, x, kernel, offset, mask, bias) -> jax.Array:
+    """Bring the arrays of `call` to one batch axis B and one axis of positions P, sum over the taps, and bring y back."""
     window, groups, rank = call.window, call.offset_groups, len(call.window.size)
-    batch, spatial, channels = call.x.shape[: -rank - 1], call.x.shape[-rank - 1 : -1], call.x.shape[-1]
+    batch, spatial, channels = x.shape[: -rank - 1], x.shape[-rank - 1 : -1], x.shape[-1]
     accumulate = _check.wide(call.dtype)
 
-    # One batch axis B, kept apart from the positions P: folded into them it would hide from the partitioner, and a call
-    # on a batch-sharded x would gather all of x on every device.
+    # B is kept apart from P: folded into the positions it would hide from the partitioner, and a call on a batch-sharded
+    # x would gather all of x on every device.
     images, positions = math.prod(batch), math.prod(window.out_spatial)
-    points = place_taps(call.offset, window, _check.wide(call.offset.dtype, jnp.finfo(accumulate).dtype))
+    points = place_taps(offset, window, _check.wide(offset.dtype, jnp.finfo(accumulate).dtype))
     points = points.reshape(images, positions, groups, window.taps, rank)
-    mask = jnp.ones((), points.dtype) if call.mask is None else call.mask
-    y = _sum_taps(
+    y = _jitted_sum_taps(
         _Products(call.dtype, accumulate, call.feature_groups, precision),
         spatial,
         # In the accumulator's dtype already here, because the gradient of x is summed in the dtype that is gathered from.
-        call.x.reshape(images, math.prod(spatial) * groups, channels // groups).astype(accumulate),
-        call.kernel.reshape(window.taps, *call.kernel.shape[-2:]),
+        x.reshape(images, math.prod(spatial) * groups, channels // groups).astype(accumulate),
+        kernel.reshape(window.taps, *kernel.shape[-2:]),
         points,
-        jnp.broadcast_to(mask.reshape(mask.shape and points.shape[:-1]), points.shape[:-1]),
-    ).reshape(*batch, *window.out_spatial, call.kernel.shape[-1])
-    if call.bias is not None:
-        y = y.astype(_check.wide(y.dtype, call.bias.dtype))  # a bias may be wider than the rest
-        y = y + lax.expand_dims(call.bias.astype(y.dtype), range(y.ndim - 1))
+        jnp.ones(points.shape[:-1], points.dtype) if mask is None else mask.reshape(points.shape[:-1]),
+    ).reshape(*batch, *window.out_spatial, kernel.shape[-1])
+    if bias is not None:
+        y = y.astype(_check.wide(y.dtype, bias.dtype))  # a bias may be wider than the rest
+        y = y + lax.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
     return y.astype(call.out_dtype)
 
 
@@ -359,6 +373,7 @@ def _sum_taps_jvp(products, spatial, primals, tangents):
 
 
 _sum_taps.defjvp(_sum_taps_jvp, symbolic_zeros=True)
+_jitted_sum_taps = jax.jit(_sum_taps, static_argnums=(0, 1))  # a call outside of jit compiles once, not each time
 
 
 def _sum_taps_of_block(products: _Products, spatial, x, kernel, points, mask) -> jax.Array:
@@ -375,7 +390,9 @@ def _sum_taps_of_block(products: _Products, spatial, x, kernel, points, mask) ->
         return total + _multiply(samples, kernel.astype(products.dtype), products), None
 
     taps = (jnp.moveaxis(points, -2, 0), jnp.moveaxis(mask, -1, 0), kernel)  # (K, B, P, OG, n), (K, B, P, OG), …
-    total, _ = lax.scan(add_tap, jnp.zeros((images * positions, features), products.accumulate), taps)
+    # Within shard_map a scan wants its sum, from the start, to vary over the devices that any of its arguments vary over.
+    zero = [jnp.zeros_like(array, products.accumulate, (images * positions, features)) for array in (x, *taps)]
+    total, _ = lax.scan(add_tap, functools.reduce(operator.add, zero), taps)
     return total.reshape(images, positions, features)
 
 

@@ -212,14 +212,12 @@ def test_jit_compiles_once(op):
     assert compilations(lambda: step(*second)) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="each call outside of jit compiles its scan anew")
 def test_without_jit_a_second_call_compiles_nothing(op):
     first, second = (list(map(jnp.asarray, draw((1, 3, 3, 2), (2, 2), 2, seed=seed).arrays)) for seed in (0, 1))
     assert compilations(lambda: op(*first)) > 0
     assert compilations(lambda: op(*second)) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="the scan's body takes len() of a symbolic axis")
 @needs("export")
 def test_export_with_a_symbolic_batch_and_back(op):
     """One exported program, with its gradient, serves every batch size, 1 among them."""
@@ -357,7 +355,6 @@ def test_batch_sharded_backward_sums_only_gradients_of_parameters(op, mesh, case
     assert sum(sizes) == kernel.size + bias.size
 
 
-@pytest.mark.xfail(strict=True, reason="the scan's carry starts as a constant, which varies over no device")
 @needs("sharding")
 def test_shard_map(op, mesh):
     """With its checks of what varies over the devices, forward and backward."""
@@ -368,7 +365,6 @@ def test_shard_map(op, mesh):
     jax.tree.map(functools.partial(assert_close, tolerance=1e-5), *results)
 
 
-@pytest.mark.xfail(strict=True, reason="the scan's carry starts as a constant, sharded over no device")
 @needs("sharding")
 def test_explicit_sharding(op):
     """On a mesh as `jax.make_mesh` makes it now, where shardings are part of the types."""
