@@ -61,7 +61,7 @@ def linear_sample(features: jax.Array, points: jax.Array) -> jax.Array:
     features = features.astype(_check.wide(dtype))  # the gradient is summed in the dtype that is gathered from
     *spatial, channels = features.shape
     row, weight = locate(points[..., None, :], jnp.ones((*points.shape[:-1], 1), points.dtype), spatial)
-    return weighted_rows(features.reshape(-1, channels), row, weight)[..., 0, :].astype(dtype)
+    return weighted_rows(features.reshape(math.prod(spatial), channels), row, weight)[..., 0, :].astype(dtype)
 
 
 def locate(points: jax.Array, scale: jax.Array, spatial: Sequence[int]) -> tuple[jax.Array, jax.Array]:
@@ -90,7 +90,7 @@ def locate(points: jax.Array, scale: jax.Array, spatial: Sequence[int]) -> tuple
 def weighted_rows(features: jax.Array, row: jax.Array, weight: jax.Array) -> jax.Array:
     """Σ over corners of weight · (row of features): `(R, Cg)`, `(2^n, *query)`, `(2^n, *query)` -> `(*query, Cg)`."""
     features = features.astype(_check.wide(features.dtype, weight.dtype))
-    read = [_spread(w, features) * _take(features, r) for r, w in zip(row, weight, strict=True)]
+    read = [w[..., None].astype(features.dtype) * _take(features, r) for r, w in zip(row, weight, strict=True)]
     return functools.reduce(operator.add, read)
 
 
