@@ -335,39 +335,25 @@ class _Products(NamedTuple):
     precision: Any
 
 
-# Blocks of positions that a derivative is computed in: the scratch memory of one is about 1.1 / blocks of the im2col
-# columns, but each fills and adds a gradient of x the size of the map.
-_DERIVATIVE_BLOCKS = 3
+# Blocks of positions that a derivative is computed in: more would take less scratch memory, but each step fills and adds
+# a gradient of x the size of the map.
+_DERIVATIVE_BLOCKS = 2
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _sum_taps(products: _Products, spatial, x, kernel, points, mask) -> jax.Array:
     """Σ over taps: `(B, R, Cg)`, `(K, C / groups, F)`, `(B, P, OG, K, n)`, `(B, P, OG, K)` -> `(B, P, F)`."""
-    return _sum_taps_of_block(products, spatial, x, kernel, points, mask)
+    return _scan_taps(products, spatial, x, kernel, points, mask, blocks=1)
 
 
 def _sum_taps_jvp(products, spatial, primals, tangents):
     """The derivative, a block of positions at a time: of the block's samples, no more than one tap's are ever kept."""
     active = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
+    positions = primals[2].shape[1]
 
     def in_blocks(*arguments):
-        x, kernel, points, mask = (
-            arguments[active.index(i)] if i in active else primal for i, primal in enumerate(primals)
-        )
-        images, positions = points.shape[:2]
-        size = -(-positions // _DERIVATIVE_BLOCKS)
-        blocks = -(-positions // size)
-
-        def split(array):  # (B, P, …) -> (blocks, B, size, …)
-            array = jnp.pad(array, [(0, 0), (0, blocks * size - positions)] + [(0, 0)] * (array.ndim - 2))
-            return jnp.moveaxis(array.reshape(images, blocks, size, *array.shape[2:]), 1, 0)
-
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def block(_, block):
-            return None, _sum_taps_of_block(products, spatial, x, kernel, *block)
-
-        _, y = lax.scan(block, None, (split(points), split(mask)))  # (blocks, B, size, F)
-        return jnp.moveaxis(y, 0, 1).reshape(images, blocks * size, y.shape[-1])[:, :positions]
+        whole = (arguments[active.index(i)] if i in active else primal for i, primal in enumerate(primals))
+        return _scan_taps(products, spatial, *whole, blocks=min(_DERIVATIVE_BLOCKS, positions))
 
     return jax.jvp(in_blocks, [primals[i] for i in active], [tangents[i] for i in active])
 
@@ -376,24 +362,40 @@ _sum_taps.defjvp(_sum_taps_jvp, symbolic_zeros=True)
 _jitted_sum_taps = jax.jit(_sum_taps, static_argnums=(0, 1))  # a call outside of jit compiles once, not each time
 
 
-def _sum_taps_of_block(products: _Products, spatial, x, kernel, points, mask) -> jax.Array:
-    """`_sum_taps`, one tap after another: a scan, each step recomputed in the backward pass."""
-    images, positions, groups = points.shape[:3]
+def _scan_taps(products: _Products, spatial, x, kernel, points, mask, *, blocks: int) -> jax.Array:
+    """`_sum_taps`, one block of positions and one tap after another: each step is recomputed in the backward pass."""
+    images, positions, groups, taps = mask.shape
     channels, features = groups * x.shape[-1], kernel.shape[-1]
+    size = -(-positions // blocks)
 
+    def split(array):  # (B, P, OG, K, …) -> (blocks * K, B, size, OG, …)
+        array = jnp.pad(array, [(0, 0), (0, blocks * size - positions)] + [(0, 0)] * (array.ndim - 2))
+        array = array.reshape(images, blocks, size, *array.shape[2:])
+        return jnp.moveaxis(array, (1, 4), (0, 1)).reshape(blocks * taps, images, size, groups, *array.shape[5:])
+
+    # One loop, not one within the other, and the kernel indexed, not scanned over: so XLA sees that the gradient of the
+    # kernel is a sum over the steps, and sums it over the devices once, after the loop.
     @functools.partial(jax.checkpoint, prevent_cse=False)  # keeps no samples for the backward pass
-    def add_tap(total, tap):
-        points, mask, kernel = tap
-        samples = jax.vmap(lambda x, p, m: weighted_rows(x, *locate(p, m, spatial)))(x, points, mask)  # (B, P, OG, Cg)
+    def add_tap(total, step):
+        index, points, mask = step
+        block, tap = index // taps, index % taps
+        samples = jax.vmap(lambda x, p, m: weighted_rows(x, *locate(p, m, spatial)))(
+            x, points, mask
+        )  # (B, size, OG, Cg)
         # A flat matrix product: a batched one would make the gradient of the kernel contract two axes at once.
-        samples = samples.reshape(images * positions, channels).astype(products.dtype)
-        return total + _multiply(samples, kernel.astype(products.dtype), products), None
+        samples = samples.reshape(images * size, channels).astype(products.dtype)
+        matrix = lax.dynamic_index_in_dim(kernel, tap, keepdims=False).astype(products.dtype)
+        return total.at[block].add(_multiply(samples, matrix, products), mode="promise_in_bounds"), None
 
-    taps = (jnp.moveaxis(points, -2, 0), jnp.moveaxis(mask, -1, 0), kernel)  # (K, B, P, OG, n), (K, B, P, OG), …
     # Within shard_map a scan wants its sum, from the start, to vary over the devices that any of its arguments vary over.
-    zero = [jnp.zeros_like(array, products.accumulate, (images * positions, features)) for array in (x, *taps)]
-    total, _ = lax.scan(add_tap, functools.reduce(operator.add, zero), taps)
-    return total.reshape(images, positions, features)
+    total = [
+        jnp.zeros_like(array, products.accumulate, (blocks, images * size, features))
+        for array in (x, kernel, points, mask)
+    ]
+    steps = jnp.arange(blocks * taps, dtype=jnp.int32)
+    total, _ = lax.scan(add_tap, functools.reduce(operator.add, total), (steps, split(points), split(mask)))
+    y = jnp.moveaxis(total.reshape(blocks, images, size, features), 0, 1)
+    return y.reshape(images, blocks * size, features)[:, :positions]
 
 
 def _multiply(samples: jax.Array, kernel: jax.Array, products: _Products) -> jax.Array:
