@@ -9,7 +9,7 @@ import math
 import operator
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -290,14 +290,13 @@ def _deform_conv_xla(call: _Call, precision: Any) -> jax.Array:
     """The op in jax.numpy, on a mesh of any kind: its axes are left to the partitioner."""
     compute = functools.partial(_arrange, call, precision)
     arrays = [call.x, call.kernel, call.offset, call.mask, call.bias]
-    axis_types = jax.sharding.get_abstract_mesh().axis_types
-    if jax.sharding.AxisType.Explicit not in axis_types:
-        return compute(*arrays)
-    batch = call.x.ndim - len(call.window.size) - 1
-    specs = [jax.typeof(array).sharding.spec[:batch] for array in (call.x, call.offset)]
-    sharded = [next((axis for axis in axes if axis is not None), None) for axes in zip(*specs, strict=True)]
-    out_sharding = jax.sharding.PartitionSpec(*sharded, *[None] * len(call.window.size), None)
-    return jax.sharding.auto_axes(compute, out_sharding=out_sharding)(*arrays)
+    if jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        batch = call.x.ndim - len(call.window.size) - 1
+        specs = [jax.typeof(array).sharding.spec[:batch] for array in (call.x, call.offset)]
+        sharded = [next((axis for axis in axes if axis is not None), None) for axes in zip(*specs, strict=True)]
+        out_sharding = jax.sharding.PartitionSpec(*sharded, *[None] * len(call.window.size), None)
+        compute = cast(Any, jax.sharding.auto_axes(compute, out_sharding=out_sharding))
+    return compute(*arrays)
 
 
 def _arrange(call: _Call, precision: Any, x, kernel, offset, mask, bias) -> jax.Array:
