@@ -355,7 +355,7 @@ def test_batch_sharded_backward_sums_only_gradients_of_parameters(op, mesh, case
     assert sum(sizes) == kernel.size + bias.size
 
 
-@needs("sharding")
+@needs("shard_map")
 def test_shard_map(op, mesh):
     """With its checks of what varies over the devices, forward and backward."""
     case = SHARDED[0].values[0]
