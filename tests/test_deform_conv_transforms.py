@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
+from programs import collectives
 
 needs = pytest.mark.needs
 
@@ -244,30 +244,6 @@ SPECS = P("data"), P(), P("data"), P("data"), P()
 def mesh():
     """Eight devices for the batch, with axes as in a plain `jit` (the partitioner propagates shardings)."""
     return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-
-
-def collectives(program):
-    """(opcode, shapes of the results, whether it runs in a loop) of every collective of a compiled program."""
-    bodies, called, found, computation = set(), {}, [], None
-    for line in program.splitlines():
-        if line.endswith("{") and ("->" in line or line.startswith("ENTRY")):
-            computation = line.removeprefix("ENTRY ").split()[0].lstrip("%")
-        if computation is None or " = " not in line:
-            continue
-        names = re.findall(r"(?:calls|to_apply|body|condition|branch_computations)=\{?%?([\w.-]+)", line)
-        called.setdefault(computation, set()).update(names)
-        bodies.update(re.findall(r"body=%?([\w.-]+)", line))
-        result, opcode = re.match(r"\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(", line).groups()
-        if re.match("all-|reduce-scatter|collective-|send|recv|ragged", opcode) and not opcode.endswith("-done"):
-            shapes = [tuple(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\w+\[([\d,]*)\]", result)]
-            found.append((opcode, shapes, computation))
-    looped = set()
-    while bodies:
-        computation = bodies.pop()
-        if computation not in looped:
-            looped.add(computation)
-            bodies |= called.get(computation, set())
-    return [(opcode, shapes, computation in looped) for opcode, shapes, computation in found]
 
 
 def test_collectives_are_found(mesh):

@@ -1,0 +1,49 @@
+"""What the compilers of GPUs and TPUs make of the op, on a machine that has neither (`make test-aot`)."""
+
+import aot
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import draw
+
+import dcn_jax
+
+
+def device_of(kind, count=1):
+    """Devices of a kind; skips the test where its compiler is not installed."""
+    if reason := aot.missing(kind):
+        pytest.skip(reason)
+    return aot.devices(kind, count)[:count]
+
+
+# Small maps of every rank, and each way in which channels go in groups
+CASES = {
+    "1-D": draw((2, 40, 16), (3,), 8),
+    "2-D": draw((2, 9, 12, 16), (3, 3), 24),
+    "3-D": draw((1, 4, 5, 6, 8), (2, 3, 2), 8),
+    "groups": draw((2, 9, 12, 16), (3, 3), 8, feature_group_count=4, offset_groups=2, strides=2),
+    "depthwise": draw((2, 9, 12, 16), (3, 3), 16, feature_group_count=16, kernel_dilation=2, mask=False, bias=False),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kind", ["H100", "TPU v5e", "TPU v6e"])
+def test_compiles(kind, name, dtype):
+    """The op, all its gradients and its tangent."""
+    (device,) = device_of(kind)
+    case = CASES[name]
+    given = [i for i, array in enumerate(case.arrays) if array is not None]
+
+    def op(*arrays):
+        arguments = dict(zip(given, arrays, strict=True))
+        return dcn_jax.deform_conv(*map(arguments.get, range(5)), implementation="xla", **case.options)
+
+    def everything(*arrays):
+        y, pull = jax.vjp(op, *arrays)
+        return y, pull(y), jax.jvp(op, arrays, arrays)
+
+    shapes = [jax.ShapeDtypeStruct(case.arrays[i].shape, dtype) for i in given]
+    y, gradients, _ = aot.compile_for(device, everything, *shapes).out_info
+    assert y.shape == jax.eval_shape(op, *shapes).shape
+    assert [(g.shape, g.dtype) for g in gradients] == [(s.shape, s.dtype) for s in shapes]
