@@ -25,7 +25,7 @@ test-aot: ## compile for GPUs and TPUs that are not here, and check the memory t
 	@$(MAKE) --no-print-directory VENV=$(VENV)-aot test-aot-here
 
 test-aot-here: $(VENV)/installed-aot
-	JAX_PLATFORMS=cpu $(PYTEST) tests/test_aot.py $(ARGS)
+	JAX_PLATFORMS=cpu $(PYTEST) tests/test_*aot.py $(ARGS)
 
 bench: $(VENV)/installed-examples ## time the op beside the plain convolution (ARGS="--help" for the options)
 	$(BIN)/python examples/benchmark.py $(ARGS)
