@@ -779,7 +779,7 @@ def _zeros(like, shape):
 _PROGRAMS = 264  # that a sum over positions is split into: two for each multiprocessor of an H100
 
 # Chosen from what the compiler makes of them for an H100, not from times: none spills a register, and where nothing else
-# is said at most 128 registers a thread leave two programs of 256 threads to a multiprocessor, so that one multiplies
+# is said about 128 registers a thread leave two programs of 256 threads to a multiprocessor, so that one multiplies
 # while the other gathers. One stage: with more, the gathers are copied past the first-level cache, in which the taps of a
 # tile find each other's pixels. Each row: what makes a product, then the largest tile of each kernel.
 _TILES = {
@@ -791,6 +791,13 @@ _TILES = {
         "backward_x": _Tile(64, 64, 64, 8),
         "backward_points": _Tile(64, 64, 32, 8),
         "backward_kernel": _Tile(64, 64, 128, 8),
+    },
+    "half, odd": {  # channels or features not in eights are loaded one by one, each by an address of its own
+        "forward": _Tile(64, 32, 64, 8),
+        "forward, wide": _Tile(64, 32, 64, 8),
+        "backward_x": _Tile(64, 32, 64, 8),
+        "backward_points": _Tile(32, 32, 32, 8),
+        "backward_kernel": _Tile(32, 32, 64, 8),
     },
     "TF32_TF32_F32": {
         "forward": _Tile(64, 32, 128, 8),
@@ -822,7 +829,8 @@ def _tile(kernel: str, plan: _Plan, channels: int, features: int) -> _Tile:
     channels, features = channels // plan.segments, features // plan.feature_groups
     if kernel == "forward" and features > 128:
         kernel = "forward, wide"
-    tile = _INTERPRETED if plan.interpret else _TILES[plan.product.name if plan.dtype == "float32" else "half"][kernel]
+    half = "half, odd" if channels % 8 or features % 8 else "half"
+    tile = _INTERPRETED if plan.interpret else _TILES[plan.product.name if plan.dtype == "float32" else half][kernel]
 
     def fit(limit, size):
         return max(16, min(limit, pl.next_power_of_2(size)))
