@@ -8,7 +8,7 @@ import functools
 import math
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -287,8 +287,12 @@ def _deterministic() -> bool:
 
 
 def _deform_conv_xla(call: _Call, precision: Any) -> jax.Array:
-    """The op in jax.numpy, on a mesh of any kind: its axes are left to the partitioner."""
-    compute = functools.partial(_arrange, call, precision)
+    """The op in jax.numpy."""
+    return _on_any_mesh(call, functools.partial(_arrange, call, precision))
+
+
+def _on_any_mesh(call: _Call, compute: Callable) -> jax.Array:
+    """`compute` of the arrays of `call`, on a mesh of any kind: its axes are left to the partitioner."""
     arrays = [call.x, call.kernel, call.offset, call.mask, call.bias]
     if jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
         batch = call.x.ndim - len(call.window.size) - 1

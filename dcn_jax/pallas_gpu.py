@@ -33,7 +33,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.ref import addupdate
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dcn_jax.deform_conv import _Call, _deform_conv_xla
+from dcn_jax.deform_conv import _Call, _deform_conv_xla, _on_any_mesh
 from dcn_jax.geometry import Window
 from dcn_jax.sampling import corners
 
@@ -101,8 +101,6 @@ def refusal(call: _Call, precision: Any) -> str | None:
 
 def deform_conv(call: _Call, precision: Any) -> jax.Array:
     """`dcn_jax.deform_conv` of checked arguments that `refusal` has nothing against."""
-    rank = len(call.window.size)
-    batch = call.x.shape[: -rank - 1]
     if 0 in (call.x.size, call.kernel.size):
         return _deform_conv_xla(call, precision)  # no products to make: a GPU has no kernel without programs
     plan = _Plan(
@@ -110,18 +108,22 @@ def deform_conv(call: _Call, precision: Any) -> jax.Array:
         call.out_dtype.name if call.out_dtype.name in DTYPES else "float32",
         cast(lax.DotAlgorithmPreset, _product(precision)), precision, _interpreting,
     )  # fmt: skip
-    bias = call.bias if call.bias is None or call.bias.dtype.name in DTYPES else None
-    operands = (
-        call.x.reshape(-1, *call.x.shape[len(batch) :]),
-        call.kernel,
-        _readable(call.offset).reshape(-1, *call.offset.shape[len(batch) :]),
-        None if call.mask is None else _readable(call.mask).reshape(-1, *call.mask.shape[len(batch) :]),
-        bias,
-    )
+    return _on_any_mesh(call, functools.partial(_arrange, plan, call.out_dtype))
+
+
+def _arrange(plan: _Plan, out_dtype, x, kernel, offset, mask, bias) -> jax.Array:
+    """Bring the arrays to one batch axis and to what the kernels read, and y back."""
+    batch = x.ndim - len(plan.window.size) - 1
+
+    def flat(array):
+        return array.reshape(-1, *array.shape[batch:])
+
+    inside = bias if bias is not None and bias.dtype.name in DTYPES else None
+    operands = flat(x), kernel, flat(_readable(offset)), None if mask is None else flat(_readable(mask)), inside
     y = cast(jax.Array, _op(plan, *jax.tree.map(_reverse_only, _same_axes(operands))))
-    y = y.reshape(*batch, *y.shape[1:]).astype(call.out_dtype)
-    if bias is None and call.bias is not None:  # one wider than the kernels' arithmetic
-        y = y + lax.expand_dims(call.bias.astype(y.dtype), range(y.ndim - 1))
+    y = y.reshape(*x.shape[:batch], *y.shape[1:]).astype(out_dtype)
+    if bias is not None and inside is None:  # one wider than the kernels' arithmetic
+        y = y + lax.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
     return y
 
 
