@@ -1,0 +1,166 @@
+"""What the compiler for an H100 makes of the fused GPU kernels, on a machine that has none (`make test-aot`)."""
+
+import functools
+import importlib.util
+import math
+import pathlib
+import re
+import shutil
+import subprocess
+
+import aot
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from dcn_jax import deform_conv
+
+if reason := aot.missing("H100"):
+    pytest.skip(reason, allow_module_level=True)
+
+# ResNet-50's deformable layers at 800×1344 in batches of 8, and a small map: x and features, all 3×3.
+WORKLOADS = {
+    "conv3": ((8, 100, 168, 128), 128),
+    "conv4": ((8, 50, 84, 256), 256),
+    "conv5": ((8, 25, 42, 512), 512),
+    "small": ((16, 56, 56, 64), 64),
+}
+# Channels and features that fill no tile, in one group and in many.
+RAGGED = {
+    "odd": ((2, 33, 47, 45), 21, {}),
+    "wide": ((2, 33, 47, 24), 300, {}),
+    "groups": ((2, 33, 47, 48), 72, {"feature_group_count": 6, "offset_groups": 4}),
+}
+FORWARD = {"deform_conv_forward"}
+BACKWARD = {"deform_conv_backward_x", "deform_conv_backward_points", "deform_conv_backward_kernel"}
+
+
+def program(x, features, dtype, mode, *, feature_group_count=1, offset_groups=1, precision=None):
+    """A function and the shapes of its arguments; "backward" is the gradients alone."""
+    *positions, channels = x
+    shapes = [
+        jax.ShapeDtypeStruct(shape, kind)
+        for shape, kind in [
+            (x, dtype),
+            ((3, 3, channels // feature_group_count, features), dtype),
+            ((*positions, 18 * offset_groups), jnp.float32),
+            ((*positions, 9 * offset_groups), jnp.float32),
+            ((*positions, features), dtype),
+        ]
+    ]
+    op = functools.partial(
+        deform_conv, feature_group_count=feature_group_count, precision=precision, implementation="pallas"
+    )
+    if mode == "forward":
+        return op, shapes[:4]
+    return lambda *arrays: jax.vjp(op, *arrays[:4])[1](arrays[4]), shapes
+
+
+def compile_with_ptx(folder, f, shapes):
+    """The program compiled for an H100, and the PTX of each of its kernels by name."""
+    (device, *_) = aot.devices("H100")
+    shapes = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=SingleDeviceSharding(device)) for s in shapes]
+    options = {"xla_dump_to": str(folder)}
+    if jax.__version_info__ >= (0, 12):
+        options["xla_dump_emitter_re"] = ".*ptx.*"  # without it 0.12 dumps no PTX
+    with aot.target("NVIDIA H100"):
+        lowered = jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",))
+    compiled = lowered.compile(compiler_options=options)
+    kernels = {}
+    for file in pathlib.Path(folder).glob("*.ptx"):
+        for name in re.findall(r"\.entry (deform_conv_\w+)", file.read_text()):
+            kernels[name] = file
+    return compiled, kernels
+
+
+def spilled(file):
+    """Bytes of registers that the assembler spills; None where there is no assembler to ask."""
+    ptxas = shutil.which("ptxas")
+    if ptxas is None and (nvidia := importlib.util.find_spec("nvidia")):
+        found = [path for root in nvidia.submodule_search_locations for path in pathlib.Path(root).glob("**/bin/ptxas")]
+        ptxas = found[0] if found else None
+    if ptxas is None:
+        return None
+    command = [ptxas, "-v", "--gpu-name", "sm_90a", "-o", file.with_suffix(".cubin"), file]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+
+
+def check_kernels(kernels, names, instruction="wgmma.mma_async"):
+    """All there, on the tensor cores, and without spilled registers."""
+    assert set(kernels) == names
+    for file in kernels.values():
+        if instruction:
+            assert instruction in file.read_text()
+        assert spilled(file) in (0, None)
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_workloads(tmp_path, name, dtype, mode):
+    """Tensor cores, no spills, and next to no scratch memory: in the backward a float32 copy of x."""
+    x, features = WORKLOADS[name]
+    compiled, kernels = compile_with_ptx(tmp_path, *program(x, features, dtype, mode))
+    check_kernels(kernels, FORWARD if mode == "forward" else BACKWARD)
+    columns = math.prod(x) * 9 * jnp.dtype(dtype).itemsize
+    allowed = 0.02 * columns + (4 * math.prod(x) if mode == "backward" else 0)
+    assert compiled.memory_analysis().temp_size_in_bytes <= allowed
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("name", RAGGED)
+def test_ragged_channels_and_features(tmp_path, name, dtype, mode):
+    x, features, options = RAGGED[name]
+    _, kernels = compile_with_ptx(tmp_path, *program(x, features, dtype, mode, **options))
+    check_kernels(kernels, FORWARD if mode == "forward" else BACKWARD, "mma")
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("precision", "instruction"),
+    [(lax.DotAlgorithmPreset.TF32_TF32_F32_X3, "wgmma.mma_async"), (lax.Precision.HIGHEST, None)],
+    ids=["TF32x3", "HIGHEST"],
+)
+def test_precisions(tmp_path, precision, instruction, mode):
+    f, shapes = program(*WORKLOADS["conv4"], jnp.float32, mode, precision=precision)
+    _, kernels = compile_with_ptx(tmp_path, f, shapes)
+    check_kernels(kernels, FORWARD if mode == "forward" else BACKWARD, instruction)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("gpu", ["NVIDIA A100", "NVIDIA B200"])
+def test_lowers_for_other_gpus(gpu, dtype):
+    for x, features in WORKLOADS.values():
+        f, shapes = program(x, features, dtype, "backward")
+        with aot.target(gpu):
+            text = jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+        assert set(re.findall(r'name = "(deform_conv_backward\w+)"', text)) == BACKWARD
+
+
+@pytest.mark.parametrize("over", ["jit", "shard_map"])
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_batch_sharded_it_stays_local(mode, over):
+    """Under plain `jit` on 8 GPUs, or in `shard_map` with its checks, all they exchange is the gradient of the kernel."""
+    mesh = Mesh(np.array(aot.devices("H100", 8)[:8]), ("data",))
+    f, shapes = program((16, 32, 32, 64), 64, jnp.bfloat16, mode)
+    places = [P() if i == 1 else P("data") for i in range(len(shapes))]
+    if over == "shard_map":
+        results = (P("data"), P(), P("data"), P("data")) if mode == "backward" else P("data")
+        f = jax.shard_map(f, mesh=mesh, in_specs=tuple(places), out_specs=results)
+    shapes = [
+        jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, p))
+        for s, p in zip(shapes, places, strict=True)
+    ]
+    with aot.target("NVIDIA H100"):
+        text = jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).compile().as_text()
+    found = re.findall(r"= (\S+).* (all-\w+|reduce-scatter|collective-\w+?)(?:-start)?\(", text)
+    assert [kind for _, kind in found] == (["all-reduce"] if mode == "backward" else [])
+    assert all(
+        math.prod(map(int, re.search(r"\[([\d,]+)\]", shape)[1].split(","))) == 9 * 64 * 64 for shape, _ in found
+    )
