@@ -122,6 +122,7 @@ class Peer:
         self.process: Any = subprocess.Popen(
             [python, str(script), str(threads())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             start_new_session=True,  # Ctrl-C is ours to answer
+            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},  # its threads do not spin on into the next one's turn
         )  # fmt: skip
         self.version = self._answer()["version"]
 
