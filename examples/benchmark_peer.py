@@ -50,14 +50,17 @@ def prepare(work, dtype, mode, device, copies, allow_tf32):
         if device == "cuda":
             torch.cuda.synchronize()
 
+    def call(arguments):
+        y = convolve(*arguments)
+        if mode != "forward":
+            torch.autograd.grad(y, arguments, cotangent)
+
     def run(calls):
+        call(inputs[-1])  # counts for nothing: caches hold what another's turn left
         synchronize()
         start = time.perf_counter()
-        for call in range(calls):
-            arguments = inputs[call % copies]
-            y = convolve(*arguments)
-            if mode != "forward":
-                torch.autograd.grad(y, arguments, cotangent)
+        for i in range(calls):
+            call(inputs[i % copies])
         synchronize()
         return 1e3 * (time.perf_counter() - start) / calls
 
