@@ -338,31 +338,40 @@ class _Products(NamedTuple):
     precision: Any
 
 
-# Blocks of positions that a derivative is computed in: more would take less scratch memory, but each step fills and adds
-# a gradient of x the size of the map.
-_DERIVATIVE_BLOCKS = 2
+# Blocks of positions that the result and its derivative are computed in. More take less scratch memory, but cost time: each
+# step of a derivative fills and adds a gradient of x the size of the map. A TPU keeps all rows that a sample is the mean of,
+# each padded to 128 channels, where the others keep the sample alone.
+_BLOCKS = {"tpu": (8, 8), "default": (1, 2)}
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _sum_taps(products: _Products, spatial, x, kernel, points, mask) -> jax.Array:
     """Σ over taps: `(B, R, Cg)`, `(K, C / groups, F)`, `(B, P, OG, K, n)`, `(B, P, OG, K)` -> `(B, P, F)`."""
-    return _scan_taps(products, spatial, x, kernel, points, mask, blocks=1)
+    return _in_blocks(products, spatial, x, kernel, points, mask, derivative=False)
 
 
 def _sum_taps_jvp(products, spatial, primals, tangents):
     """The derivative, a block of positions at a time: of the block's samples, no more than one tap's are ever kept."""
     active = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
-    positions = primals[2].shape[1]
 
-    def in_blocks(*arguments):
+    def derive(*arguments):
         whole = (arguments[active.index(i)] if i in active else primal for i, primal in enumerate(primals))
-        return _scan_taps(products, spatial, *whole, blocks=min(_DERIVATIVE_BLOCKS, positions))
+        return _in_blocks(products, spatial, *whole, derivative=True)
 
-    return jax.jvp(in_blocks, [primals[i] for i in active], [tangents[i] for i in active])
+    return jax.jvp(derive, [primals[i] for i in active], [tangents[i] for i in active])
 
 
 _sum_taps.defjvp(_sum_taps_jvp, symbolic_zeros=True)
 _jitted_sum_taps = jax.jit(_sum_taps, static_argnums=(0, 1))  # a call outside of jit compiles once, not each time
+
+
+def _in_blocks(products: _Products, spatial, x, kernel, points, mask, *, derivative: bool) -> jax.Array:
+    """`_sum_taps`, in as many blocks of positions as suit the platform that it is compiled for."""
+    scans = {
+        platform: functools.partial(_scan_taps, products, spatial, blocks=min(blocks[derivative], points.shape[1]))
+        for platform, blocks in _BLOCKS.items()
+    }
+    return lax.platform_dependent(x, kernel, points, mask, **scans)
 
 
 def _scan_taps(products: _Products, spatial, x, kernel, points, mask, *, blocks: int) -> jax.Array:
