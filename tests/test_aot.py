@@ -1,10 +1,19 @@
 """What the compilers of GPUs and TPUs make of the op, on a machine that has neither (`make test-aot`)."""
 
+import functools
+import math
+
 import aot
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from cases import draw
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from programs import collectives
+from scratch import DETECTOR, LIMITS, share
+from workloads import Workload
 
 import dcn_jax
 
@@ -47,3 +56,35 @@ def test_compiles(kind, name, dtype):
     y, gradients, _ = aot.compile_for(device, everything, *shapes).out_info
     assert y.shape == jax.eval_shape(op, *shapes).shape
     assert [(g.shape, g.dtype) for g in gradients] == [(s.shape, s.dtype) for s in shapes]
+
+
+@pytest.mark.parametrize("mode", LIMITS)
+@pytest.mark.parametrize("name", DETECTOR)
+@pytest.mark.parametrize("kind", ["H100", "TPU v5e"])
+def test_scratch(kind, name, mode):
+    """Within the limits that hold on a CPU."""
+    compile_there = functools.partial(aot.compile_for, *device_of(kind))
+    assert share(compile_there, DETECTOR[name], mode) <= LIMITS[mode]
+
+
+@pytest.mark.parametrize("offset_groups", [1, 4])
+@pytest.mark.parametrize(("kind", "count"), [("H100", 8), ("TPU v5e", 4)])
+def test_batch_sharded_gradients_are_summed_once(kind, count, offset_groups):
+    """Under plain `jit`: one sum over the devices for the gradient of the kernel, after the loop, and nothing else."""
+    mesh = Mesh(np.array(device_of(kind, count)), ("data",))
+    workload = Workload((8, 32, 32, 64), 64, offset_groups=offset_groups)
+    op = functools.partial(workload.deform_conv, implementation="xla")
+    x, kernel, offset, mask = workload.shapes(jnp.float32)
+
+    def step(cotangent, *arrays):
+        y, pull = jax.vjp(op, *arrays)
+        return y, pull(cotangent)
+
+    placed = [
+        jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))
+        for shape, spec in ((x, P("data")), (x, P("data")), (kernel, P()), (offset, P("data")), (mask, P("data")))
+    ]  # the result is of the shape of x
+    found = collectives(aot.compile_for(mesh.devices.flat[0], step, *placed).as_text())
+    # Started apart from its end, as on a GPU, a sum may show what it adds beside its result, the last shape.
+    sums = [(opcode.removesuffix("-start"), math.prod(shapes[-1]), in_loop) for opcode, shapes, in_loop in found]
+    assert sums == [("all-reduce", kernel.size, False)]

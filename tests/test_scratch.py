@@ -3,32 +3,42 @@
 import jax
 import jax.numpy as jnp
 import pytest
-
-from dcn_jax import deform_conv
-
-LIMITS = {"forward": 0.30, "forward_backward": 0.75}
+from scratch import DETECTOR, LIMITS, share
+from workloads import FIVE, WORKLOADS
 
 
-@pytest.mark.parametrize(("groups", "offset_groups"), [(1, 1), (4, 1), (1, 4)])
+def compile_here(f, *shapes):
+    return jax.jit(f).lower(*shapes).compile()
+
+
 @pytest.mark.parametrize("mode", LIMITS)
-def test_scratch(mode, groups, offset_groups):
-    """Of a ResNet-50's conv4 in a detector, batch 8: compiled, not run."""
-    images, height, width, channels, taps = 8, 50, 76, 256, 9
-    shape = jax.ShapeDtypeStruct
-    arguments = [
-        shape((images, height, width, channels), jnp.float32),
-        shape((3, 3, channels // groups, channels), jnp.float32),
-        shape((images, height, width, offset_groups * taps * 2), jnp.float32),
-        shape((images, height, width, offset_groups * taps), jnp.float32),
-    ]
+@pytest.mark.parametrize("name", DETECTOR)
+def test_scratch(name, mode):
+    assert share(compile_here, DETECTOR[name], mode) <= LIMITS[mode]
 
-    def forward(*arrays):
-        return deform_conv(*arrays, feature_group_count=groups, implementation="xla")
 
-    def forward_backward(*arrays):
-        y, pull = jax.vjp(forward, *arrays)
-        return y, pull(y)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", LIMITS)
+@pytest.mark.parametrize("name", FIVE)
+def test_scratch_of_the_five(request, name, mode):
+    """The workloads by which the benchmark judges."""
+    if name == "small":
+        reason = (
+            "of 32 channels the positions and modulations alone are an eighth: 0.316 forward, 0.75007 with the backward"
+        )
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    assert share(compile_here, WORKLOADS[name], mode) <= LIMITS[mode]
 
-    program = jax.jit({"forward": forward, "forward_backward": forward_backward}[mode]).lower(*arguments).compile()
-    columns = images * height * width * taps * channels * 4
-    assert program.memory_analysis().temp_size_in_bytes <= LIMITS[mode] * columns
+
+def test_columns_would_be_found():
+    """A program that does keep columns is above each limit."""
+    workload = WORKLOADS["small"]
+
+    def compile_with_columns(f, *shapes):
+        def with_columns(x, *rest):
+            columns = jax.lax.optimization_barrier(jnp.concatenate([x] * 9, axis=-1))
+            return f(x, *rest), jnp.sort(columns, axis=-1)[..., 0]
+
+        return compile_here(with_columns, *shapes)
+
+    assert share(compile_with_columns, workload, "forward") > share(compile_here, workload, "forward") + 0.8

@@ -1,0 +1,33 @@
+"""How much memory a compiled call needs beside its arguments and results, as a share of the columns of an im2col."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from workloads import Workload
+
+# Of the columns, P · K · C float32 numbers
+LIMITS = {"forward": 0.30, "forward + backward": 0.75}
+
+# A ResNet-50's conv4 in a detector, batch 8: its channels together, convolved in groups, and read in groups
+DETECTOR = {
+    "dense": Workload((8, 50, 76, 256), 256),
+    "groups": Workload((8, 50, 76, 256), 256, groups=4),
+    "offset groups": Workload((8, 50, 76, 256), 256, offset_groups=4),
+}
+
+
+def share(compile, workload, mode):
+    """Bytes of scratch over those of the columns; `compile(f, *shapes)` gives a compiled program. Nothing runs."""
+    shapes = workload.shapes(jnp.float32)
+    forward = functools.partial(workload.deform_conv, implementation="xla")
+
+    def forward_and_backward(cotangent, *arrays):
+        y, pull = jax.vjp(forward, *arrays)
+        return y, pull(cotangent)
+
+    if mode == "forward":
+        program = compile(forward, *shapes)
+    else:
+        program = compile(forward_and_backward, jax.eval_shape(forward, *shapes), *shapes)
+    return program.memory_analysis().temp_size_in_bytes / (4 * workload.columns)
