@@ -338,12 +338,6 @@ class _Products(NamedTuple):
     precision: Any
 
 
-# Blocks of positions that the result and its derivative are computed in. More take less scratch memory, but cost time: each
-# step of a derivative fills and adds a gradient of x the size of the map. A TPU keeps all rows that a sample is the mean of,
-# each padded to 128 channels, where the others keep the sample alone.
-_BLOCKS = {"tpu": (8, 8), "default": (1, 2)}
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _sum_taps(products: _Products, spatial, x, kernel, points, mask) -> jax.Array:
     """Σ over taps: `(B, R, Cg)`, `(K, C / groups, F)`, `(B, P, OG, K, n)`, `(B, P, OG, K)` -> `(B, P, F)`."""
@@ -358,7 +352,9 @@ def _sum_taps_jvp(products, spatial, primals, tangents):
         whole = (arguments[active.index(i)] if i in active else primal for i, primal in enumerate(primals))
         return _in_blocks(products, spatial, *whole, derivative=True)
 
-    return jax.jvp(derive, [primals[i] for i in active], [tangents[i] for i in active])
+    # The result itself in as few blocks as without a derivative: nothing is kept for it.
+    y = _in_blocks(products, spatial, *primals, derivative=False)
+    return y, jax.jvp(derive, [primals[i] for i in active], [tangents[i] for i in active])[1]
 
 
 _sum_taps.defjvp(_sum_taps_jvp, symbolic_zeros=True)
@@ -368,10 +364,27 @@ _jitted_sum_taps = jax.jit(_sum_taps, static_argnums=(0, 1))  # a call outside o
 def _in_blocks(products: _Products, spatial, x, kernel, points, mask, *, derivative: bool) -> jax.Array:
     """`_sum_taps`, in as many blocks of positions as suit the platform that it is compiled for."""
     scans = {
-        platform: functools.partial(_scan_taps, products, spatial, blocks=min(blocks[derivative], points.shape[1]))
-        for platform, blocks in _BLOCKS.items()
+        platform: functools.partial(_scan_taps, products, spatial, blocks=min(blocks, points.shape[1]))
+        for platform, blocks in _blocks(products, x, points, derivative).items()
     }
     return lax.platform_dependent(x, kernel, points, mask, **scans)
+
+
+def _blocks(products: _Products, x, points, derivative: bool) -> dict[str, int]:
+    """Into how many blocks of positions each platform cuts the sum: more take less scratch memory, but each costs time."""
+    images, positions, groups = points.shape[:3]
+    channels = groups * x.shape[-1]
+    samples = positions * channels * x.dtype.itemsize  # bytes that a tap reads
+    if isinstance(images, int):  # and is not symbolic, known only when an exported program is called
+        samples *= images
+    few = 2 if derivative else 1
+    blocks = {
+        "default": few,
+        "cpu": few * max(1, round(samples / 1.75e6)),  # a block's samples stay in the caches
+        # It keeps the 2^n rows of each sample, and pads rows, and groups of channels, to 128 channels.
+        "tpu": few if min(x.shape[-1], channels // products.groups) >= 128 else 8,
+    }
+    return {platform: n for platform, n in blocks.items() if platform == "default" or n != few}
 
 
 def _scan_taps(products: _Products, spatial, x, kernel, points, mask, *, blocks: int) -> jax.Array:
@@ -379,33 +392,43 @@ def _scan_taps(products: _Products, spatial, x, kernel, points, mask, *, blocks:
     images, positions, groups, taps = mask.shape
     channels, features = groups * x.shape[-1], kernel.shape[-1]
     size = -(-positions // blocks)
+    several = (
+        (groups,) if groups > 1 else ()
+    )  # without an axis of one group, for which XLA's CPU backend would copy arrays
 
-    def split(array):  # (B, P, OG, K, …) -> (blocks * K, B, size, OG, …)
-        array = jnp.pad(array, [(0, 0), (0, blocks * size - positions)] + [(0, 0)] * (array.ndim - 2))
-        array = array.reshape(images, blocks, size, *array.shape[2:])
-        return jnp.moveaxis(array, (1, 4), (0, 1)).reshape(blocks * taps, images, size, groups, *array.shape[5:])
+    def whole_blocks(array):  # (B, P, OG, K, …) -> (B, blocks * size, OG, K * …)
+        array = array.reshape(images, positions, *several, math.prod(array.shape[3:]))
+        return jnp.pad(array, [(0, 0), (0, blocks * size - positions)] + [(0, 0)] * (array.ndim - 2))
 
-    # One loop, not one within the other, and the kernel indexed, not scanned over: so XLA sees that the gradient of the
-    # kernel is a sum over the steps, and sums it over the devices once, after the loop.
+    def take(array, block, tap):  # (B, blocks * size, OG, K * …) -> (B, size, OG, …)
+        width, zero = array.shape[-1] // taps, jnp.zeros_like(tap)
+        start, shape = (zero, block * size, *[zero for _ in several], tap * width), (images, size, *several, width)
+        return lax.dynamic_slice(array, start, shape, allow_negative_indices=False).reshape(images, size, groups, width)
+
+    points, mask = whole_blocks(points), whole_blocks(mask)
+
+    # One loop, not one within the other, whose arrays are indexed where they lie and not scanned over: so none is moved,
+    # and XLA sees that the gradient of the kernel is a sum over the steps, which it takes over devices once, after the loop.
     @functools.partial(jax.checkpoint, prevent_cse=False)  # keeps no samples for the backward pass
     def add_tap(total, step):
-        index, points, mask = step
-        block, tap = index // taps, index % taps
-        samples = jax.vmap(lambda x, p, m: weighted_rows(x, *locate(p, m, spatial)))(
-            x, points, mask
-        )  # (B, size, OG, Cg)
+        block, tap = step
+        where = locate(take(points, block, tap), take(mask, block, tap)[..., 0], spatial)
+        samples = jax.vmap(weighted_rows)(x, *where)  # (B, size, OG, Cg)
         # A flat matrix product: a batched one would make the gradient of the kernel contract two axes at once.
         samples = samples.reshape(images * size, channels).astype(products.dtype)
-        matrix = lax.dynamic_index_in_dim(kernel, tap, keepdims=False).astype(products.dtype)
-        return total.at[block].add(_multiply(samples, matrix, products), mode="promise_in_bounds"), None
+        matrix = lax.dynamic_index_in_dim(kernel, tap, keepdims=False, allow_negative_indices=False)
+        product = _multiply(samples, matrix.astype(products.dtype), products)
+        if blocks == 1:
+            return total + product[None], None
+        return total.at[block].add(product, mode="promise_in_bounds"), None
 
     # Within shard_map a scan wants its sum, from the start, to vary over the devices that any of its arguments vary over.
     total = [
         jnp.zeros_like(array, products.accumulate, (blocks, images * size, features))
         for array in (x, kernel, points, mask)
     ]
-    steps = jnp.arange(blocks * taps, dtype=jnp.int32)
-    total, _ = lax.scan(add_tap, functools.reduce(operator.add, total), (steps, split(points), split(mask)))
+    steps = jnp.indices((blocks, taps), jnp.int32).reshape(2, blocks * taps)
+    total, _ = lax.scan(add_tap, functools.reduce(operator.add, total), tuple(steps))
     y = jnp.moveaxis(total.reshape(blocks, images, size, features), 0, 1)
     return y.reshape(images, blocks * size, features)[:, :positions]
 

@@ -64,11 +64,13 @@ def linear_sample(features: jax.Array, points: jax.Array) -> jax.Array:
     return weighted_rows(features.reshape(math.prod(spatial), channels), row, weight)[..., 0, :].astype(dtype)
 
 
-def locate(points: jax.Array, scale: jax.Array, spatial: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+def locate(
+    points: jax.Array, scale: jax.Array, spatial: Sequence[int]
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """What points read of a map `(*spatial, OG, Cg)` flattened to rows of Cg channels: which rows, and with what weights.
 
-    points `(*query, OG, n)`, scale of each point's weights `(*query, OG)` -> row and weight `(2^n, *query, OG)`. A corner
-    outside the map gets the row after the last one.
+    points `(*query, OG, n)`, scale of each point's weights `(*query, OG)` -> for each of the 2^n corners a row and a
+    weight, `(*query, OG)` each. A corner outside the map gets the row after the last one.
     """
     groups = points.shape[-2]
     rows = math.prod(spatial) * groups
@@ -83,13 +85,13 @@ def locate(points: jax.Array, scale: jax.Array, spatial: Sequence[int]) -> tuple
         index = functools.reduce(lambda index, axis: index * axis[0] + axis[1], zip(spatial, pixel, strict=True), 0)
         row.append(jnp.where(inside, index * groups + group, rows))
         weight.append(share * scale.astype(share.dtype))
-    return jnp.stack(row), jnp.stack(weight)
+    return tuple(row), tuple(weight)
 
 
 @jax.custom_jvp
-def weighted_rows(features: jax.Array, row: jax.Array, weight: jax.Array) -> jax.Array:
-    """Σ over corners of weight · (row of features): `(R, Cg)`, `(2^n, *query)`, `(2^n, *query)` -> `(*query, Cg)`."""
-    features = features.astype(_check.wide(features.dtype, weight.dtype))
+def weighted_rows(features: jax.Array, row: tuple[jax.Array, ...], weight: tuple[jax.Array, ...]) -> jax.Array:
+    """Σ over corners of weight · (row of features): `(R, Cg)`, a row and a weight `(*query,)` per corner -> `(*query, Cg)`."""
+    features = features.astype(_check.wide(features.dtype, weight[0].dtype))
     read = [w[..., None].astype(features.dtype) * _take(features, r) for r, w in zip(row, weight, strict=True)]
     return functools.reduce(operator.add, read)
 
@@ -99,15 +101,19 @@ def _weighted_rows_jvp(primals, tangents):
     features, row, weight = primals
     features_dot, _, weight_dot = tangents
     y = weighted_rows(features, row, weight)
-    y_dot = jnp.zeros_like(y)
-    if not isinstance(weight_dot, SymbolicZero):
-        # Behind the barrier, or XLA would keep the rows that y has read to save reading them again, which costs more.
-        again = lax.optimization_barrier(row)
-        read = [_spread(w, features) * _take(features, r) for r, w in zip(again, weight_dot, strict=True)]
-        y_dot = functools.reduce(operator.add, read, y_dot)
+    # Behind the barrier, or XLA would keep the rows that y has read to save reading them again, which costs more.
+    rows = jnp.stack(row)
+    again = lax.optimization_barrier(rows)
+    read = [
+        _spread(w, features) * _take(features, r)
+        for r, w in zip(again, weight_dot, strict=True)
+        if not isinstance(w, SymbolicZero)
+    ]
+    y_dot = functools.reduce(operator.add, read, jnp.zeros_like(y))
     if not isinstance(features_dot, SymbolicZero):
         # All corners at once: the transpose is one scatter-add, where one a corner would each fill a map with zeros.
-        y_dot = y_dot + jnp.sum(weight[..., None].astype(features.dtype) * _take(features_dot, row), axis=0)
+        weights = jnp.stack(weight)[..., None].astype(features.dtype)
+        y_dot = y_dot + jnp.sum(weights * _take(features_dot, rows), axis=0)
     return y, y_dot
 
 

@@ -20,18 +20,13 @@ def test_scratch(name, mode):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", LIMITS)
 @pytest.mark.parametrize("name", FIVE)
-def test_scratch_of_the_five(request, name, mode):
+def test_scratch_of_the_five(name, mode):
     """The workloads by which the benchmark judges."""
-    if name == "small":
-        reason = (
-            "of 32 channels the positions and modulations alone are an eighth: 0.316 forward, 0.75007 with the backward"
-        )
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     assert share(compile_here, WORKLOADS[name], mode) <= LIMITS[mode]
 
 
 def test_columns_would_be_found():
-    """A program that does keep columns is above each limit."""
+    """A program that does keep columns needs as much as they take, which is above each limit."""
     workload = WORKLOADS["small"]
 
     def compile_with_columns(f, *shapes):
@@ -41,4 +36,4 @@ def test_columns_would_be_found():
 
         return compile_here(with_columns, *shapes)
 
-    assert share(compile_with_columns, workload, "forward") > share(compile_here, workload, "forward") + 0.8
+    assert share(compile_with_columns, workload, "forward") >= 1
