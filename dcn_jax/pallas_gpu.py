@@ -1,12 +1,13 @@
 """The op as fused GPU kernels, which gather, interpolate, modulate and multiply in one pass; the only file that knows Pallas.
 
-There are three. `_forward_kernel` takes a tile of output positions and, one block of channels and one tap after another,
+There are four. `_forward_kernel` takes a tile of output positions and, one block of channels and one tap after another,
 reads the corners around its points, interpolates, and multiplies with the tap's matrix on the tensor cores. The backward
-recomputes the samples: `_backward_data_kernel` gives a tile of positions its gradients of offset and mask and adds those
-of x into memory, `_backward_kernel_kernel` sums one tap's gradient of the kernel. No sample is ever written to memory.
+passes recompute what they need: `_backward_x_kernel` adds a tile's gradients of x into memory, `_backward_points_kernel`
+gives a tile its gradients of offset and mask, and `_backward_kernel_kernel` sums one tap's gradient of the kernel. No
+sample is ever written to memory.
 
 What a point reads, and how that changes with its place, is `sampling.corners`, run (and differentiated) inside the
-kernels. Around them: `_stacked` gives them `jax.vmap`, `_sharded` keeps them local to where the batch lies, `_launch`
+kernels. Around them: `_run` gives them `jax.vmap`, `_sharded` keeps them local to where the batch lies, `_launch`
 hands them to the GPU, and `_op` and `_gradients` give them derivatives.
 """
 
@@ -660,12 +661,11 @@ def _backward_points_kernel(
 
 def _backward_kernel_kernel(x_ref, offset_ref, mask_ref, g_ref, *rest, plan: _Plan, tile: _Tile, splits: int):
     dkernel_ref = rest[-1]  # before it, where the sum is split over programs, the zeros that it starts as
-    images, taps = x_ref.shape[0], plan.window.taps
+    images = x_ref.shape[0]
     sizes = _sizes(plan, x_ref.shape[-1], g_ref.shape[-1], tile)
     tap, segment, channel_block, feature_block = _divide(
         pl.program_id(0), plan.segments, sizes.channel_blocks, sizes.feature_blocks
     )
-    del taps
     group = lax.div(segment, jnp.full_like(segment, sizes.segments_per_offset_group))
     feature_group, within = _divide(segment, sizes.segments_per_feature_group)
     channel, channel_exists = _span(channel_block, tile.channels, sizes.channels)
