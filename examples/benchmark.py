@@ -1,7 +1,8 @@
 """Time `deform_conv` beside the plain convolution of the same shape and, where there is one, torchvision's op.
 
 Every figure is the median of many runs; all the runs of a workload (ours, the plain convolution's, torchvision's) take
-turns in one loop, so that a machine that slows down slows them all. "forward_backward" computes the result and the
+turns in one loop, so that a machine that slows down slows them all, and every workload is come back to twice, so that a
+few slow seconds do not decide its figure. "forward_backward" computes the result and the
 gradients of x, kernel, offset and mask (plain convolution: of x and kernel). torchvision runs in a Python of its own
 (--peer-python) with as many threads, and is asked run by run.
 
@@ -15,6 +16,7 @@ import argparse
 import difflib
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -39,6 +41,7 @@ from workloads import BATCHES, FIVE, GPU, KINDS, MAPS, RESNET, WORKLOADS, Worklo
 
 MODES = ("forward", "forward_backward")
 DTYPES = ("float32", "bfloat16", "float16")
+VISITS = 3  # to each workload, its runs spread over them
 GPU_CACHE = 200e6  # bytes; inputs are rotated until they are more than this, four times an H100's L2
 
 
@@ -194,20 +197,30 @@ def calls_for(milliseconds: float) -> int:
     return max(1, min(100, round(10 / max(milliseconds, 1e-3))))
 
 
-def take_turns(runs: dict[Case, Run], repeats: int, advance: Callable[[], None]) -> dict[Case, float]:
-    """Median milliseconds of each of `runs`, which take turns for `repeats` rounds; the peer joins in about 7 of them."""
-    calls = {}
-    for case, run in runs.items():
-        run(1)
-        calls[case] = calls_for(run(1))
-    every = max(1, repeats // 7)
-    times: dict[Case, list[float]] = {case: [] for case in runs}
-    for turn in range(repeats):
-        for case in list(runs)[:: -1 if turn % 2 else 1]:  # there and back: no run always follows the same other
-            if case.program != "peer" or turn % every == 0:
-                times[case].append(runs[case](calls[case]))
-        advance()
-    return {case: statistics.median(measured) for case, measured in times.items()}
+class Job:
+    """Runs whose times are to be compared, the times they took so far, and the rows that tell these."""
+
+    def __init__(self, rows: list[dict], runs: dict[Case, Run]):
+        self.rows, self.runs = rows, runs
+        self.times: dict[Case, list[float]] = {case: [] for case in runs}
+
+    def take_turns(self, rounds: Sequence[int], peer_every: int, advance: Callable[[], None]) -> None:
+        """Time each run once a round, but the peer's only in some rounds, and bring the rows' medians up to date."""
+        calls = {}
+        for case, run in self.runs.items():
+            run(1)
+            calls[case] = calls_for(run(1))
+        for turn in rounds:
+            for case in list(self.runs)[
+                :: -1 if turn % 2 else 1
+            ]:  # there and back: no run always follows the same other
+                if case.program != "peer" or turn % peer_every == 0:
+                    self.times[case].append(self.runs[case](calls[case]))
+            advance()
+        medians = {case: statistics.median(times) for case, times in self.times.items() if times}
+        for row in self.rows:
+            names = {"ms": row["implementation"], "dense_ms": "dense", "peer_ms": "peer"}
+            row |= {key: medians.get(Case(row["workload"], row["dtype"], program)) for key, program in names.items()}
 
 
 class Rates(NamedTuple):
@@ -287,9 +300,10 @@ def prepare(name: str, dtype: str, mode: str, with_peer: bool, options: Options)
 
     answer = {"error": "not asked for"}
     if options.peer and with_peer:
-        answer = options.peer.prepare(work, dtype, mode, copies, dtype)
+        label = f"{name}, {dtype}, {mode}"
+        answer = options.peer.prepare(work, dtype, mode, copies, label)
         if "error" not in answer:
-            runs[Case(name, dtype, "peer")] = functools.partial(options.peer.run, dtype)
+            runs[Case(name, dtype, "peer")] = functools.partial(options.peer.run, label)
 
     floor_ms = floor(work, dtype, measure_rates(options.device, dtype, precision)) if mode == "forward" else None
     rows = []
@@ -320,21 +334,15 @@ def prepare(name: str, dtype: str, mode: str, with_peer: bool, options: Options)
     return rows, runs
 
 
-def measure(group: Group, mode: str, options: Options, advance: Callable[[], None]) -> list[dict]:
-    """The rows of a group in one mode."""
-    if options.peer:
-        options.peer.ask(forget=True)
+def prepare_group(group: Group, mode: str, options: Options) -> Job:
+    """The job of timing a group in one mode."""
     rows, runs = [], {}
     for name in group.workloads:
         for dtype in group.dtypes:
             more_rows, more_runs = prepare(name, dtype, mode, group.with_peer, options)
             rows += more_rows
             runs |= more_runs
-    times = take_turns(runs, options.repeats, advance)
-    for row in rows:
-        names = {"ms": row["implementation"], "dense_ms": "dense", "peer_ms": "peer"}
-        row |= {key: times.get(Case(row["workload"], row["dtype"], program)) for key, program in names.items()}
-    return rows
+    return Job(rows, runs)
 
 
 def compile_stack(options: Options) -> dict:
@@ -483,7 +491,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     console.print(
         f"{options.device_name}; jax {jax.__version__}" + (f"; {options.peer.version}" if options.peer else "")
     )
-    jobs = [(group, mode) for group in groups_of(args) for mode in args.mode]
+    wanted = [(group, mode) for group in groups_of(args) for mode in args.mode]
+    visits = min(VISITS, options.repeats)
+    rounds = [range(n * options.repeats // visits, (n + 1) * options.repeats // visits) for n in range(visits)]
+    jobs: list[Job] = []
     rows: list[dict] = []
     columns = (
         TextColumn("{task.description}"),
@@ -494,13 +505,18 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     )
     try:
         with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("", total=len(jobs) * options.repeats)
-            for group, mode in jobs:
+            task = progress.add_task("", total=len(wanted) * options.repeats)
+            for visit, (number, (group, mode)) in itertools.product(range(visits), enumerate(wanted)):
                 if time.perf_counter() - start > 60 * args.minutes:
                     console.print(f"{args.minutes:g} minutes are over: what follows is what was measured until then")
                     break
                 progress.update(task, description=f"{', '.join(group.workloads)}: {spoken(mode)}")
-                rows += measure(group, mode, options, functools.partial(progress.advance, task))
+                if visit == 0:
+                    jobs.append(prepare_group(group, mode, options))
+                job = jobs[number]
+                job.take_turns(rounds[visit], max(1, options.repeats // 7), functools.partial(progress.advance, task))
+                if visit == 0:
+                    rows += job.rows  # now that they have times, which later visits improve
             if args.compile or args.suite == "reach":
                 progress.update(task, description="compiling 12 layers")
                 rows.append(compile_stack(options))

@@ -1,7 +1,7 @@
 """torchvision's `deform_conv2d`, timed on request; `benchmark.py --peer-python` runs this in a Python that has torch.
 
 Reads one JSON command a line and answers with one a line: {"prepare": {…}, "name": …} makes the tensors of a workload,
-{"run": name, "calls": n} times n calls of it, {"forget": true} frees them all.
+{"run": name, "calls": n} times n calls of it.
 """
 
 import json
@@ -70,9 +70,6 @@ def prepare(work, dtype, mode, device, copies, allow_tf32):
 
 def answer(command, runs):
     """Obey one command; `runs` holds what was prepared."""
-    if "forget" in command:
-        runs.clear()
-        return {}
     if "run" in command:
         return {"ms": runs[command["run"]](command["calls"])}
     before = 0

@@ -124,10 +124,15 @@ def worst(values: list[float]) -> float | None:
     return max(values, default=None)
 
 
-def spread(rows: list[dict]) -> float | None:
+def spread(rows: list[dict], time: str = "ms") -> float | None:
     """The most time that a position takes over the least, among sizes of one kind."""
-    times = [row["ms"] / math.prod(WORKLOADS[row["workload"]].x[:-1]) for row in rows]
+    times = [row[time] / math.prod(WORKLOADS[row["workload"]].x[:-1]) for row in rows]
     return max(times) / min(times) if len(times) > 1 else None
+
+
+def of_plain(rows: list[dict]) -> str:
+    """The plain convolution's `spread`, to be set beside ours."""
+    return f"(plain: {show(spread(rows, 'dense_ms'))})"
 
 
 def cpu_figures(rows: list[dict]) -> list[Figure]:
@@ -142,6 +147,7 @@ def cpu_figures(rows: list[dict]) -> list[Figure]:
         lean = ratios(select(rows, (*FIVE, *GROUPS), mode), "scratch_bytes", "columns_bytes")
         half = {row["workload"]: row["ms"] for row in select(rows, FIVE, mode, "bfloat16")}
         to_half = [half[row["workload"]] / row["ms"] for row in five if row["workload"] in half]
+        batches, maps = select(rows, BATCHES, mode), select(rows, MAPS, mode)
         figures += [
             Figure(f"{label}: ours / plain, mean of {len(to_plain)}", geometric_mean(to_plain), mean),
             Figure(f"{label}: ours / plain, worst of {len(to_plain)}", worst(to_plain), most),
@@ -151,8 +157,8 @@ def cpu_figures(rows: list[dict]) -> list[Figure]:
             Figure(f"{label}: ours / plain, worst of grouped, 1-D, 3-D", worst(ratios(kinds, "ms", "dense_ms")), 4),
             Figure(f"{label}: scratch / columns, worst of {len(lean)}", worst(lean), scratch),
             Figure(f"{label}: bfloat16 / float32, worst of {len(to_half)}", worst(to_half), 1.5),
-            Figure(f"{label}: an image's ms, batch 1 to 64, most / least", spread(select(rows, BATCHES, mode)), 1.5),
-            Figure(f"{label}: a position's ms, map 14² to 224², most / least", spread(select(rows, MAPS, mode)), 1.5),
+            Figure(f"{label}: an image's ms, batch 1 to 64, most / least {of_plain(batches)}", spread(batches), 1.5),
+            Figure(f"{label}: a position's ms, map 14² to 224², most / least {of_plain(maps)}", spread(maps), 1.5),
         ]
     stack = [row for row in rows if row["workload"] == STACK]
     figures.append(Figure("compiling 12 layers: ours / plain", worst(ratios(stack, "compile_s", "dense_compile_s")), 2))

@@ -141,17 +141,19 @@ def test_parity_sees_a_wrong_result(tiny):
     assert benchmark.parity("tiny", "forward", wrong) > 1e-2
 
 
-def test_an_interrupt_keeps_what_was_measured(tiny, monkeypatch, capsys):
-    measure = benchmark.measure
+@pytest.mark.parametrize("visit", [0, 1])
+def test_an_interrupt_keeps_what_was_measured(tiny, monkeypatch, capsys, visit):
+    take_turns = benchmark.Job.take_turns
 
-    def interrupted(group, mode, options, advance):
-        if mode == "forward_backward":
+    def interrupted(job, rounds, *rest):
+        if job.rows[0]["mode"] == "forward_backward" and rounds[0] == visit:
             raise KeyboardInterrupt
-        return measure(group, mode, options, advance)
+        take_turns(job, rounds, *rest)
 
-    monkeypatch.setattr(benchmark, "measure", interrupted)
+    monkeypatch.setattr(benchmark.Job, "take_turns", interrupted)
     rows = benchmark.main(["--workload", "tiny", "--quick"])
-    assert [row["mode"] for row in rows] == ["forward"]
+    assert [row["mode"] for row in rows] == ["forward", "forward_backward"][: 1 + visit]
+    assert all(row["ms"] > 0 for row in rows)
     assert "interrupted" in capsys.readouterr().out
 
 
@@ -166,11 +168,31 @@ def test_runs_take_turns_and_the_median_counts():
         return call
 
     cases = {program: benchmark.Case("w", "float32", program) for program in ("dense", "xla", "peer")}
-    # Two runs warm up; then one outlier, which the median ignores.
-    runs = {case: run(case, iter([50.0, 50.0, 900.0] + 20 * [20.0])) for case in cases.values()}
-    times = benchmark.take_turns(runs, 14, lambda: None)
-    assert set(times.values()) == {20.0}
-    assert order[6:] == ["dense", "xla", "peer", "xla", "dense"] * 7  # the peer in every other round of 14
+    # Two runs warm each visit up; then one outlier, which the median ignores.
+    took = {"dense": [900.0] + 6 * [20.0], "xla": [900.0] + 6 * [20.0], "peer": [900.0, 20.0, 20.0]}
+    took = {program: [50.0, 50.0, *times, 50.0, 50.0, *(8 * [20.0])] for program, times in took.items()}
+    took["peer"].insert(3, 20.0)  # four even rounds in the first visit, three in the second
+    runs = {case: run(case, iter(took[program])) for program, case in cases.items()}
+    row = {"workload": "w", "dtype": "float32", "implementation": "xla"}
+    job = benchmark.Job([row], runs)
+    for rounds in (range(7), range(7, 14)):
+        job.take_turns(rounds, 2, lambda: None)
+    assert (row["ms"], row["dense_ms"], row["peer_ms"]) == (20.0, 20.0, 20.0)
+    assert {case.program: len(times) for case, times in job.times.items()} == {"dense": 14, "xla": 14, "peer": 7}
+    assert order[6:11] == ["dense", "xla", "peer", "xla", "dense"]  # the peer in every other round
+
+
+def test_every_workload_is_visited_again(tiny, monkeypatch):
+    visits = []
+    take_turns = benchmark.Job.take_turns
+
+    def noted(job, rounds, *rest):
+        visits.append((job.rows[0]["workload"], list(rounds)))
+        take_turns(job, rounds, *rest)
+
+    monkeypatch.setattr(benchmark.Job, "take_turns", noted)
+    benchmark.main(["--workload", "tiny", "tiny-1d", "--mode", "forward", "--repeats", "4"])
+    assert visits == [(name, rounds) for rounds in ([0], [1], [2, 3]) for name in ("tiny", "tiny-1d")]
 
 
 def test_the_floor_is_the_tightest_of_three_bounds():
@@ -194,7 +216,8 @@ def test_figures_of_the_cpu():
         _row(name, "forward", ms, dense_ms=10.0, peer_ms=200.0, scratch_bytes=3, columns_bytes=10)
         for name, ms in zip(benchmark.FIVE, (10.0, 10.0, 10.0, 10.0, 20.0), strict=True)
     ]
-    rows += [_row("small", "forward", 40.0, "bfloat16"), _row("batch1", "forward", 1.0), _row("batch4", "forward", 2.0)]
+    rows += [_row("small", "forward", 40.0, "bfloat16")]
+    rows += [_row("batch1", "forward", 1.0, dense_ms=3.0), _row("batch4", "forward", 2.0, dense_ms=8.0)]
     rows += [_row(benchmark_report.STACK, "forward_backward", None, compile_s=3.0, dense_compile_s=1.0)]
     figures = {figure.name: figure for figure in benchmark_report.cpu_figures(rows)}
     expected = {
@@ -203,7 +226,7 @@ def test_figures_of_the_cpu():
         "forward: torchvision / ours, mean of 5": (20 / 2**0.2, "reached"),
         "forward: scratch / columns, worst of 5": (0.3, "reached"),
         "forward: bfloat16 / float32, worst of 1": (2.0, "not reached"),
-        "forward: an image's ms, batch 1 to 64, most / least": (2.0, "not reached"),
+        "forward: an image's ms, batch 1 to 64, most / least (plain: 1.50)": (2.0, "not reached"),
         "compiling 12 layers: ours / plain": (3.0, "not reached"),
     }
     for name, (value, verdict) in expected.items():
