@@ -42,6 +42,9 @@ from workloads import BATCHES, FIVE, GPU, KINDS, MAPS, RESNET, WORKLOADS, Worklo
 MODES = ("forward", "forward_backward")
 DTYPES = ("float32", "bfloat16", "float16")
 VISITS = 3  # to each workload, its runs spread over them
+WARM_UP = (
+    0.05  # seconds before each run: cores wake up only by and by after another process's turn, and caches are cold
+)
 GPU_CACHE = 200e6  # bytes; inputs are rotated until they are more than this, four times an H100's L2
 
 
@@ -88,8 +91,10 @@ class JaxProgram:
         self.peak_bytes = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
 
     def run(self, calls: int) -> float:
-        """Milliseconds of one of `calls` calls, after one that counts for nothing: caches hold what another's turn left."""
-        results = jax.block_until_ready(self.compiled(*self.inputs[-1]))
+        """Milliseconds of one of `calls` calls, after some that count for nothing."""
+        results, start = None, time.perf_counter()
+        while results is None or time.perf_counter() - start < WARM_UP:
+            results = jax.block_until_ready(self.compiled(*self.inputs[-1]))
         start = time.perf_counter()
         for call in range(calls):
             results = self.compiled(*self.inputs[call % len(self.inputs)])
@@ -123,7 +128,7 @@ class Peer:
         self.device, self.allow_tf32 = {"gpu": "cuda"}.get(device, device), allow_tf32
         script = Path(__file__).with_name("benchmark_peer.py")
         self.process: Any = subprocess.Popen(
-            [python, str(script), str(threads())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [python, str(script), str(threads()), str(WARM_UP)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             start_new_session=True,  # Ctrl-C is ours to answer
             env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},  # its threads do not spin on into the next one's turn
         )  # fmt: skip
@@ -194,7 +199,7 @@ class Options(NamedTuple):
 
 def calls_for(milliseconds: float) -> int:
     """How many calls make a run that a clock can measure."""
-    return max(1, min(100, round(10 / max(milliseconds, 1e-3))))
+    return max(1, min(100, round(20 / max(milliseconds, 1e-3))))
 
 
 class Job:

@@ -13,7 +13,7 @@ import torch
 import torchvision
 
 
-def prepare(work, dtype, mode, device, copies, allow_tf32):
+def prepare(work, dtype, mode, device, copies, allow_tf32, warm_up):
     """A function that runs the workload `calls` times and returns the milliseconds of one."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
     dtype = getattr(torch, dtype)
@@ -56,8 +56,12 @@ def prepare(work, dtype, mode, device, copies, allow_tf32):
             torch.autograd.grad(y, arguments, cotangent)
 
     def run(calls):
-        call(inputs[-1])  # counts for nothing: caches hold what another's turn left
-        synchronize()
+        start = time.perf_counter()
+        while True:  # what counts for nothing, once at least
+            call(inputs[-1])
+            synchronize()
+            if time.perf_counter() - start > warm_up:
+                break
         start = time.perf_counter()
         for i in range(calls):
             call(inputs[i % copies])
@@ -68,7 +72,7 @@ def prepare(work, dtype, mode, device, copies, allow_tf32):
     return run
 
 
-def answer(command, runs):
+def answer(command, runs, warm_up):
     """Obey one command; `runs` holds what was prepared."""
     if "run" in command:
         return {"ms": runs[command["run"]](command["calls"])}
@@ -76,7 +80,7 @@ def answer(command, runs):
     if command["prepare"]["device"] == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    runs[command["name"]] = prepare(**command["prepare"])
+    runs[command["name"]] = prepare(**command["prepare"], warm_up=warm_up)
     cuda = command["prepare"]["device"] == "cuda"
     return {"peak_bytes": torch.cuda.max_memory_allocated() - before if cuda else None}
 
@@ -88,7 +92,7 @@ def main():
     runs = {}
     for line in sys.stdin:
         try:
-            reply = answer(json.loads(line), runs)
+            reply = answer(json.loads(line), runs, warm_up=float(sys.argv[2]))
         except (RuntimeError, NotImplementedError) as error:
             reply = {"error": str(error).strip().splitlines()[0]}
         print(json.dumps(reply), flush=True)
