@@ -365,24 +365,22 @@ def _in_blocks(products: _Products, spatial, x, kernel, points, mask, *, derivat
     """`_sum_taps`, in as many blocks of positions as suit the platform that it is compiled for."""
     scans = {
         platform: functools.partial(_scan_taps, products, spatial, blocks=min(blocks, points.shape[1]))
-        for platform, blocks in _blocks(products, x, points, derivative).items()
+        for platform, blocks in _blocks(x, points, derivative).items()
     }
     return lax.platform_dependent(x, kernel, points, mask, **scans)
 
 
-def _blocks(products: _Products, x, points, derivative: bool) -> dict[str, int]:
+def _blocks(x, points, derivative: bool) -> dict[str, int]:
     """Into how many blocks of positions each platform cuts the sum: more take less scratch memory, but each costs time."""
     images, positions, groups = points.shape[:3]
-    channels = groups * x.shape[-1]
-    samples = positions * channels * x.dtype.itemsize  # bytes that a tap reads
+    samples = positions * groups * x.shape[-1] * x.dtype.itemsize  # bytes that a tap reads
     if isinstance(images, int):  # and is not symbolic, known only when an exported program is called
         samples *= images
     few = 2 if derivative else 1
     blocks = {
         "default": few,
         "cpu": few * max(1, round(samples / 1.75e6)),  # a block's samples stay in the caches
-        # It keeps the 2^n rows of each sample, and pads rows, and groups of channels, to 128 channels.
-        "tpu": few if min(x.shape[-1], channels // products.groups) >= 128 else 8,
+        "tpu": 8,  # it keeps the 2^n rows of each sample, and pads rows, and groups of channels, to 128 channels
     }
     return {platform: n for platform, n in blocks.items() if platform == "default" or n != few}
 
@@ -392,9 +390,7 @@ def _scan_taps(products: _Products, spatial, x, kernel, points, mask, *, blocks:
     images, positions, groups, taps = mask.shape
     channels, features = groups * x.shape[-1], kernel.shape[-1]
     size = -(-positions // blocks)
-    several = (
-        (groups,) if groups > 1 else ()
-    )  # without an axis of one group, for which XLA's CPU backend would copy arrays
+    several = (groups,) if groups > 1 else ()  # no axis for one group, or XLA's CPU backend would copy the arrays
 
     def whole_blocks(array):  # (B, P, OG, K, …) -> (B, blocks * size, OG, K * …)
         array = array.reshape(images, positions, *several, math.prod(array.shape[3:]))

@@ -78,16 +78,18 @@ def compile_with_ptx(folder, f, shapes):
 
 
 def spilled(file):
-    """Bytes of registers that the assembler spills; None where there is no assembler to ask."""
-    ptxas = shutil.which("ptxas")
-    if ptxas is None and (nvidia := importlib.util.find_spec("nvidia")):
-        found = [path for root in nvidia.submodule_search_locations for path in pathlib.Path(root).glob("**/bin/ptxas")]
-        ptxas = found[0] if found else None
+    """Bytes of registers that the assembler spills; skips the test where there is no assembler to ask."""
+    nvidia = importlib.util.find_spec("nvidia")
+    roots = [pathlib.Path(root) for root in nvidia.submodule_search_locations] if nvidia else []
+    installed = [str(path) for root in roots for path in root.glob("**/bin/ptxas")]
+    ptxas = next(iter(installed), None) or shutil.which("ptxas")
     if ptxas is None:
-        return None
+        pytest.skip("there is no ptxas, which tells whether registers are spilled; `make test-aot` installs it")
     command = [ptxas, "-v", "--gpu-name", "sm_90a", "-o", file.with_suffix(".cubin"), file]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+    spills = re.findall(r"(\d+) bytes spill", report)
+    assert spills, f"{ptxas} said nothing of spills: {report}"
+    return sum(map(int, spills))
 
 
 def check_kernels(kernels, names, instruction="wgmma.mma_async"):
@@ -96,7 +98,7 @@ def check_kernels(kernels, names, instruction="wgmma.mma_async"):
     for file in kernels.values():
         if instruction:
             assert instruction in file.read_text()
-        assert spilled(file) in (0, None)
+        assert spilled(file) == 0
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward"])
