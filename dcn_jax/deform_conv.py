@@ -352,8 +352,8 @@ def _sum_taps_jvp(products, spatial, primals, tangents):
         whole = (arguments[active.index(i)] if i in active else primal for i, primal in enumerate(primals))
         return _in_blocks(products, spatial, *whole, derivative=True)
 
-    # The result itself in as few blocks as without a derivative: nothing is kept for it.
-    y = _in_blocks(products, spatial, *primals, derivative=False)
+    # The result itself as without a derivative, in fewer blocks: nothing is kept for it.
+    y = _sum_taps(products, spatial, *primals)
     return y, jax.jvp(derive, [primals[i] for i in active], [tangents[i] for i in active])[1]
 
 
@@ -408,8 +408,8 @@ def _scan_taps(products: _Products, spatial, x, kernel, points, mask, *, blocks:
     @functools.partial(jax.checkpoint, prevent_cse=False)  # keeps no samples for the backward pass
     def add_tap(total, step):
         block, tap = step
-        where = locate(take(points, block, tap), take(mask, block, tap)[..., 0], spatial)
-        samples = jax.vmap(weighted_rows)(x, *where)  # (B, size, OG, Cg)
+        at = locate(take(points, block, tap), take(mask, block, tap)[..., 0], spatial)
+        samples = jax.vmap(weighted_rows)(x, at)  # (B, size, OG, Cg)
         # A flat matrix product: a batched one would make the gradient of the kernel contract two axes at once.
         samples = samples.reshape(images * size, channels).astype(products.dtype)
         matrix = lax.dynamic_index_in_dim(kernel, tap, keepdims=False, allow_negative_indices=False)

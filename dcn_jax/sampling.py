@@ -9,6 +9,7 @@ import itertools
 import math
 import operator
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,17 +61,22 @@ def linear_sample(features: jax.Array, points: jax.Array) -> jax.Array:
     points = points.astype(_check.wide(points.dtype, jnp.finfo(dtype).dtype))
     features = features.astype(_check.wide(dtype))  # the gradient is summed in the dtype that is gathered from
     *spatial, channels = features.shape
-    row, weight = locate(points[..., None, :], jnp.ones((*points.shape[:-1], 1), points.dtype), spatial)
-    return weighted_rows(features.reshape(math.prod(spatial), channels), row, weight)[..., 0, :].astype(dtype)
+    at = locate(points[..., None, :], jnp.ones((*points.shape[:-1], 1), points.dtype), spatial)
+    return weighted_rows(features.reshape(math.prod(spatial), channels), at)[..., 0, :].astype(dtype)
 
 
-def locate(
-    points: jax.Array, scale: jax.Array, spatial: Sequence[int]
-) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """What points read of a map `(*spatial, OG, Cg)` flattened to rows of Cg channels: which rows, and with what weights.
+class Corners(NamedTuple):
+    """What points read of a map that is flattened to rows: for each of the 2^n corners of their cells, one array of each."""
 
-    points `(*query, OG, n)`, scale of each point's weights `(*query, OG)` -> for each of the 2^n corners a row and a
-    weight, `(*query, OG)` each. A corner outside the map gets the row after the last one.
+    row: tuple[jax.Array, ...]  # of the corner, or of the pixel nearest to it
+    inside: tuple[jax.Array, ...]  # whether the corner is in the map
+    weight: tuple[jax.Array, ...]
+
+
+def locate(points: jax.Array, scale: jax.Array, spatial: Sequence[int]) -> Corners:
+    """The corners of points in a map `(*spatial, OG, Cg)`, flattened to rows of Cg channels.
+
+    points `(*query, OG, n)`, scale of each point's weights `(*query, OG)` -> arrays `(*query, OG)`.
     """
     groups = points.shape[-2]
     rows = math.prod(spatial) * groups
@@ -80,49 +86,47 @@ def locate(
         )
     group = lax.broadcasted_iota(jnp.int32, points.shape[:-1], points.ndim - 2)
     points = points.astype(_check.wide(points.dtype))
-    row, weight = [], []
+    located = []
     for pixel, share, inside in corners([points[..., axis] for axis in range(len(spatial))], spatial):
         index = functools.reduce(lambda index, axis: index * axis[0] + axis[1], zip(spatial, pixel, strict=True), 0)
-        row.append(jnp.where(inside, index * groups + group, rows))
-        weight.append(share * scale.astype(share.dtype))
-    return tuple(row), tuple(weight)
+        located.append((index * groups + group, inside, share * scale.astype(share.dtype)))
+    return Corners(*zip(*located, strict=True))
 
 
 @jax.custom_jvp
-def weighted_rows(features: jax.Array, row: tuple[jax.Array, ...], weight: tuple[jax.Array, ...]) -> jax.Array:
-    """Σ over corners of weight · (row of features): `(R, Cg)`, a row and a weight `(*query,)` per corner -> `(*query, Cg)`."""
-    features = features.astype(_check.wide(features.dtype, weight[0].dtype))
-    read = [w[..., None].astype(features.dtype) * _take(features, r) for r, w in zip(row, weight, strict=True)]
+def weighted_rows(features: jax.Array, at: Corners) -> jax.Array:
+    """Σ over corners of weight · (row of features, or zero outside): `(R, Cg)`, corners `(*query,)` -> `(*query, Cg)`."""
+    features = features.astype(_check.wide(features.dtype, at.weight[0].dtype))
+    read = [w[..., None].astype(features.dtype) * _take(features, r, i) for r, i, w in zip(*at, strict=True)]
     return functools.reduce(operator.add, read)
 
 
 def _weighted_rows_jvp(primals, tangents):
     """The derivative JAX would find, written so that its transpose is quick: no rows are kept, and one scatter adds all."""
-    features, row, weight = primals
-    features_dot, _, weight_dot = tangents
-    y = weighted_rows(features, row, weight)
+    (features, at), (features_dot, at_dot) = primals, tangents
+    y = weighted_rows(features, at)
+    rows = jnp.stack(at.row), jnp.stack(at.inside)
     # Behind the barrier, or XLA would keep the rows that y has read to save reading them again, which costs more.
-    rows = jnp.stack(row)
-    again = lax.optimization_barrier(rows)
-    read = [
-        _spread(w, features) * _take(features, r)
-        for r, w in zip(again, weight_dot, strict=True)
-        if not isinstance(w, SymbolicZero)
-    ]
+    again = zip(*lax.optimization_barrier(rows), at_dot.weight, strict=True)
+    read = [_spread(w, features) * _take(features, r, i) for r, i, w in again if not isinstance(w, SymbolicZero)]
     y_dot = functools.reduce(operator.add, read, jnp.zeros_like(y))
     if not isinstance(features_dot, SymbolicZero):
-        # All corners at once: the transpose is one scatter-add, where one a corner would each fill a map with zeros.
-        weights = jnp.stack(weight)[..., None].astype(features.dtype)
-        y_dot = y_dot + jnp.sum(weights * _take(features_dot, rows), axis=0)
+        # All corners at once: the transpose is one scatter-add, where one a corner would each fill a map with zeros. It
+        # drops what is outside, where `_take` would have all points beyond a border add zeros to the same few pixels.
+        row = jnp.where(rows[1], rows[0], len(features))
+        read = features_dot.at[row].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        y_dot = y_dot + jnp.sum(jnp.stack(at.weight)[..., None].astype(features.dtype) * read, axis=0)
     return y, y_dot
 
 
 weighted_rows.defjvp(_weighted_rows_jvp, symbolic_zeros=True)
 
 
-def _take(features: jax.Array, row: jax.Array) -> jax.Array:
-    """The rows of `features` `(R, Cg)`; the row R, the outside, reads zero and takes no gradient."""
-    return features.at[row].get(mode="fill", fill_value=0, wrap_negative_indices=False)  # (*query, Cg)
+def _take(features: jax.Array, row: jax.Array, inside: jax.Array) -> jax.Array:
+    """The rows of `features` `(R, Cg)`, zero and without a gradient where they are outside: `(*query, Cg)`."""
+    # Not by a gather that fills: of 32 channels, its checks took a CPU as long as the rest of the reading.
+    read = features.at[row].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return jnp.where(inside[..., None], read, 0)
 
 
 def _spread(weight: jax.Array, features: jax.Array) -> jax.Array:
