@@ -68,8 +68,7 @@ def linear_sample(features: jax.Array, points: jax.Array) -> jax.Array:
 class Corners(NamedTuple):
     """What points read of a map that is flattened to rows: for each of the 2^n corners of their cells, one array of each."""
 
-    row: tuple[jax.Array, ...]  # of the corner, or of the pixel nearest to it
-    inside: tuple[jax.Array, ...]  # whether the corner is in the map
+    row: tuple[jax.Array, ...]  # the one after the last where the corner is outside the map
     weight: tuple[jax.Array, ...]
 
 
@@ -86,18 +85,19 @@ def locate(points: jax.Array, scale: jax.Array, spatial: Sequence[int]) -> Corne
         )
     group = lax.broadcasted_iota(jnp.int32, points.shape[:-1], points.ndim - 2)
     points = points.astype(_check.wide(points.dtype))
-    located = []
+    row, weight = [], []
     for pixel, share, inside in corners([points[..., axis] for axis in range(len(spatial))], spatial):
         index = functools.reduce(lambda index, axis: index * axis[0] + axis[1], zip(spatial, pixel, strict=True), 0)
-        located.append((index * groups + group, inside, share * scale.astype(share.dtype)))
-    return Corners(*zip(*located, strict=True))
+        row.append(jnp.where(inside, index * groups + group, rows))
+        weight.append(share * scale.astype(share.dtype))
+    return Corners(tuple(row), tuple(weight))
 
 
 @jax.custom_jvp
 def weighted_rows(features: jax.Array, at: Corners) -> jax.Array:
     """Σ over corners of weight · (row of features, or zero outside): `(R, Cg)`, corners `(*query,)` -> `(*query, Cg)`."""
     features = features.astype(_check.wide(features.dtype, at.weight[0].dtype))
-    read = [w[..., None].astype(features.dtype) * _take(features, r, i) for r, i, w in zip(*at, strict=True)]
+    read = [w[..., None].astype(features.dtype) * _take(features, r) for r, w in zip(*at, strict=True)]
     return functools.reduce(operator.add, read)
 
 
@@ -105,15 +105,14 @@ def _weighted_rows_jvp(primals, tangents):
     """The derivative JAX would find, written so that its transpose is quick: no rows are kept, and one scatter adds all."""
     (features, at), (features_dot, at_dot) = primals, tangents
     y = weighted_rows(features, at)
-    rows = jnp.stack(at.row), jnp.stack(at.inside)
+    row = jnp.stack(at.row)
     # Behind the barrier, or XLA would keep the rows that y has read to save reading them again, which costs more.
-    again = zip(*lax.optimization_barrier(rows), at_dot.weight, strict=True)
-    read = [_spread(w, features) * _take(features, r, i) for r, i, w in again if not isinstance(w, SymbolicZero)]
+    again = zip(lax.optimization_barrier(row), at_dot.weight, strict=True)
+    read = [_spread(w, features) * _take(features, r) for r, w in again if not isinstance(w, SymbolicZero)]
     y_dot = functools.reduce(operator.add, read, jnp.zeros_like(y))
     if not isinstance(features_dot, SymbolicZero):
-        # All corners at once: the transpose is one scatter-add, where one a corner would each fill a map with zeros. It
-        # drops what is outside, where `_take` would have all points beyond a border add zeros to the same few pixels.
-        row = jnp.where(rows[1], rows[0], len(features))
+        # All corners at once: the transpose is one scatter-add, where one a corner would each fill a map with zeros. And it
+        # drops what is outside, where `_take` would have all points beyond a border add zeros to the same pixel.
         read = features_dot.at[row].get(mode="fill", fill_value=0, wrap_negative_indices=False)
         y_dot = y_dot + jnp.sum(jnp.stack(at.weight)[..., None].astype(features.dtype) * read, axis=0)
     return y, y_dot
@@ -122,11 +121,12 @@ def _weighted_rows_jvp(primals, tangents):
 weighted_rows.defjvp(_weighted_rows_jvp, symbolic_zeros=True)
 
 
-def _take(features: jax.Array, row: jax.Array, inside: jax.Array) -> jax.Array:
-    """The rows of `features` `(R, Cg)`, zero and without a gradient where they are outside: `(*query, Cg)`."""
+def _take(features: jax.Array, row: jax.Array) -> jax.Array:
+    """The rows of `features` `(R, Cg)`, zero and without a gradient for the row R, the outside: `(*query, Cg)`."""
     # Not by a gather that fills: of 32 channels, its checks took a CPU as long as the rest of the reading.
-    read = features.at[row].get(mode="promise_in_bounds", wrap_negative_indices=False)
-    return jnp.where(inside[..., None], read, 0)
+    last = len(features) - 1
+    read = features.at[jnp.minimum(row, last)].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return jnp.where((row <= last)[..., None], read, 0)
 
 
 def _spread(weight: jax.Array, features: jax.Array) -> jax.Array:
