@@ -25,6 +25,12 @@ def test_scratch_of_the_five(name, mode):
     assert share(compile_here, WORKLOADS[name], mode) <= LIMITS[mode]
 
 
+@pytest.mark.parametrize(("mode", "limit"), [("forward", 0.1), ("forward + backward", 0.15)])
+def test_scratch_of_a_large_map(mode, limit):
+    """Cut into blocks that fit a CPU's caches, it takes a far smaller share of its columns than a map of one block."""
+    assert share(compile_here, WORKLOADS["map224"], mode) <= limit
+
+
 def test_columns_would_be_found():
     """A program that does keep columns needs as much as they take, which is above each limit."""
     workload = WORKLOADS["small"]
