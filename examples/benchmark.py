@@ -542,4 +542,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # before the measuring, which has its own answer
+        sys.exit(130)
