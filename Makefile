@@ -25,10 +25,10 @@ test-aot: ## compile for GPUs and TPUs that are not here, and check the memory t
 	@$(MAKE) --no-print-directory VENV=$(VENV)-aot test-aot-here
 
 test-aot-here: $(VENV)/installed-aot
-	JAX_PLATFORMS=cpu $(PYTEST) tests/test_*aot.py $(ARGS)
+	JAX_PLATFORMS=cpu $(PYTEST) tests/aot $(ARGS)
 
 bench: $(VENV)/installed-examples ## time the op beside the plain convolution (ARGS="--help" for the options)
-	$(BIN)/python examples/benchmark.py $(ARGS)
+	$(BIN)/python -m benchmarks.run $(ARGS)
 
 lint: $(VENV)/installed-dev ## check style and types
 	$(BIN)/ruff check .
@@ -41,7 +41,7 @@ format: $(VENV)/installed-dev ## bring the sources into style
 
 clean: ## remove the environments and what tools leave behind
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
-	find dcn_jax examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find dcn_jax benchmarks examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An extra of pyproject.toml, installed; again whenever pyproject.toml changes.
 $(VENV)/installed-%: pyproject.toml | $(BIN)/python

@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
+from tests.support import oracle
 import pytest
-from cases import compiled
+from tests.support.cases import compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax

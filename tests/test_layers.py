@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import quick_jit
+from tests.support.cases import quick_jit
 from jax import lax
-from layers import FRAMEWORKS, PLAIN, fill, linen, nnx_
+from tests.support.layers import FRAMEWORKS, PLAIN, fill, linen, nnx_
 
 import dcn_jax
 

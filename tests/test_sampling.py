@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
+from tests.support import oracle
 import pytest
-from cases import assert_close, compiled, quick_jit
+from tests.support.cases import assert_close, compiled, quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close, compiled, draw, quick_jit
+from tests.support.cases import assert_close, compiled, draw, quick_jit
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
-from programs import collectives
+from tests.support.programs import collectives
 
 needs = pytest.mark.needs
 

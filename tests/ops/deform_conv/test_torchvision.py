@@ -1,8 +1,8 @@
-"""`deform_conv` against torchvision's op in float64: values and the gradients of every argument (see parity.py)."""
+"""`deform_conv` against torchvision's op in float64: values and the gradients of every argument (see support/parity.py)."""
 
 import jax
 import numpy as np
-import parity
+from tests.support import parity
 import pytest
 
 IDS = [

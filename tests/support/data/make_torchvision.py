@@ -1,7 +1,7 @@
 """Compute torchvision.npz: deformable convolutions and all their gradients by torchvision, in float64, on the CPU.
 
     pip install numpy torch torchvision    # written with torch 2.14.1, torchvision 0.29.1, NumPy 2.4.6
-    python tests/data/make_torchvision.py
+    python tests/support/data/make_torchvision.py
 
 The ordinary geometry and those drawn from the tables below (window, strides, padding, dilation, groups, mask and bias or
 none) each meet five kinds of offsets; then come the parameters of torchvision's own test (test/test_ops.py, TestDeformConv,

@@ -1,9 +1,9 @@
 """The oracle's gradients against finite differences of its own values, so that the other tests may lean on them."""
 
 import numpy as np
-import oracle
+from tests.support import oracle
 import pytest
-from cases import draw
+from tests.support.cases import draw
 
 CASES = [
     pytest.param(draw((2, 6, 4), (3,), 6, offset_groups=2, feature_group_count=2, whole=0), id="1-D"),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import quick_jit
+from tests.support.cases import quick_jit
 from flax.core import freeze
 
 from dcn_jax.linen import DeformConv

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.table import Table
-from workloads import BATCHES, FIVE, GPU, GROUPS, KINDS, MAPS, WORKLOADS
+from benchmarks.workloads import BATCHES, FIVE, GPU, GROUPS, KINDS, MAPS, WORKLOADS
 
 STACK = "stack12"  # the workload's name in the row of a stack of 12 layers, which is compiled and not run
 

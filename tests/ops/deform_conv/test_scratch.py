@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from scratch import DETECTOR, LIMITS, share
-from workloads import FIVE, WORKLOADS
+from tests.support.scratch import DETECTOR, LIMITS, share
+from benchmarks.workloads import FIVE, WORKLOADS
 
 
 def compile_here(f, *shapes):

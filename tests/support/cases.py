@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import oracle
+from tests.support import oracle
 
 # Compiling is most of the suite's time, and most of compiling is LLVM's optimising: for tests of values it is not needed.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

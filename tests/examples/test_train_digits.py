@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 matplotlib.use("Agg")
 

@@ -34,10 +34,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmark_report import FIGURES, STACK, figures_table, plot, results_table, spoken
+from benchmarks.report import FIGURES, STACK, figures_table, plot, results_table, spoken
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from workloads import BATCHES, FIVE, GPU, KINDS, MAPS, RESNET, WORKLOADS, Workload
+from benchmarks.workloads import BATCHES, FIVE, GPU, KINDS, MAPS, RESNET, WORKLOADS, Workload
 
 MODES = ("forward", "forward_backward")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -126,7 +126,7 @@ class Peer:
 
     def __init__(self, python: str, device: str, allow_tf32: bool):
         self.device, self.allow_tf32 = {"gpu": "cuda"}.get(device, device), allow_tf32
-        script = Path(__file__).with_name("benchmark_peer.py")
+        script = Path(__file__).with_name("peer.py")
         self.process: Any = subprocess.Popen(
             [python, str(script), str(threads()), str(WARM_UP)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             start_new_session=True,  # Ctrl-C is ours to answer

@@ -3,17 +3,17 @@
 import functools
 import math
 
-import aot
+from tests.support import aot
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import draw
+from tests.support.cases import draw
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from programs import collectives
-from scratch import DETECTOR, LIMITS, share
-from workloads import Workload
+from tests.support.programs import collectives
+from tests.support.scratch import DETECTOR, LIMITS, share
+from benchmarks.workloads import Workload
 
 import dcn_jax
 

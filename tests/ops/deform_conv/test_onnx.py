@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import onnx.backend.test.case.node as onnx_cases
 import pytest
-from cases import quick_jit
+from tests.support.cases import quick_jit
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 

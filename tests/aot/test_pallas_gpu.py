@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 
-import aot
+from tests.support import aot
 import jax
 import jax.numpy as jnp
 import numpy as np

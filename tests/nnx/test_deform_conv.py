@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import quick_jit
+from tests.support.cases import quick_jit
 from flax import nnx
 
 from dcn_jax.nnx import DeformConv

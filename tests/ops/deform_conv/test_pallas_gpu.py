@@ -7,9 +7,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
+from tests.support import oracle
 import pytest
-from cases import assert_close, draw, quick_jit
+from tests.support.cases import assert_close, draw, quick_jit
 from jax import lax
 
 from dcn_jax import deform_conv, pallas_gpu, select_implementation

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import quick_jit
+from tests.support.cases import quick_jit
 from jax import lax
 
 import dcn_jax

@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
+from tests.support import oracle
 import pytest
-from cases import Case, assert_close, compiled, draw, quick_jit
+from tests.support.cases import Case, assert_close, compiled, draw, quick_jit
 from jax import lax
 
 from dcn_jax import linear_sample, sampling_points

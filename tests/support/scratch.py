@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from workloads import Workload
+from benchmarks.workloads import Workload
 
 # Of the columns, P · K · C float32 numbers
 LIMITS = {"forward": 0.30, "forward + backward": 0.75}

@@ -1,6 +1,6 @@
-"""How far `deform_conv` is from torchvision: its 62 results, with all gradients, of tests/data/torchvision.npz.
+"""How far `deform_conv` is from torchvision: its 62 results, with all gradients, of tests/support/data/torchvision.npz.
 
-    python tests/parity.py
+    python -m tests.support.parity
 
 prints the worst deviation of each array in each dtype, as a share of the largest entry of what torchvision computed in
 float64. In bfloat16 and float16 the offsets stay in float32 and the other inputs are numbers that these dtypes hold, so
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import quick_jit
+from tests.support.cases import quick_jit
 
 FILE = np.load(Path(__file__).with_name("data") / "torchvision.npz")
 GEOMETRIES = json.loads(str(FILE["options"]))

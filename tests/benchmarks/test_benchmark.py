@@ -4,12 +4,12 @@ import json
 import math
 import sys
 
-import benchmark
-import benchmark_report
+from benchmarks import run as benchmark
+from benchmarks import report as benchmark_report
 import jax
 import numpy as np
 import pytest
-from workloads import WORKLOADS, Workload
+from benchmarks.workloads import WORKLOADS, Workload
 
 TINY = Workload((1, 4, 5, 2), 3)
 TINY_1D = Workload((1, 6, 2), 3, window=(3,))

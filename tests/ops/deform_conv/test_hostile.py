@@ -6,9 +6,9 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
+from tests.support import oracle
 import pytest
-from cases import assert_close, compiled, draw, quick_jit
+from tests.support.cases import assert_close, compiled, draw, quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
