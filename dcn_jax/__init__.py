@@ -1,11 +1,11 @@
 """Deformable convolution (DCNv1 and DCNv2) for JAX and Flax.
 
-The op is `deform_conv`; layers are in `dcn_jax.linen` and `dcn_jax.nnx`. Read the package in the order of the
-mathematics: `geometry`, `sampling`, `deform_conv`, then the layers.
+The op is `deform_conv`; layers are in `dcn_jax.linen` and `dcn_jax.nnx`. Read the package in the
+order of the mathematics: `geometry`, `sampling`, `ops/deform_conv`, then the layers.
 """
 
-from dcn_jax.deform_conv import deform_conv, select_implementation
 from dcn_jax.geometry import sampling_points
+from dcn_jax.ops.deform_conv import deform_conv, select_implementation
 from dcn_jax.sampling import linear_sample
 
 __version__ = "0.1.0"

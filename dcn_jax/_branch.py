@@ -23,7 +23,7 @@ def check_options(
     channels: int, offset_groups: int, modulated: bool, mask_scale: float, max_offset: float | None
 ) -> None:
     """Raise where an option that only the layer has makes no sense."""
-    check_count("offset_groups", offset_groups)
+    _check.count("offset_groups", offset_groups)
     if channels % offset_groups:
         raise ValueError(f"offset_groups={offset_groups} must divide the {channels} channels of the input")
     if not isinstance(modulated, bool):
@@ -33,14 +33,6 @@ def check_options(
     )
     if max_offset is not None:
         _check_positive("max_offset", max_offset, "a number of pixels, or None for no bound")
-
-
-def check_count(name: str, value: int) -> None:
-    """Raise where `value` is not a whole number of at least 1."""
-    if not _check.is_int(value):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; wanted an int")
-    if value < 1:
-        raise ValueError(f"{name}={value!r} is too small; wanted at least 1")
 
 
 def _check_positive(name: str, value: float, wanted: str) -> None:

@@ -1,6 +1,5 @@
 """Checks of arguments, shared by the rooms: each error names the argument, what was given and what was wanted."""
 
-import functools
 import operator
 from collections.abc import Sequence
 from typing import Any, cast
@@ -18,6 +17,14 @@ def is_int(value: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+def count(name: str, value: Any) -> None:
+    """Raise where `value` is not a whole number of at least 1."""
+    if not is_int(value):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; wanted an int")
+    if value < 1:
+        raise ValueError(f"{name}={value!r} is too small; wanted at least 1")
 
 
 def per_axis(name: str, value: Any, rank: int, *, minimum: int) -> tuple[int, ...]:
@@ -57,11 +64,3 @@ def floating_dtype(name: str, value: Any) -> jnp.dtype:
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"{name}={dtype} is not a floating-point or complex dtype")
     return dtype
-
-
-def wide(*dtypes: Any) -> Any:
-    """The dtype that positions, weights and sums are computed in: as wide as each of `dtypes`, and as float32."""
-    # Said here, so it is no implicit promotion (a strict user allows none); 8-bit floats promote to nothing at all.
-    with jax.numpy_dtype_promotion("standard"):
-        wider = [dtype for dtype in dtypes if jnp.finfo(dtype).bits >= 32]
-        return functools.reduce(jnp.promote_types, wider, jnp.dtype(jnp.float32))

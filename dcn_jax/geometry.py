@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dcn_jax import _check
+from dcn_jax import _check, _numerics
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 
@@ -30,7 +30,13 @@ class Window(NamedTuple):
     strides: tuple[int, ...]
     dilation: tuple[int, ...]
     pads: tuple[tuple[int, int], ...]
+    spatial: tuple[int, ...]
     out_spatial: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        """How many spatial axes there are: n."""
+        return len(self.size)
 
     @property
     def taps(self) -> int:
@@ -97,7 +103,7 @@ def resolve_window(
             f"the output has no positions: a window of extent {extent} (size {size}, kernel_dilation {dilation}) does "
             f"not fit in a map of size {spatial} with padding {pads}; pad more, or use a smaller kernel or dilation"
         )
-    return Window(size, strides, dilation, pads, out_spatial)
+    return Window(size, strides, dilation, pads, spatial, out_spatial)
 
 
 def canonical_padding(padding: Padding, rank: int) -> str | tuple[tuple[int, int], ...]:
@@ -170,7 +176,7 @@ def sampling_points(
     )
     offset = _check.array("offset", offset, jnp.floating)
     check_offset_shape(offset.shape, resolved)
-    return place_taps(offset, resolved, _check.wide(offset.dtype))
+    return place_taps(offset, resolved, _numerics.wide(offset.dtype))
 
 
 def check_offset_shape(shape: tuple[int, ...], window: Window) -> int:

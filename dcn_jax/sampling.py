@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from dcn_jax import _check
+from dcn_jax import _check, _numerics
 
 
 def linear_sample(features: jax.Array, points: jax.Array) -> jax.Array:
@@ -58,22 +58,22 @@ def linear_sample(features: jax.Array, points: jax.Array) -> jax.Array:
             f"of features, whose shape is {features.shape}"
         )
     dtype = features.dtype
-    points = points.astype(_check.wide(points.dtype, jnp.finfo(dtype).dtype))
-    features = features.astype(_check.wide(dtype))  # the gradient is summed in the dtype that is gathered from
+    points = points.astype(_numerics.wide(points.dtype, jnp.finfo(dtype).dtype))
+    features = features.astype(_numerics.wide(dtype))  # the gradient is summed in the dtype that is gathered from
     *spatial, channels = features.shape
     at = locate(points[..., None, :], jnp.ones((*points.shape[:-1], 1), points.dtype), spatial)
-    return weighted_rows(features.reshape(math.prod(spatial), channels), at)[..., 0, :].astype(dtype)
+    return sum_rows(features.reshape(math.prod(spatial), channels), at)[..., 0, :].astype(dtype)
 
 
-class Corners(NamedTuple):
-    """What points read of a map that is flattened to rows: for each of the 2^n corners of their cells, one array of each."""
+class Rows(NamedTuple):
+    """What points read of a map that is flattened to rows: one array for each of the 2^n corners of their cells."""
 
-    row: tuple[jax.Array, ...]  # the one after the last where the corner is outside the map
+    index: tuple[jax.Array, ...]  # the one after the last where the corner is outside the map
     weight: tuple[jax.Array, ...]
 
 
-def locate(points: jax.Array, scale: jax.Array, spatial: Sequence[int]) -> Corners:
-    """The corners of points in a map `(*spatial, OG, Cg)`, flattened to rows of Cg channels.
+def locate(points: jax.Array, scale: jax.Array, spatial: Sequence[int]) -> Rows:
+    """The rows that points read of a map `(*spatial, OG, Cg)`, flattened to rows of Cg channels.
 
     points `(*query, OG, n)`, scale of each point's weights `(*query, OG)` -> arrays `(*query, OG)`.
     """
@@ -84,49 +84,49 @@ def locate(points: jax.Array, scale: jax.Array, spatial: Sequence[int]) -> Corne
             f"a map of {tuple(spatial)} pixels in {groups} groups has {rows} rows; wanted fewer than 2**31"
         )
     group = lax.broadcasted_iota(jnp.int32, points.shape[:-1], points.ndim - 2)
-    points = points.astype(_check.wide(points.dtype))
-    row, weight = [], []
+    points = points.astype(_numerics.wide(points.dtype))
+    indices, weights = [], []
     for pixel, share, inside in corners([points[..., axis] for axis in range(len(spatial))], spatial):
         index = functools.reduce(lambda index, axis: index * axis[0] + axis[1], zip(spatial, pixel, strict=True), 0)
-        row.append(jnp.where(inside, index * groups + group, rows))
-        weight.append(share * scale.astype(share.dtype))
-    return Corners(tuple(row), tuple(weight))
+        indices.append(jnp.where(inside, index * groups + group, rows))
+        weights.append(share * scale.astype(share.dtype))
+    return Rows(tuple(indices), tuple(weights))
 
 
 @jax.custom_jvp
-def weighted_rows(features: jax.Array, at: Corners) -> jax.Array:
+def sum_rows(features: jax.Array, at: Rows) -> jax.Array:
     """Σ over corners of weight · (row of features, or zero outside): `(R, Cg)`, corners `(*query,)` -> `(*query, Cg)`."""
-    features = features.astype(_check.wide(features.dtype, at.weight[0].dtype))
-    read = [w[..., None].astype(features.dtype) * _take(features, r) for r, w in zip(*at, strict=True)]
+    features = features.astype(_numerics.wide(features.dtype, at.weight[0].dtype))
+    read = [w[..., None].astype(features.dtype) * _take(features, i) for i, w in zip(*at, strict=True)]
     return functools.reduce(operator.add, read)
 
 
-def _weighted_rows_jvp(primals, tangents):
+def _sum_rows_jvp(primals, tangents):
     """The derivative JAX would find, written so that its transpose is quick: no rows are kept, and one scatter adds all."""
     (features, at), (features_dot, at_dot) = primals, tangents
-    y = weighted_rows(features, at)
-    row = jnp.stack(at.row)
+    y = sum_rows(features, at)
+    index = jnp.stack(at.index)
     # Behind the barrier, or XLA would keep the rows that y has read to save reading them again, which costs more.
-    again = zip(lax.optimization_barrier(row), at_dot.weight, strict=True)
-    read = [_spread(w, features) * _take(features, r) for r, w in again if not isinstance(w, SymbolicZero)]
+    again = zip(lax.optimization_barrier(index), at_dot.weight, strict=True)
+    read = [_spread(w, features) * _take(features, i) for i, w in again if not isinstance(w, SymbolicZero)]
     y_dot = functools.reduce(operator.add, read, jnp.zeros_like(y))
     if not isinstance(features_dot, SymbolicZero):
         # All corners at once: the transpose is one scatter-add, where one a corner would each fill a map with zeros. And it
         # drops what is outside, where `_take` would have all points beyond a border add zeros to the same pixel.
-        read = features_dot.at[row].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        read = features_dot.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
         y_dot = y_dot + jnp.sum(jnp.stack(at.weight)[..., None].astype(features.dtype) * read, axis=0)
     return y, y_dot
 
 
-weighted_rows.defjvp(_weighted_rows_jvp, symbolic_zeros=True)
+sum_rows.defjvp(_sum_rows_jvp, symbolic_zeros=True)
 
 
-def _take(features: jax.Array, row: jax.Array) -> jax.Array:
+def _take(features: jax.Array, index: jax.Array) -> jax.Array:
     """The rows of `features` `(R, Cg)`, zero and without a gradient for the row R, the outside: `(*query, Cg)`."""
     # Not by a gather that fills: of 32 channels, its checks took a CPU as long as the rest of the reading.
     last = len(features) - 1
-    read = features.at[jnp.minimum(row, last)].get(mode="promise_in_bounds", wrap_negative_indices=False)
-    return jnp.where((row <= last)[..., None], read, 0)
+    read = features.at[jnp.minimum(index, last)].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return jnp.where((index <= last)[..., None], read, 0)
 
 
 def _spread(weight: jax.Array, features: jax.Array) -> jax.Array:

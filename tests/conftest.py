@@ -17,7 +17,7 @@ import jax
 import pytest
 
 import dcn_jax
-from dcn_jax import pallas_gpu
+from dcn_jax.ops.deform_conv import pallas_gpu
 
 jax.config.update("jax_num_cpu_devices", 8)
 

@@ -12,7 +12,8 @@ import pytest
 from tests.support.cases import assert_close, draw, quick_jit
 from jax import lax
 
-from dcn_jax import deform_conv, pallas_gpu, select_implementation
+from dcn_jax import deform_conv, select_implementation
+from dcn_jax.ops.deform_conv import pallas_gpu
 
 CASE = draw((2, 4, 3, 2), (2, 3), 2, offset_groups=2, strides=(1, 2))
 H100 = jax.sharding.AbstractMesh(

@@ -34,8 +34,10 @@ from jax.interpreters import ad, batching, mlir
 from jax.ref import addupdate
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dcn_jax.deform_conv import _Call, _deform_conv_xla, _on_any_mesh
+from dcn_jax._mesh import on_any_mesh
 from dcn_jax.geometry import Window
+from dcn_jax.ops.deform_conv import xla
+from dcn_jax.ops.deform_conv.call import Arrays, Spec
 from dcn_jax.sampling import corners
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -53,21 +55,16 @@ _PRODUCTS = {
 
 
 class _Plan(NamedTuple):
-    """What is known of a call before its arrays are, hashable."""
+    """A call, and how the kernels are to run it; hashable."""
 
-    window: Window
-    offset_groups: int
-    feature_groups: int
-    dtype: str  # of x and kernel in the products
-    out_dtype: str
-    product: lax.DotAlgorithmPreset
-    precision: Any  # as the caller gave it, for the XLA implementation
+    spec: Spec
+    product: lax.DotAlgorithmPreset  # how float32 products are made
     interpret: bool
 
     @property
     def segments(self) -> int:
         """Channels fall into this many runs, each in one offset group and one feature group."""
-        return math.lcm(self.offset_groups, self.feature_groups)
+        return math.lcm(self.spec.offset_groups, self.spec.feature_groups)
 
 
 class _Tile(NamedTuple):
@@ -83,15 +80,15 @@ class _Tile(NamedTuple):
 # --- what deform_conv calls ---------------------------------------------------------------------------------------
 
 
-def refusal(call: _Call, precision: Any) -> str | None:
+def refusal(spec: Spec, arrays: Arrays) -> str | None:
     """Why the kernels cannot take this call, as a sentence with the way out; None if they can."""
-    if len(call.window.size) > 2:
-        return f"it has {len(call.window.size)} spatial axes; the kernels know 1 and 2"
-    for name, array in (("x", call.x), ("kernel", call.kernel)):
+    if spec.window.rank > 2:
+        return f"it has {spec.window.rank} spatial axes; the kernels know 1 and 2"
+    for name, array in (("x", arrays.x), ("kernel", arrays.kernel)):
         if array.dtype.name not in DTYPES:
             return f"{name} has dtype {array.dtype}; the kernels know {', '.join(DTYPES)}"
-    if _product(precision) is None:
-        return f"precision={precision!r} is not among those the kernels know: {', '.join(map(str, _PRODUCTS))}"
+    if _product(spec.precision) is None:
+        return f"precision={spec.precision!r} is not among those the kernels know: {', '.join(map(str, _PRODUCTS))}"
     if not _interpreting and not _gpu_in_reach():
         return (
             f"it runs on CUDA GPUs, and JAX's backend here is {jax.default_backend()!r} (to compile for a GPU ahead of time, "
@@ -100,21 +97,26 @@ def refusal(call: _Call, precision: Any) -> str | None:
     return None
 
 
-def deform_conv(call: _Call, precision: Any) -> jax.Array:
-    """`dcn_jax.deform_conv` of checked arguments that `refusal` has nothing against."""
-    if 0 in (call.x.size, call.kernel.size):
-        return _deform_conv_xla(call, precision)  # no products to make: a GPU has no kernel without programs
-    plan = _Plan(
-        call.window, call.offset_groups, call.feature_groups, call.dtype.name,
-        call.out_dtype.name if call.out_dtype.name in DTYPES else "float32",
-        cast(lax.DotAlgorithmPreset, _product(precision)), precision, _interpreting,
-    )  # fmt: skip
-    return _on_any_mesh(call, functools.partial(_arrange, plan, call.out_dtype))
+def run(spec: Spec, arrays: Arrays) -> jax.Array:
+    """`deform_conv` of a checked call that `refusal` has nothing against."""
+    if 0 in (arrays.x.size, arrays.kernel.size):
+        return xla.run(spec, arrays)  # no products to make: a GPU has no kernel without programs
+    out_dtype = spec.out_dtype if spec.out_dtype.name in DTYPES else jnp.dtype("float32")
+    product = cast(lax.DotAlgorithmPreset, _product(spec.precision))
+    plan = _Plan(spec._replace(out_dtype=out_dtype), product, _interpreting)
+    rank = spec.window.rank
+    return on_any_mesh(
+        functools.partial(_arrange, plan, spec.out_dtype),
+        arrays,
+        batched=(arrays.x, arrays.offset),
+        batch=arrays.x.ndim - rank - 1,
+        whole=rank + 1,
+    )
 
 
 def _arrange(plan: _Plan, out_dtype, x, kernel, offset, mask, bias) -> jax.Array:
     """Bring the arrays to one batch axis and to what the kernels read, and y back."""
-    batch = x.ndim - len(plan.window.size) - 1
+    batch = x.ndim - len(plan.spec.window.size) - 1
 
     def flat(array):
         return array.reshape(-1, *array.shape[batch:])
@@ -211,11 +213,7 @@ _gradients.defvjp(_gradients_forward, _gradients_backward)
 
 
 def _reference(plan, x, kernel, offset, mask, bias):
-    call = _Call(
-        x, kernel, offset, mask, bias, plan.window, plan.offset_groups, plan.feature_groups,
-        jnp.dtype(plan.dtype), jnp.dtype(plan.out_dtype),
-    )  # fmt: skip
-    return _deform_conv_xla(call, plan.precision)
+    return xla.run(plan.spec, Arrays(x, kernel, offset, mask, bias))
 
 
 # A custom_vjp met by forward mode raises an error that names neither the op nor the cure. So what enters it passes
@@ -469,7 +467,7 @@ def _positions(number, images: int, window: Window, tile: _Tile):
 
 def _points(plan: _Plan, offset_ref, index, exists, group, tap) -> list[jax.Array]:
     """Where a tap of an offset group reads, one vector for each axis."""
-    window, taps = plan.window, _divide(tap, *plan.window.size[1:])
+    window, taps = plan.spec.window, _divide(tap, *plan.spec.window.size[1:])
     points = []
     for axis, (position, along) in enumerate(zip(index[1:], taps, strict=True)):
         channel = (group * window.taps + tap) * len(taps) + axis
@@ -481,7 +479,7 @@ def _points(plan: _Plan, offset_ref, index, exists, group, tap) -> list[jax.Arra
 def _modulation(plan: _Plan, mask_ref, index, exists, group, tap):
     if mask_ref is None:
         return None
-    return _load(mask_ref, (*index, group * plan.window.taps + tap), exists).astype(jnp.float32)
+    return _load(mask_ref, (*index, group * plan.spec.window.taps + tap), exists).astype(jnp.float32)
 
 
 def _pixel(x_ref, image, pixel, inside, channel, channel_exists):
@@ -501,13 +499,13 @@ def _samples(plan: _Plan, x_ref, offset_ref, mask_ref, index, exists, group, tap
 
 
 def _dot(plan: _Plan, a, b, contract=((1,), (0,))):
-    """Matrix product on the tensor cores, of `plan.dtype` into float32."""
+    """Matrix product on the tensor cores, of `plan.spec.dtype` into float32."""
     if plan.interpret:  # by the machine's own product
         exact = plan.product == lax.DotAlgorithmPreset.F32_F32_F32
         precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
     else:
-        precision = plan.product if plan.dtype == "float32" else lax.Precision.DEFAULT
-    a, b = a.astype(plan.dtype), b.astype(plan.dtype)
+        precision = plan.product if plan.spec.dtype == "float32" else lax.Precision.DEFAULT
+    a, b = a.astype(plan.spec.dtype), b.astype(plan.spec.dtype)
     return lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
@@ -526,10 +524,10 @@ class _Sizes(NamedTuple):
 
 
 def _sizes(plan: _Plan, channels: int, features: int, tile: _Tile) -> _Sizes:
-    channels, features = channels // plan.segments, features // plan.feature_groups
+    channels, features = channels // plan.segments, features // plan.spec.feature_groups
     return _Sizes(
         channels, features, pl.cdiv(channels, tile.channels), pl.cdiv(features, tile.features),
-        plan.segments // plan.offset_groups, plan.segments // plan.feature_groups,
+        plan.segments // plan.spec.offset_groups, plan.segments // plan.spec.feature_groups,
     )  # fmt: skip
 
 
@@ -539,7 +537,7 @@ def _forward_kernel(x_ref, kernel_ref, offset_ref, mask_ref, bias_ref, y_ref, *,
     feature_group, block = _divide(pl.program_id(0), sizes.feature_blocks)
     feature, feature_exists = _span(block, tile.features, sizes.features)
     feature += feature_group * sizes.features
-    index, exists = _positions(pl.program_id(1), x_ref.shape[0], plan.window, tile)
+    index, exists = _positions(pl.program_id(1), x_ref.shape[0], plan.spec.window, tile)
 
     # Channels outside, taps inside: the taps of a tile read nearly the same pixels, and so few channels of those that
     # they stay in the first-level cache.
@@ -557,7 +555,7 @@ def _forward_kernel(x_ref, kernel_ref, offset_ref, mask_ref, bias_ref, y_ref, *,
             at = (tap, (part * sizes.channels + channel)[:, None], feature[None, :])
             return total + _dot(plan, samples, _load(kernel_ref, at, _both(channel_exists, feature_exists)))
 
-        return _loop(plan.window.taps, add_tap, total)
+        return _loop(plan.spec.window.taps, add_tap, total)
 
     total = jnp.zeros((tile.positions, tile.features), jnp.float32)
     total = _loop(sizes.segments_per_feature_group * sizes.channel_blocks, add_channels, total)
@@ -591,7 +589,7 @@ def _backward_x_kernel(kernel_ref, offset_ref, mask_ref, g_ref, zeros_ref, dx_re
     group = lax.div(segment, jnp.full_like(segment, sizes.segments_per_offset_group))
     channel, channel_exists = _span(channel_block, tile.channels, sizes.channels)
     column = (segment * sizes.channels + _within(channel_exists, channel))[None, :]
-    index, exists = _positions(pl.program_id(1), images, plan.window, tile)
+    index, exists = _positions(pl.program_id(1), images, plan.spec.window, tile)
     image = _within(exists, index[0])[:, None]
 
     def add_tap(tap, carry):
@@ -607,7 +605,7 @@ def _backward_x_kernel(kernel_ref, offset_ref, mask_ref, g_ref, zeros_ref, dx_re
             _add(dx_ref, at, weight[:, None] * dsamples, _both(inside & exists, channel_exists))
         return carry
 
-    _loop(plan.window.taps, add_tap, np.int32(0))
+    _loop(plan.spec.window.taps, add_tap, np.int32(0))
 
 
 def _backward_points_kernel(
@@ -615,8 +613,8 @@ def _backward_points_kernel(
 ):
     sizes = _sizes(plan, x_ref.shape[-1], g_ref.shape[-1], tile)
     group = pl.program_id(0)
-    index, exists = _positions(pl.program_id(1), x_ref.shape[0], plan.window, tile)
-    rank, taps = len(plan.window.size), plan.window.taps
+    index, exists = _positions(pl.program_id(1), x_ref.shape[0], plan.spec.window, tile)
+    rank, taps = len(plan.spec.window.size), plan.spec.window.taps
 
     def add_tap(tap, carry):
         points = _points(plan, offset_ref, index, exists, group, tap)
@@ -671,11 +669,11 @@ def _backward_kernel_kernel(x_ref, offset_ref, mask_ref, g_ref, *rest, plan: _Pl
     channel, channel_exists = _span(channel_block, tile.channels, sizes.channels)
     feature, feature_exists = _span(feature_block, tile.features, sizes.features)
     feature += feature_group * sizes.features
-    count = pl.cdiv(_tiles(plan.window, images, tile), splits)
+    count = pl.cdiv(_tiles(plan.spec.window, images, tile), splits)
     first = pl.program_id(1) * count
 
     def add_positions(number, total):
-        index, exists = _positions(first + number, images, plan.window, tile)
+        index, exists = _positions(first + number, images, plan.spec.window, tile)
         samples = _samples(
             plan, x_ref, offset_ref, mask_ref, index, exists, group, tap,
             segment * sizes.channels + channel, channel_exists,
@@ -701,13 +699,13 @@ def _forward(plan: _Plan, x, kernel, offset, mask, bias):
     tile = _tile("forward", plan, x.shape[-1], features)
     sizes = _sizes(plan, x.shape[-1], features, tile)
     stack = max(a.shape[0] for a in (x, kernel, offset, mask, bias) if a is not None)
-    y = jax.ShapeDtypeStruct((stack, x.shape[1], *plan.window.out_spatial, features), plan.out_dtype)
+    y = jax.ShapeDtypeStruct((stack, x.shape[1], *plan.spec.window.out_spatial, features), plan.spec.out_dtype)
     return _launch(
         functools.partial(_forward_kernel, plan=plan, tile=tile),
         (x, _matrices(plan, kernel), offset, mask, bias),
         (y,),
         name="deform_conv_forward",
-        grid=(plan.feature_groups * sizes.feature_blocks, _tiles(plan.window, x.shape[1], tile), stack),
+        grid=(plan.spec.feature_groups * sizes.feature_blocks, _tiles(plan.spec.window, x.shape[1], tile), stack),
         tile=tile,
         plan=plan,
     )
@@ -726,7 +724,7 @@ def _backward(plan: _Plan, x, kernel, offset, mask, g):
         (matrices, offset, mask, g, start),
         (start,),
         name="deform_conv_backward_x",
-        grid=(plan.segments * sizes.channel_blocks, _tiles(plan.window, images, tile), stack),
+        grid=(plan.segments * sizes.channel_blocks, _tiles(plan.spec.window, images, tile), stack),
         tile=tile,
         plan=plan,
         aliases={3 if mask is None else 4: 0},
@@ -738,15 +736,15 @@ def _backward(plan: _Plan, x, kernel, offset, mask, g):
         (x, matrices, offset, mask, g),
         tuple(a if a is None else jax.ShapeDtypeStruct((stack, *a.shape[1:]), a.dtype) for a in (offset, mask)),
         name="deform_conv_backward_points",
-        grid=(plan.offset_groups, _tiles(plan.window, images, tile), stack),
+        grid=(plan.spec.offset_groups, _tiles(plan.spec.window, images, tile), stack),
         tile=tile,
         plan=plan,
     )
 
     tile = _tile("backward_kernel", plan, channels, features)
     sizes = _sizes(plan, channels, features, tile)
-    programs = plan.window.taps * plan.segments * sizes.channel_blocks * sizes.feature_blocks
-    splits = min(max(1, _PROGRAMS // (programs * stack)), _tiles(plan.window, images, tile))
+    programs = plan.spec.window.taps * plan.segments * sizes.channel_blocks * sizes.feature_blocks
+    splits = min(max(1, _PROGRAMS // (programs * stack)), _tiles(plan.spec.window, images, tile))
     operands, shape = (x, offset, mask, g), (stack, *matrices.shape[1:])
     start = _zeros(x, shape) if splits > 1 else None
     (dkernel,) = _launch(
@@ -768,7 +766,7 @@ _BACKWARD = _Pass(_backward, (True, False, True, True, True), (True, False, True
 
 def _matrices(plan: _Plan, kernel):
     """The kernel as one matrix for each tap: `(stack, K, C // feature groups, features)`."""
-    return kernel.reshape(kernel.shape[0], plan.window.taps, *kernel.shape[-2:])
+    return kernel.reshape(kernel.shape[0], plan.spec.window.taps, *kernel.shape[-2:])
 
 
 def _zeros(like, shape):
@@ -828,11 +826,13 @@ _INTERPRETED = _Tile(16, 16, 16, 8)  # small, so that small arrays take several
 
 def _tile(kernel: str, plan: _Plan, channels: int, features: int) -> _Tile:
     """The tile of a kernel, no larger than a segment's channels and a feature group's features need."""
-    channels, features = channels // plan.segments, features // plan.feature_groups
+    channels, features = channels // plan.segments, features // plan.spec.feature_groups
     if kernel == "forward" and features > 128:
         kernel = "forward, wide"
     half = "half, odd" if channels % 8 or features % 8 else "half"
-    tile = _INTERPRETED if plan.interpret else _TILES[plan.product.name if plan.dtype == "float32" else half][kernel]
+    tile = (
+        _INTERPRETED if plan.interpret else _TILES[plan.product.name if plan.spec.dtype == "float32" else half][kernel]
+    )
 
     def fit(limit, size):
         return max(16, min(limit, pl.next_power_of_2(size)))

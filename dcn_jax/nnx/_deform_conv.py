@@ -1,4 +1,4 @@
-"""Deformable convolution as a `flax.nnx` layer: a thin shell that owns the parameters, over `dcn_jax.deform_conv`."""
+"""`DeformConv` for `flax.nnx`: owns the parameters, and leaves the rest to `dcn_jax.deform_conv`."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dcn_jax import _branch, _extras
-from dcn_jax.deform_conv import deform_conv, kernel_shape
+from dcn_jax import _branch, _check, _extras
 from dcn_jax.geometry import Padding, canonical_padding
+from dcn_jax.ops.deform_conv import deform_conv, kernel_shape
 
 try:
     from flax import nnx
@@ -111,8 +111,8 @@ class DeformConv(nnx.Module):
         implementation: str | None = None,
     ):
         window = _branch.window_of(kernel_size)
-        _branch.check_count("in_features", in_features)
-        _branch.check_count("out_features", out_features)
+        _check.count("in_features", in_features)
+        _check.count("out_features", out_features)
         _branch.check_options(in_features, offset_groups, modulated, mask_scale, max_offset)
         shape = kernel_shape(window, in_features, out_features, feature_group_count)
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype), **kernel_metadata)

@@ -1,4 +1,4 @@
-"""Deformable convolution as a `flax.linen` layer: a thin shell that owns the parameters, over `dcn_jax.deform_conv`."""
+"""`DeformConv` for `flax.linen`: owns the parameters, and leaves the rest to `dcn_jax.deform_conv`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dcn_jax import _branch, _extras
-from dcn_jax.deform_conv import deform_conv, kernel_shape
+from dcn_jax import _branch, _check, _extras
 from dcn_jax.geometry import Padding, canonical_padding
+from dcn_jax.ops.deform_conv import deform_conv, kernel_shape
 
 try:
     import flax.linen as nn
@@ -106,7 +106,7 @@ class DeformConv(nn.Module):
             inputs, window, strides=self.strides, padding=self.padding, kernel_dilation=self.kernel_dilation
         )
         channels = inputs.shape[-1]
-        _branch.check_count("features", self.features)
+        _check.count("features", self.features)
         _branch.check_options(channels, self.offset_groups, self.modulated, self.mask_scale, self.max_offset)
 
         injected = {

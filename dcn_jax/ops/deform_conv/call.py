@@ -1,0 +1,169 @@
+"""A call of the op, checked: its arrays, and everything else about it."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dcn_jax import _check, _numerics
+from dcn_jax.geometry import Window, check_offset_shape, resolve_window
+
+
+class Arrays(NamedTuple):
+    """The arrays of a call."""
+
+    x: jax.Array  # (*batch, *spatial, C)
+    kernel: jax.Array  # (*window, C // feature groups, F)
+    offset: jax.Array  # (*batch, *out_spatial, OG * K * n)
+    mask: jax.Array | None  # (*batch, *out_spatial, OG * K)
+    bias: jax.Array | None  # (F,)
+
+
+class Spec(NamedTuple):
+    """Everything about a call except its arrays; hashable, so that it can be a static argument."""
+
+    window: Window
+    offset_groups: int
+    feature_groups: int
+    dtype: jnp.dtype  # of x and kernel in the products
+    out_dtype: jnp.dtype
+    precision: Any  # of the products, as the caller gave it
+
+    @property
+    def accumulate(self) -> jnp.dtype:
+        """The dtype that products are summed in."""
+        return _numerics.wide(self.dtype)
+
+
+def check_call(
+    arrays: Arrays,
+    *,
+    strides: Any,
+    padding: Any,
+    kernel_dilation: Any,
+    feature_group_count: Any,
+    precision: Any,
+    preferred_element_type: Any,
+    shapes_alone: bool = False,
+) -> tuple[Spec, Arrays]:
+    """Check the arguments of `deform_conv`; with `shapes_alone`, arrays may be `jax.ShapeDtypeStruct`s.
+
+    Raises:
+        ValueError: a shape or an option does not fit; the message names it.
+        TypeError: an argument is of the wrong kind.
+    """
+    array = functools.partial(_check.array, shape_alone=shapes_alone)
+    x = array("x", arrays.x, jnp.inexact)
+    kernel = array("kernel", arrays.kernel, jnp.inexact)
+    offset = array("offset", arrays.offset, jnp.floating)
+
+    rank = _window_rank(kernel)
+    batch, spatial, channels = _split_shape(x, kernel, rank)
+    window = resolve_window(
+        kernel.shape[:rank], spatial=spatial, strides=strides, padding=padding, kernel_dilation=kernel_dilation
+    )
+    _check_kernel(kernel, window, channels, feature_group_count)
+    offset_groups = _check_offset(offset, window, batch, channels)
+    mask = None if arrays.mask is None else array("mask", arrays.mask, jnp.floating)
+    if mask is not None:
+        _check_mask(mask, window, batch, offset_groups)
+    bias = None if arrays.bias is None else array("bias", arrays.bias, jnp.inexact)
+    if bias is not None and bias.shape != kernel.shape[-1:]:
+        raise ValueError(f"bias has shape {bias.shape}; wanted {kernel.shape[-1:]}: one value per feature of kernel")
+
+    dtype = jnp.result_type(x.dtype, kernel.dtype)
+    out_dtype = _result_dtype(dtype if bias is None else jnp.result_type(dtype, bias.dtype), preferred_element_type)
+    spec = Spec(window, offset_groups, int(feature_group_count), dtype, out_dtype, precision)
+    return spec, Arrays(x, kernel, offset, mask, bias)
+
+
+def kernel_shape(window: tuple[int, ...], channels: int, features: int, feature_group_count: int) -> tuple[int, ...]:
+    """`(*window, C // feature_group_count, features)`, once the groups are known to divide both."""
+    if not _check.is_int(feature_group_count):
+        raise TypeError(
+            f"feature_group_count={feature_group_count!r} is a {type(feature_group_count).__name__}; wanted an int"
+        )
+    if feature_group_count < 1 or channels % feature_group_count or features % feature_group_count:
+        raise ValueError(
+            f"feature_group_count={feature_group_count} must divide the {channels} channels of the input and the "
+            f"{features} features of the result"
+        )
+    return (*window, channels // feature_group_count, features)
+
+
+def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """`y` `(…, F)` + `bias` `(F,)`, in the wider of their dtypes."""
+    if bias is None:
+        return y
+    y = y.astype(_numerics.wide(y.dtype, bias.dtype))
+    return y + lax.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
+
+
+def _window_rank(kernel: jax.Array) -> int:
+    """How many spatial axes a kernel `(*window, C // feature_group_count, features)` has."""
+    rank = len(kernel.shape) - 2
+    if rank not in (1, 2, 3) or 0 in kernel.shape[:rank]:
+        raise ValueError(
+            f"kernel has shape {kernel.shape}; wanted (*window, C // feature_group_count, features) with a window of "
+            "1, 2 or 3 axes, none of them empty"
+        )
+    return rank
+
+
+def _split_shape(x: jax.Array, kernel: jax.Array, rank: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """The batch axes, the spatial axes and the channels of x."""
+    if len(x.shape) < rank + 1:
+        raise ValueError(
+            f"x has shape {x.shape}; wanted (*batch, *spatial, C) with {rank} spatial axes, the rank of the window of "
+            f"kernel, whose shape is {kernel.shape}"
+        )
+    spatial = x.shape[-rank - 1 : -1]
+    if 0 in spatial:
+        raise ValueError(f"x has shape {x.shape}, a map without pixels; wanted at least one along each spatial axis")
+    return x.shape[: -rank - 1], spatial, x.shape[-1]
+
+
+def _check_kernel(kernel: jax.Array, window: Window, channels: int, feature_group_count: Any) -> None:
+    wanted = kernel_shape(window.size, channels, kernel.shape[-1], feature_group_count)
+    if kernel.shape != wanted:
+        raise ValueError(
+            f"kernel has shape {kernel.shape}; wanted {wanted}: (*window, C // feature_group_count, features) with "
+            f"C = {channels}, the channels of x, and feature_group_count={feature_group_count}"
+        )
+
+
+def _check_offset(offset: jax.Array, window: Window, batch: tuple[int, ...], channels: int) -> int:
+    """Check the shape of `offset`; return how many offset groups it has."""
+    groups = check_offset_shape(offset.shape, window)
+    if channels % groups:
+        raise ValueError(
+            f"offset has shape {offset.shape}, that is {groups} offset groups of {window.taps} taps; wanted a number "
+            f"of groups that divides the {channels} channels of x"
+        )
+    given = offset.shape[: -window.rank - 1]
+    if given != batch:
+        raise ValueError(f"offset has shape {offset.shape}, batch axes {given}; wanted those of x, {batch}")
+    return groups
+
+
+def _check_mask(mask: jax.Array, window: Window, batch: tuple[int, ...], offset_groups: int) -> None:
+    wanted = (*batch, *window.out_spatial, offset_groups * window.taps)
+    if mask.shape != wanted:
+        raise ValueError(
+            f"mask has shape {mask.shape}; wanted {wanted}: one value for each tap ({window.taps}) of each offset "
+            f"group ({offset_groups}, as in offset)"
+        )
+
+
+def _result_dtype(promoted: jnp.dtype, preferred_element_type: Any) -> jnp.dtype:
+    """The dtype of the result: `preferred_element_type`, or that of the arguments together."""
+    if preferred_element_type is None:
+        return promoted
+    preferred = _check.floating_dtype("preferred_element_type", preferred_element_type)
+    if jnp.issubdtype(promoted, jnp.complexfloating) and not jnp.issubdtype(preferred, jnp.complexfloating):
+        raise TypeError(
+            f"preferred_element_type={preferred} cannot hold the result, which is {promoted}; wanted a complex dtype"
+        )
+    return preferred
