@@ -34,7 +34,7 @@ try:
     from matplotlib import pyplot as plt
     from matplotlib.patches import Patch
 
-    from dcn_jax import linear_sample, sampling_points
+    from dcn_jax import linear_sample
     from dcn_jax.linen import DeformConv
     from dcn_jax.optim import offset_labels
     from dcn_jax.viz import plot_sampling
@@ -255,7 +255,7 @@ def draw(runs: Sequence[Run], digits: Digits, path: Path) -> None:
     """Draw test canvases: where the last layer of each deformable network reads, the labels, what each network says."""
     canvases, labels = pictured_canvases(digits)
     looks = {run.row["model"]: look_at(run, canvases) for run in runs}
-    deformable = {model: look for model, look in looks.items() if look.points is not None}
+    deformable = {model: look for model, look in looks.items() if look.offset is not None}
     figure, axes = make_axes([f"where {model} reads" for model in deformable], ["true labels", *looks], len(canvases))
     for i, canvas in enumerate(canvases):
         show_labels(axes["true labels", i], labels[i])
@@ -264,7 +264,7 @@ def draw(runs: Sequence[Run], digits: Digits, path: Path) -> None:
         for model, look in deformable.items():
             ax, mask = axes[f"where {model} reads", i], None if look.mask is None else look.mask[i]
             at = pictured_positions(labels[i])
-            plot_sampling(canvas, look.points[i], mask, at=at, spatial=(POSITIONS, POSITIONS), ax=ax)
+            plot_sampling(canvas, look.offset[i], mask, window=(3, 3), at=at, spatial=(POSITIONS, POSITIONS), ax=ax)
     if deformable:
         squares_and_dots = "□ the regular grid\n● where the taps of the last layer read, by their modulation"
         figure.suptitle(squares_and_dots, fontsize=9)
@@ -303,7 +303,7 @@ class Look(NamedTuple):
     """What a network makes of some canvases."""
 
     labels: jax.Array  # (B, 16, 16)
-    points: Any = None  # (B, 16, 16, 1, 9, 2), where the taps of its last layer read
+    offset: Any = None  # (B, 16, 16, 18), of its last layer
     mask: Any = None  # (B, 16, 16, 9), their modulation
 
 
@@ -314,8 +314,7 @@ def look_at(run: Run, canvases: jax.Array) -> Look:
     layer = sown.get("intermediates", {}).get("layer_2")
     if layer is None:
         return Look(labels)
-    points = sampling_points(layer["offset"][0], (3, 3), spatial=(POSITIONS, POSITIONS))
-    return Look(labels, points, layer["mask"][0] if "mask" in layer else None)
+    return Look(labels, layer["offset"][0], layer["mask"][0] if "mask" in layer else None)
 
 
 def pictured_canvases(digits: Digits) -> tuple[jax.Array, jax.Array]:
