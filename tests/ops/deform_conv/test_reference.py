@@ -1,0 +1,56 @@
+"""The reference: the formula that readers see first, against the oracle and against the op."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcn_jax import deform_conv
+from dcn_jax.ops.deform_conv import reference
+from dcn_jax.ops.deform_conv.call import Arrays, check_call
+from tests.support import oracle
+from tests.support.cases import assert_close, draw, quick_jit
+
+CASES = {
+    "2-D": draw((2, 5, 4, 6), (3, 2), 4, offset_groups=3, feature_group_count=2, strides=(1, 2), padding=1),
+    "1-D, v1, no batch": draw((7, 3), (3,), 2, kernel_dilation=2, mask=False, bias=False),
+    "3-D, two batch axes": draw((2, 1, 3, 4, 2, 2), (2, 1, 2), 3, offset_groups=2),
+}
+
+
+def by_reference(arrays, options):
+    spec, arrays = check_call(
+        Arrays(*arrays),
+        **{"strides": 1, "padding": "SAME", "kernel_dilation": 1, "feature_group_count": 1} | options,
+        precision=None,
+        preferred_element_type=None,
+    )
+    return reference.run(spec, arrays)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_is_the_formula(case):
+    y = quick_jit(lambda arrays: by_reference(arrays, case.options))(case.arrays)
+    assert_close(y, oracle.deform_conv(*case.arrays, **case.options), 1e-6)
+
+
+def test_is_the_op_in_every_dtype(x64):
+    for dtype in (jnp.float16, jnp.float64, jnp.complex64):
+        x, kernel, offset, mask, bias = CASES["2-D"].arrays
+        arrays = x.astype(dtype), kernel.astype(dtype), offset, mask, bias.astype(dtype)
+        y = by_reference(arrays, CASES["2-D"].options)
+        wanted = deform_conv(*arrays, **CASES["2-D"].options)
+        assert y.dtype == wanted.dtype
+        assert_close(np.asarray(y), wanted, 2 * float(jnp.finfo(dtype).eps))
+
+
+def test_has_the_gradients_of_the_op():
+    case = CASES["1-D, v1, no batch"]
+    given = [array for array in case.arrays if array is not None]
+
+    def gradients(f):
+        return quick_jit(jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), (0, 1, 2)))(*given)
+
+    of_reference = gradients(lambda *a: by_reference((*a, None, None), case.options))
+    for actual, wanted in zip(of_reference, gradients(lambda *a: deform_conv(*a, **case.options)), strict=True):
+        assert_close(actual, wanted, 1e-5)
