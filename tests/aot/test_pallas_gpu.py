@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 
+from benchmarks import workloads
 from tests.support import aot
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,7 @@ if reason := aot.missing("H100"):
     pytest.skip(reason, allow_module_level=True)
 
 # ResNet-50's deformable layers at 800×1344 in batches of 8, and a small map: x and features, all 3×3.
-WORKLOADS = {
-    "conv3": ((8, 100, 168, 128), 128),
-    "conv4": ((8, 50, 84, 256), 256),
-    "conv5": ((8, 25, 42, 512), 512),
-    "small": ((16, 56, 56, 64), 64),
-}
+WORKLOADS = {name.removeprefix("gpu-"): workloads.WORKLOADS[name][:2] for name in workloads.GPU}
 # Channels and features that fill no tile, in one group and in many.
 RAGGED = {
     "odd": ((2, 33, 47, 45), 21, {}),
