@@ -1,7 +1,7 @@
-"""torchvision's `deform_conv2d`, timed on request; `benchmark.py --peer-python` runs this in a Python that has torch.
+"""torchvision's op, timed on request; peer_process.py runs this in a Python that has torch.
 
-Reads one JSON command a line and answers with one a line: {"prepare": {…}, "name": …} makes the tensors of a workload,
-{"run": name, "calls": n} times n calls of it.
+Reads one JSON command a line and answers with one a line: {"prepare": {…}, "name": …} makes the
+tensors of a workload, {"run": name, "calls": n} times n calls of it.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Named workloads: the shapes that deformable convolution meets in practice, for the benchmark and the tests alike."""
+"""Named workloads: the shapes that deformable convolution meets, for benchmark and tests alike."""
 
 import math
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import dcn_jax
 
 
 class Workload(NamedTuple):
-    """One call of the op: its shapes and options; padding is half the window, as in every ResNet."""
+    """One call of the op: shapes and options; padding is half the window, as in every ResNet."""
 
     x: tuple[int, ...]  # (batch, *spatial, C)
     features: int
@@ -22,6 +22,15 @@ class Workload(NamedTuple):
     groups: int = 1  # feature_group_count
     offset_groups: int = 1
     modulated: bool = True
+
+    def __str__(self) -> str:
+        """Sizes, channels in and out, window, and the options that are not the usual ones."""
+        *sizes, channels = self.x
+        shape, window = "×".join(map(str, sizes)), "×".join(map(str, self.window))
+        counts = {key: getattr(self, key) for key in ("strides", "dilation", "groups", "offset_groups")}
+        unusual = [f"{key.replace('_', ' ')} {count}" for key, count in counts.items() if count != 1]
+        unusual += [] if self.modulated else ["no mask"]
+        return ", ".join([shape, f"{channels} → {self.features}", window, *unusual])
 
     @property
     def padding(self) -> tuple[int, ...]:
@@ -56,7 +65,7 @@ class Workload(NamedTuple):
         return [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes[: 3 + self.modulated]]
 
     def arrays(self, seed: int, dtype: Any) -> list[jax.Array]:
-        """Random arguments: x ~ N(0, 1), kernel for a result ~ N(0, 1), offset ~ N(0, 2) in pixels, mask ~ U(0, 1)."""
+        """Random: x and result ~ N(0, 1), offset ~ N(0, 2) in pixels, mask ~ U(0, 1)."""
         random = np.random.default_rng(seed)  # NumPy's: JAX would compile for each shape
         shapes = [s.shape for s in self.shapes(dtype)]
         unit = 1 / math.sqrt(math.prod(shapes[1][:-1]))
@@ -67,23 +76,35 @@ class Workload(NamedTuple):
     def deform_conv(self, x, kernel, offset, mask=None, *, implementation=None, precision=None):
         """The deformable convolution of this workload."""
         return dcn_jax.deform_conv(
-            x, kernel, offset, mask,
-            strides=self.strides, padding=self.padding, kernel_dilation=self.dilation, feature_group_count=self.groups,
-            implementation=implementation, precision=precision,
-        )  # fmt: skip
+            x,
+            kernel,
+            offset,
+            mask,
+            strides=self.strides,
+            padding=self.padding,
+            kernel_dilation=self.dilation,
+            feature_group_count=self.groups,
+            implementation=implementation,
+            precision=precision,
+        )
 
     def dense(self, x, kernel, *, precision=None):
         """The plain convolution of the same shape."""
         axes = "HWD"[: len(self.window)]
         return lax.conv_general_dilated(
-            x, kernel, (self.strides,) * len(axes), [(p, p) for p in self.padding],
-            rhs_dilation=(self.dilation,) * len(axes), feature_group_count=self.groups, precision=precision,
+            x,
+            kernel,
+            (self.strides,) * len(axes),
+            [(p, p) for p in self.padding],
+            rhs_dilation=(self.dilation,) * len(axes),
+            feature_group_count=self.groups,
+            precision=precision,
             dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
-        )  # fmt: skip
+        )
 
 
 WORKLOADS = {
-    # ResNet-50's 3×3 layers, one image or a few, at 224×224 and at a detector's size (800×1216, 800×1344)
+    # ResNet-50's 3×3 layers, one image or a few, at 224×224 and at a detector's size (800×1216)
     "conv2-224": Workload((1, 56, 56, 64), 64),
     "conv3-224": Workload((4, 28, 28, 128), 128),
     "conv4-224": Workload((4, 14, 14, 256), 256),
@@ -103,7 +124,7 @@ WORKLOADS = {
     # one and three spatial axes
     "1d": Workload((8, 1024, 128), 128, window=(3,)),
     "3d": Workload((1, 16, 28, 28, 32), 32, window=(3, 3, 3)),
-    # a GPU's share of a detector's batch
+    # ResNet-50's deformable layers at 800×1344 in a GPU's share of a batch, and a small map
     "gpu-conv3": Workload((8, 100, 168, 128), 128),
     "gpu-conv4": Workload((8, 50, 84, 256), 256),
     "gpu-conv5": Workload((8, 25, 42, 512), 512),

@@ -1,0 +1,132 @@
+"""The aims: what the op should reach on a CPU and on a GPU, beside what was measured."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rich.table import Table
+
+from benchmarks.report import STYLE
+from benchmarks.rows import STACK, geometric_mean, ratios, show, spoken
+from benchmarks.workloads import BATCHES, FIVE, GPU, GROUPS, KINDS, MAPS, WORKLOADS
+
+
+class Aim(NamedTuple):
+    """A figure, what it should reach, and whether less is better."""
+
+    of: str  # a mode, and a dtype where there are several
+    figure: str
+    value: float | None
+    limit: float
+    at_most: bool = True
+
+    @property
+    def name(self) -> str:
+        """The figure and what it is of."""
+        return f"{self.of}: {self.figure}"
+
+    @property
+    def verdict(self) -> str:
+        """Whether the value is on the right side of the limit."""
+        if self.value is None:
+            return "not measured"
+        return "reached" if (self.value <= self.limit) == self.at_most or self.value == self.limit else "not reached"
+
+
+def select(
+    rows: list[dict], workloads: Sequence[str], mode: str, dtype: str = "float32", implementation: str = "xla"
+) -> list[dict]:
+    """The rows of these workloads that have a time."""
+    wanted = mode, dtype, implementation
+    return [
+        row
+        for row in rows
+        if row["workload"] in workloads and (row["mode"], row["dtype"], row["implementation"]) == wanted and row["ms"]
+    ]
+
+
+def worst(values: list[float]) -> float | None:
+    """The largest of what was measured."""
+    return max(values, default=None)
+
+
+def spread(rows: list[dict], time: str = "ms") -> float | None:
+    """The most time that a position takes over the least, among sizes of one kind."""
+    times = [row[time] / math.prod(WORKLOADS[row["workload"]].x[:-1]) for row in rows]
+    return max(times) / min(times) if len(times) > 1 else None
+
+
+def of_plain(rows: list[dict]) -> str:
+    """The plain convolution's `spread`, to be set beside ours."""
+    return f"(plain: {show(spread(rows, 'dense_ms'))})"
+
+
+def cpu_aims(rows: list[dict]) -> list[Aim]:
+    """What the XLA path should reach on a CPU, from the rows of the suite "reach"."""
+    aims = []
+    for mode, mean, most, peer, scratch in (
+        ("forward", 1.2, 1.6, 12, 0.30),
+        ("forward_backward", 1.8, 3.0, 25, 0.75),
+    ):
+        label, five, kinds = spoken(mode), select(rows, FIVE, mode), select(rows, KINDS, mode)
+        to_plain, to_peer = ratios(five, "ms", "dense_ms"), ratios(five, "peer_ms", "ms")
+        lean = ratios(select(rows, (*FIVE, *GROUPS), mode), "scratch_bytes", "columns_bytes")
+        half = {row["workload"]: row["ms"] for row in select(rows, FIVE, mode, "bfloat16")}
+        to_half = [half[row["workload"]] / row["ms"] for row in five if row["workload"] in half]
+        batches, maps = select(rows, BATCHES, mode), select(rows, MAPS, mode)
+        aims += [
+            Aim(label, f"ours / plain, mean of {len(to_plain)}", geometric_mean(to_plain), mean),
+            Aim(label, f"ours / plain, worst of {len(to_plain)}", worst(to_plain), most),
+            Aim(label, f"torchvision / ours, mean of {len(to_peer)}", geometric_mean(to_peer), peer, at_most=False),
+            Aim(label, "ours / plain, worst of grouped, 1-D, 3-D", worst(ratios(kinds, "ms", "dense_ms")), 4),
+            Aim(label, f"scratch / columns, worst of {len(lean)}", worst(lean), scratch),
+            Aim(label, f"bfloat16 / float32, worst of {len(to_half)}", worst(to_half), 1.5),
+            Aim(label, f"an image's ms, batch 1 to 64, most / least {of_plain(batches)}", spread(batches), 1.5),
+            Aim(label, f"a position's ms, map 14² to 224², most / least {of_plain(maps)}", spread(maps), 1.5),
+        ]
+    stack = [row for row in rows if row["workload"] == STACK]
+    aims.append(Aim("compiling 12 layers", "ours / plain", worst(ratios(stack, "compile_s", "dense_compile_s")), 2))
+    return aims
+
+
+def gpu_aims(rows: list[dict]) -> list[Aim]:
+    """What the fused kernels should reach on an H100, from the rows of the suite "gpu"."""
+    aims = []
+    for mode, single, half, dense in (("forward", 4, 8, 2.5), ("forward_backward", 4, 6, 4)):
+        exact = select(rows, GPU, mode, "float32", "pallas")
+        errors = [row["parity"] for row in exact if row.get("parity") is not None]
+        limit = 5e-3 if any(row.get("tf32") for row in exact) else 1e-5
+        aims.append(Aim(f"{spoken(mode)}, float32", "relative error, worst", worst(errors), limit))
+        for dtype, limit in (("float32", single), ("float16", half)):
+            least = min(ratios(select(rows, GPU, mode, dtype, "pallas"), "peer_ms", "ms"), default=None)
+            aims.append(Aim(f"{spoken(mode)}, {dtype}", "torchvision / ours, least", least, limit, at_most=False))
+        ours = select(rows, GPU, mode, "bfloat16", "pallas")
+        label = f"{spoken(mode)}, bfloat16"
+        aims.append(Aim(label, "ours / plain, worst", worst(ratios(ours, "ms", "dense_ms")), dense))
+        if mode == "forward":
+            aims.append(Aim(label, "ours / floor, worst", worst(ratios(ours, "ms", "floor_ms")), 3))
+            scratch = [row["scratch_bytes"] for row in ours]
+        else:  # one float32 copy of x, where its gradient is summed, is allowed on top
+            scratch = [row["scratch_bytes"] - 4 * math.prod(WORKLOADS[row["workload"]].x) for row in ours]
+        shares = [size / row["columns_bytes"] for size, row in zip(scratch, ours, strict=True)]
+        beyond = "" if mode == "forward" else " beyond x in float32"
+        aims.append(Aim(label, f"scratch{beyond} / columns, worst", worst(shares), 0.02))
+    return aims
+
+
+AIMS = {"reach": cpu_aims, "gpu": gpu_aims}  # by suite
+
+
+def aims_table(aims: list[Aim]) -> Table:
+    """Each figure beside its aim, under a line that says what it is of."""
+    table = Table("figure", **STYLE)
+    for heading in ("measured", "aim", ""):
+        table.add_column(heading, justify="right")
+    for of, group in itertools.groupby(aims, lambda aim: aim.of):
+        table.add_section()
+        table.add_row(of)
+        for aim in group:
+            limit = f"{'≤' if aim.at_most else '≥'} {aim.limit:g}"
+            table.add_row(f"  {aim.figure}", show(aim.value, "{:.3g}"), limit, aim.verdict)
+    return table

@@ -1,0 +1,207 @@
+"""Measuring: runs that are compared take turns, and each row gets the medians of its runs."""
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.floor import floor_ms, measure_rates
+from benchmarks.peer_process import Peer
+from benchmarks.programs import Program, make_program, parity, with_gradients
+from benchmarks.rows import EMPTY, STACK, reason
+from benchmarks.suites import Comparison
+from benchmarks.workloads import WORKLOADS, Workload
+
+VISITS = 3  # to each comparison, its rounds spread over them
+GPU_CACHE = 200e6  # bytes that rotated inputs exceed: four times an H100's L2
+
+
+class Settings(NamedTuple):
+    """What all measurements of one command share."""
+
+    device: str
+    device_name: str
+    implementations: tuple[str, ...]
+    repeats: int
+    tf32: bool
+    peer: Peer | None
+
+    @property
+    def precision(self) -> str | None:
+        """Of the products, for all sides."""
+        return None if self.tf32 else "highest"
+
+
+class Case(NamedTuple):
+    """Whose run it is; the program is an implementation, "dense" or "peer"."""
+
+    workload: str
+    dtype: str
+    program: str
+
+
+Run = Callable[[int], float]  # so many calls, to the milliseconds of one
+
+
+# Taking turns
+
+
+class Measurement:
+    """Runs that are compared, the times they took so far, and the rows that tell these."""
+
+    def __init__(self, rows: list[dict], runs: dict[Case, Run]):
+        self.rows, self.runs = rows, runs
+        self.times: dict[Case, list[float]] = {case: [] for case in runs}
+
+    def take_turns(self, rounds: Sequence[int], peer_every: int, advance: Callable[[], None]) -> None:
+        """Time each run once a round, the peer's only in some, and update the rows' medians."""
+        calls = {}
+        for case, run in self.runs.items():
+            run(1)
+            calls[case] = calls_for(run(1))
+        for turn in rounds:
+            there_and_back = -1 if turn % 2 else 1  # no run always follows the same other
+            for case in list(self.runs)[::there_and_back]:
+                if case.program != "peer" or turn % peer_every == 0:
+                    self.times[case].append(self.runs[case](calls[case]))
+            advance()
+        medians = {case: statistics.median(times) for case, times in self.times.items() if times}
+        for row in self.rows:
+            programs = {"ms": row["implementation"], "dense_ms": "dense", "peer_ms": "peer"}
+            row |= {key: medians.get(Case(row["workload"], row["dtype"], p)) for key, p in programs.items()}
+
+
+def calls_for(milliseconds: float) -> int:
+    """How many calls make a run that a clock can measure."""
+    return max(1, min(100, round(20 / max(milliseconds, 1e-3))))
+
+
+def visits(comparisons: int, repeats: int) -> Iterator[tuple[int, range]]:
+    """(comparison, its rounds): each is visited again, so that slow seconds decide no figure."""
+    count = min(VISITS, repeats)
+    for visit in range(count):
+        rounds = range(visit * repeats // count, (visit + 1) * repeats // count)
+        for comparison in range(comparisons):
+            yield comparison, rounds
+
+
+# What takes them
+
+
+def prepare(comparison: Comparison, mode: str, settings: Settings) -> Measurement:
+    """Compile all that is compared, in one mode."""
+    rows, runs = [], {}
+    for name in comparison.workloads:
+        for dtype in comparison.dtypes:
+            more_rows, more_runs = prepare_workload(name, dtype, mode, comparison.with_peer, settings)
+            rows += more_rows
+            runs |= more_runs
+    return Measurement(rows, runs)
+
+
+def prepare_workload(
+    name: str, dtype: str, mode: str, with_peer: bool, settings: Settings
+) -> tuple[list[dict], dict[Case, Run]]:
+    """The rows of a workload, without their times, and the runs that will tell these."""
+    work = WORKLOADS[name]
+    inputs = make_inputs(work, dtype, settings.device)
+    plain = functools.partial(work.dense, precision=settings.precision)
+    dense = make_program(plain, [arguments[:2] for arguments in inputs], mode)
+    runs: dict[Case, Run] = {Case(name, dtype, "dense"): dense.run}
+
+    answer: dict[str, Any] = {"error": "not asked for"}
+    if settings.peer and with_peer:
+        label = f"{name}, {dtype}, {mode}"
+        answer = settings.peer.prepare(work, dtype, mode, len(inputs), label)
+        if "error" not in answer:
+            runs[Case(name, dtype, "peer")] = functools.partial(settings.peer.run, label)
+
+    row = EMPTY | {
+        "workload": name,
+        "dtype": dtype,
+        "mode": mode,
+        "dense_compile_s": dense.compile_s,
+        "dense_scratch_bytes": dense.scratch_bytes,
+        "dense_peak_bytes": dense.peak_bytes,
+        "peer_peak_bytes": answer.get("peak_bytes"),
+        "peer_error": answer.get("error"),
+        "columns_bytes": work.columns * jnp.dtype(dtype).itemsize,
+        "tf32": settings.tf32,
+        "device": settings.device_name,
+        "jax": jax.__version__,
+    }
+    if mode == "forward":
+        row["floor_ms"] = floor_ms(work, dtype, measure_rates(settings.device, dtype, settings.precision))
+    rows = [row | {"implementation": implementation} for implementation in settings.implementations]
+    for row in rows:
+        program = prepare_ours(row, inputs, settings)
+        if program:
+            runs[Case(name, dtype, row["implementation"])] = program.run
+    return rows, runs
+
+
+def prepare_ours(row: dict, inputs: list[list[jax.Array]], settings: Settings) -> Program | None:
+    """Compile the row's implementation and note what that tells; if it cannot run, note why."""
+    function = functools.partial(
+        WORKLOADS[row["workload"]].deform_conv,
+        implementation=row["implementation"],
+        precision=settings.precision,
+    )
+    try:
+        program = make_program(function, inputs, row["mode"])
+        program.run(1)
+    except Exception as error:  # whatever it is, it goes into the row and the others go on
+        row["error"] = f"not available: {reason(error)}"
+        return None
+    row |= {key: getattr(program, key) for key in ("compile_s", "scratch_bytes", "peak_bytes")}
+    if settings.device == "gpu":
+        row["parity"] = parity(row["workload"], row["mode"], program)
+    return program
+
+
+def make_inputs(work: Workload, dtype: str, device: str) -> list[list[jax.Array]]:
+    """Arguments of the op; on a GPU so many sets of them that its cache cannot hold them all."""
+    itemsize, copies = jnp.dtype(dtype).itemsize, 1
+    if device == "gpu":
+        copies = min(16, math.ceil(GPU_CACHE / (itemsize * sum(math.prod(s.shape) for s in work.shapes(dtype)))))
+    return [work.arrays(seed, dtype) for seed in range(copies)]
+
+
+# What is compiled and not run
+
+
+def compile_stack(settings: Settings) -> dict:
+    """A row with the seconds to trace and compile 12 layers with gradients; nothing runs."""
+    work = WORKLOADS["conv4-224"]
+    x, kernel, offset, mask = work.shapes("float32")
+
+    def ours(x, *layers):
+        for kernel, offset, mask in layers:
+            x = work.deform_conv(x, kernel, offset, mask, implementation="xla")
+        return x
+
+    def plain(x, *kernels):
+        return functools.reduce(work.dense, kernels, x)
+
+    stacks = {"compile_s": (ours, (kernel, offset, mask)), "dense_compile_s": (plain, kernel)}
+    seconds: dict[str, list[float]] = {key: [] for key in stacks}
+    for _ in range(min(3, settings.repeats)):
+        for key, (function, layer) in stacks.items():
+            jax.clear_caches()
+            start = time.perf_counter()
+            jax.jit(with_gradients(function)).lower(x, x, *[layer] * 12).compile()
+            seconds[key].append(time.perf_counter() - start)
+    return EMPTY | {
+        "workload": STACK,
+        "implementation": "xla",
+        "dtype": "float32",
+        "mode": "forward_backward",
+        **{key: statistics.median(measured) for key, measured in seconds.items()},
+        "device": settings.device_name,
+        "jax": jax.__version__,
+    }

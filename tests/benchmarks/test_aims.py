@@ -1,0 +1,61 @@
+"""The figures that the op should reach, out of the rows."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from benchmarks.aims import aims_table, cpu_aims, gpu_aims
+from benchmarks.rows import STACK
+from benchmarks.workloads import FIVE
+
+
+def _row(workload, mode, ms, dtype="float32", implementation="xla", **more):
+    return {"workload": workload, "mode": mode, "dtype": dtype, "implementation": implementation, "ms": ms} | more
+
+
+def test_aims_on_a_cpu():
+    rows = [
+        _row(name, "forward", ms, dense_ms=10.0, peer_ms=200.0, scratch_bytes=3, columns_bytes=10)
+        for name, ms in zip(FIVE, (10.0, 10.0, 10.0, 10.0, 20.0), strict=True)
+    ]
+    rows += [_row("small", "forward", 40.0, "bfloat16")]
+    rows += [_row("batch1", "forward", 1.0, dense_ms=3.0), _row("batch4", "forward", 2.0, dense_ms=8.0)]
+    rows += [_row(STACK, "forward_backward", None, compile_s=3.0, dense_compile_s=1.0)]
+    aims = {aim.name: aim for aim in cpu_aims(rows)}
+    expected = {
+        "forward: ours / plain, mean of 5": (2**0.2, "reached"),
+        "forward: ours / plain, worst of 5": (2.0, "not reached"),
+        "forward: torchvision / ours, mean of 5": (20 / 2**0.2, "reached"),
+        "forward: scratch / columns, worst of 5": (0.3, "reached"),
+        "forward: bfloat16 / float32, worst of 1": (2.0, "not reached"),
+        "forward: an image's ms, batch 1 to 64, most / least (plain: 1.50)": (2.0, "not reached"),
+        "compiling 12 layers: ours / plain": (3.0, "not reached"),
+    }
+    for name, (value, verdict) in expected.items():
+        aim = aims.pop(name)
+        assert aim.value == pytest.approx(value)
+        assert aim.verdict == verdict
+    assert {aim.verdict for aim in aims.values()} == {"not measured"}
+
+
+def test_aims_on_a_gpu():
+    more = {"dense_ms": 1.0, "peer_ms": 20.0, "floor_ms": 0.5, "scratch_bytes": 1, "columns_bytes": 100}
+    rows = [_row("gpu-conv3", "forward", 2.0, dtype, "pallas", **more) for dtype in ("float32", "float16", "bfloat16")]
+    aims = {aim.name: (aim.value, aim.verdict) for aim in gpu_aims(rows)}
+    assert aims["forward, float32: torchvision / ours, least"] == (10.0, "reached")
+    assert aims["forward, bfloat16: ours / plain, worst"] == (2.0, "reached")
+    assert aims["forward, bfloat16: ours / floor, worst"] == (4.0, "not reached")
+    assert aims["forward, bfloat16: scratch / columns, worst"] == (0.01, "reached")
+    assert aims["forward + backward, float16: torchvision / ours, least"] == (None, "not measured")
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 180])
+@pytest.mark.parametrize("aims", [cpu_aims([]), gpu_aims([])], ids=["cpu", "gpu"])
+def test_no_figure_is_cut(aims, width):
+    console = Console(width=width, file=io.StringIO())
+    console.print(aims_table(aims))
+    printed = console.file.getvalue()
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= width
+    assert printed.count("not measured") == len(aims)
