@@ -13,7 +13,7 @@ help: ## list the targets
 	@echo 'PYTHON=python3.12 picks the Python, VENV=.venv-3.12 the environment, ARGS="…" is handed to the program.'
 
 train: $(VENV)/installed-examples ## train on real digits: four networks, a table, a picture (ARGS="--help" for the options)
-	$(BIN)/python examples/train_digits.py $(ARGS)
+	$(BIN)/python examples/05_digits.py $(ARGS)
 
 test: $(VENV)/installed-test ## run the tests
 	$(PYTEST) $(ARGS)
