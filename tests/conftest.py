@@ -17,7 +17,7 @@ import jax
 import pytest
 
 import dcn_jax
-from dcn_jax.ops.deform_conv import pallas_gpu
+from dcn_jax._pallas.launch import interpret
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -81,7 +81,7 @@ def _able(item):
 @pytest.fixture
 def op(request):
     """`dcn_jax.deform_conv` with its implementation chosen, the GPU kernels in Pallas's interpreter."""
-    with pallas_gpu.interpret() if request.param == "pallas" else contextlib.nullcontext():
+    with interpret() if request.param == "pallas" else contextlib.nullcontext():
         yield functools.partial(dcn_jax.deform_conv, implementation=request.param)
 
 

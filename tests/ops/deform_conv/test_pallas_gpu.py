@@ -13,6 +13,7 @@ from tests.support.cases import assert_close, draw, quick_jit
 from jax import lax
 
 from dcn_jax import deform_conv, select_implementation
+from dcn_jax._pallas.launch import interpret
 from dcn_jax.ops.deform_conv import pallas_gpu
 
 CASE = draw((2, 4, 3, 2), (2, 3), 2, offset_groups=2, strides=(1, 2))
@@ -25,7 +26,7 @@ fused = functools.partial(deform_conv, implementation="pallas")
 
 @pytest.fixture
 def interpreted():
-    with pallas_gpu.interpret():
+    with interpret():
         yield
 
 
@@ -106,8 +107,17 @@ def test_float64_is_refused(interpreted, x64):
         fused(*draw((2, 3, 3, 1), (1, 1), 1).astype(np.float64).arrays)
 
 
+def test_a_refusal_gives_all_reasons(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.complex64) for shape in ((2, 3, 3, 3, 4), (1, 1, 1, 4, 5)))
+    offset = jax.ShapeDtypeStruct((2, 3, 3, 3, 3), jnp.float32)
+    reasons = "3 spatial axes", "x has dtype complex64", "kernel has dtype complex64", "precision=", "CUDA GPUs"
+    with pytest.raises(ValueError, match=".*; and .*".join(reasons)):
+        select_implementation(x, kernel, offset, precision=lax.DotAlgorithmPreset.F64_F64_F64, implementation="pallas")
+
+
 def test_without_a_gpu_it_says_so(monkeypatch):
-    monkeypatch.setattr(pallas_gpu.importlib.util, "find_spec", lambda name: None)  # nor the plugin to compile for one
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # nor the plugin to compile for one
     with pytest.raises(ValueError, match="runs on CUDA GPUs, and JAX's backend here is 'cpu'"):
         jax.eval_shape(functools.partial(fused, **CASE.options), *CASE.arrays)
 
@@ -140,10 +150,16 @@ def test_the_kernels_are_in_the_lowered_program(dtype):
 def test_the_modes_share_no_trace():
     """What `jit` traced in the interpreter is not taken for a program of the GPU."""
     call = jax.jit(functools.partial(fused, **CASE.options))
-    with pallas_gpu.interpret():
+    with interpret():
         call(*CASE.arrays)
     with jax.sharding.use_abstract_mesh(H100):
-        assert "deform_conv_launch" in str(call.trace(*CASE.arrays).jaxpr)
+        assert "pallas_launch" in str(call.trace(*CASE.arrays).jaxpr)
+
+
+def test_a_backward_pass_runs_in_the_mode_of_its_forward_pass():
+    with interpret():
+        y, pull = jax.vjp(functools.partial(fused, **CASE.options), *CASE.arrays)
+    assert all(jnp.all(jnp.isfinite(gradient)) for gradient in pull(y))  # outside, where there is no GPU
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,88 @@
+"""Keeping kernels local: each device runs them on its part of the stack and of the batch.
+
+Left to itself the partitioner, which knows nothing of a kernel, gathers all that goes in on every
+device.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dcn_jax._pallas.launch import stack_size
+
+
+class Pass(NamedTuple):
+    """One direction of an op; hashable."""
+
+    run: Callable  # (plan, operands) -> results, both NamedTuples of stacked arrays (or None)
+    batched: frozenset[str]  # the operands and results whose second axis is the batch, by name
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def keep_local(direction: Pass, plan: Any, operands):
+    """`direction.run(plan, operands)`, where the first operand's stack and batch lie."""
+    run = functools.partial(direction.run, plan)
+    stack = stack_size(operands)
+    axes_in = _name_axes(operands, stack, direction.batched)
+    axes_out = _name_axes(jax.eval_shape(run, operands), stack, direction.batched)
+
+    def partition(mesh, operands, results):
+        (operands,) = operands
+        over_stack, over_batch, *_ = (*operands[0].sharding.spec, None, None)
+
+        def place(arrays, axes):
+            split = {"stack": over_stack, "batch": over_batch}
+            specs = {name: PartitionSpec(*map(split.get, axes[name])) for name in axes}
+            return arrays._replace(**{name: NamedSharding(mesh, spec) for name, spec in specs.items()})
+
+        def run_here(operands):
+            results = run(operands)
+            if over_batch is None:
+                return results
+            # Each device has summed over its part of the batch what has no batch axis.
+            whole = [name for name in axes_out if "batch" not in axes_out[name]]
+            return results._replace(**{name: lax.psum(getattr(results, name), over_batch) for name in whole})
+
+        return mesh, run_here, place(results, axes_out), (place(operands, axes_in),)
+
+    factors_in, factors_out = _name_factors(axes_in), _name_factors(axes_out)
+    factors = " ".join([*factors_in, *factors_out]).split()
+    call = custom_partitioning(run)
+    call.def_partition(
+        partition,
+        sharding_rule=f"{', '.join(factors_in)} -> {', '.join(factors_out)}",
+        need_replication_factors=tuple(factor for factor in factors if factor not in ("stack", "batch")),
+    )
+    return call(operands)
+
+
+def _name_axes(arrays, stack: int, batched: frozenset[str]) -> dict[str, tuple[str | None, ...]]:
+    """The axes of each array: "stack", "batch", and None for those that are never split."""
+    axes = {}
+    for name, array in arrays._asdict().items():
+        if array is not None:
+            split = ("stack" if array.shape[0] == stack else None, *(["batch"] if name in batched else []))
+            axes[name] = (*split, *[None] * (len(array.shape) - len(split)))
+    return axes
+
+
+def _name_factors(axes: dict[str, tuple[str | None, ...]]) -> list[str]:
+    """The axes of each array for the sharding rule: "stack kernel1 kernel2"."""
+    return [" ".join(axis or f"{name}{i}" for i, axis in enumerate(of_array)) for name, of_array in axes.items()]
+
+
+def vary_alike(arrays):
+    """Inside `shard_map`, let all arrays vary over the same mesh axes, as a kernel's results do."""
+    axes = frozenset().union(*(jax.typeof(a).mat.varying for a in jax.tree.leaves(arrays)))
+    return jax.tree.map(lambda a: lax.pcast(a, tuple(axes - jax.typeof(a).mat.varying), to="varying"), arrays)
+
+
+def zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+    """Zeros to add into, in float32, that vary over mesh axes as `like` does."""
+    return lax.pcast(jnp.zeros(shape, jnp.float32), tuple(jax.typeof(like).mat.varying), to="varying")
