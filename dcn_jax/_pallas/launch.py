@@ -60,7 +60,7 @@ def launch(
 
     Operands and results go by their names: `body` gets a reference to each as `NAME_ref`, to the
     whole array without its stack axis. A result is given as its shape and dtype, or as an array
-    that it starts as. What is None stays None.
+    that it starts as, always of the stack's size. What is None stays None.
     """
     given = {key: a for key, a in operands.items() if a is not None}
     made = {key: a for key, a in results.items() if a is not None}
@@ -77,7 +77,7 @@ def launch(
     over = jax.typeof(arrays[0]).mat
     call = pl.pallas_call(
         kernel,
-        grid=(*grid, stack_size(arrays)),
+        grid=(*grid, stack_size(made)),
         in_specs=[_whole(a) for a in arrays],
         out_specs=[_whole(a) for a in made.values()],
         out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=over) for a in made.values()],

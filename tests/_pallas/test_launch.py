@@ -41,6 +41,14 @@ def test_a_result_given_as_an_array_starts_as_it():
     np.testing.assert_array_equal(made["new"], [[1, 1, 1, 1]])
 
 
+def test_results_have_the_stack_even_where_all_operands_are_shared():
+    def body(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+    made = run(body, {"x": jnp.ones((1, 2))}, {"y": jax.ShapeDtypeStruct((3, 2), jnp.float32)})
+    np.testing.assert_array_equal(made["y"], np.ones((3, 2)))
+
+
 def test_interpret_holds_in_its_own_thread_and_ends_with_it():
     seen = []
     with interpret():
