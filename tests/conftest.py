@@ -5,51 +5,47 @@ implementation that can do what they need. A test that needs more than the plain
 
     @pytest.mark.needs("float64", "forward_mode")
     pytest.param(..., marks=pytest.mark.needs("rank 3"))
+
+Over the GPU kernels they are slow, since Pallas's interpreter takes seconds a test, but for those marked `quick`.
 """
 
-import contextlib
-import functools
+import gc
 import os
+import shutil
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
 
-import dcn_jax
-from dcn_jax._pallas.launch import interpret
+from tests.support.implementations import ABILITIES, IMPLEMENTATIONS, bound
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-# What each implementation can do beyond values and first gradients, in float32, of 1 and 2 spatial axes.
-IMPLEMENTATIONS = {
-    "xla": {"float64", "half", "complex", "rank 3", "forward_mode", "second_order", "export", "sharding", "shard_map"},
-    # Not "shard_map" with its checks: Pallas's interpreter types its loops as varying over no device. Compiled, it does.
-    "pallas": {"half", "second_order", "sharding"},
-}
-ABILITIES = set.union(*IMPLEMENTATIONS.values())
-
-# The kernels take seconds a test in Pallas's interpreter: these tests of the op run over them always, the others are slow.
-QUICK = {
-    "test_values_and_gradients[pallas-plain]",
-    "test_values_and_gradients[pallas-groups]",
-    "test_values_and_gradients[pallas-v1, no bias]",
-    "test_values_and_gradients[pallas-asymmetric padding]",
-    "test_values_and_gradients[pallas-two batch axes]",
-    "test_values_and_gradients[pallas-batch of zero]",
-    "test_values_and_gradients[pallas-1-D]",
-    "test_half_precision_is_as_near_as_its_inputs_allow[pallas-bfloat16]",
-    "test_far_offsets_read_zero_with_zero_gradients[pallas-2-D]",
-    "test_a_nan_offset_makes_nan_at_its_own_output_alone[pallas-2-D]",
-    "test_vmap[pallas-mixed]",
-    "test_gradient_of_a_gradient[pallas]",
-    "test_batch_sharded_backward_sums_only_gradients_of_parameters[pallas-plain]",
-}
+# Tracing makes many small objects that live on: where Python seldom looks through them, tests take a fifth less time.
+gc.set_threshold(50_000)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "needs(*abilities): what `op` has to be able to do, of conftest.IMPLEMENTATIONS")
+    config.addinivalue_line("markers", "needs(*abilities): what `op` has to be able to do, of IMPLEMENTATIONS")
+    config.addinivalue_line("markers", "quick: runs over the GPU kernels always, where tests of the op are slow")
     config.addinivalue_line("markers", "lenient: runs without strict promotion of dtypes and ranks (Flax, optax)")
+    if hasattr(config, "cache"):  # not with `-p no:cacheprovider`
+        _keep_programs(config)
+
+
+def _keep_programs(config, limit=500e6):
+    """Keep what JAX compiles for the next run, in pytest's own cache (`--cache-clear` forgets it), within `limit` bytes.
+
+    JAX tells programs apart by what they compute, its version, the devices and the compiler's options. Processes that
+    tests start do not see this cache: they meet the library as a user's do.
+    """
+    folder = config.cache.mkdir("jax")
+    starts_workers = not hasattr(config, "workerinput")
+    if starts_workers and sum(file.stat().st_size for file in folder.iterdir()) > limit:
+        shutil.rmtree(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def pytest_generate_tests(metafunc):
@@ -62,7 +58,7 @@ def pytest_collection_modifyitems(items):
     """Leave out each test of an implementation that cannot do what the test needs: it is not skipped, it does not exist."""
     items[:] = [item for item in items if _able(item)]
     for item in items:
-        if _implementation(item) == "pallas" and item.name not in QUICK:
+        if _implementation(item) == "pallas" and not item.get_closest_marker("quick"):
             item.add_marker(pytest.mark.slow)
 
 
@@ -75,14 +71,17 @@ def _able(item):
     if unknown := needs - ABILITIES:
         raise pytest.UsageError(f"{item.nodeid} needs {unknown}; known are {ABILITIES}")
     implementation = _implementation(item)
-    return implementation is None or needs <= IMPLEMENTATIONS[implementation]
+    able = implementation is None or needs <= IMPLEMENTATIONS[implementation]
+    if item.get_closest_marker("quick") and (implementation is None or (implementation == "pallas" and not able)):
+        raise pytest.UsageError(f"{item.nodeid} is marked quick, but does not run over the GPU kernels")
+    return able
 
 
 @pytest.fixture
 def op(request):
     """`dcn_jax.deform_conv` with its implementation chosen, the GPU kernels in Pallas's interpreter."""
-    with interpret() if request.param == "pallas" else contextlib.nullcontext():
-        yield functools.partial(dcn_jax.deform_conv, implementation=request.param)
+    with bound(request.param) as op:
+        yield op
 
 
 @pytest.fixture(autouse=True)

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.support.cases import quick_jit
 from jax import lax
-from tests.support.layers import FRAMEWORKS, PLAIN, fill, linen, nnx_
 
 import dcn_jax
+from tests.support.layers import FRAMEWORKS, PLAIN, fill, linen, nnx_
+from tests.support.running import quick_jit
 
 pytestmark = pytest.mark.lenient
 X = jax.random.normal(jax.random.key(0), (2, 5, 6, 4))

@@ -1,16 +1,18 @@
 """`linear_sample`: values, derivatives, dtypes, hostile points, and errors that say what is wrong."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tests.support import oracle
 import pytest
-from tests.support.cases import assert_close, compiled, quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from dcn_jax import linear_sample
+from tests.support import oracle
+from tests.support.running import assert_close, compiled, quick_jit, value_and_gradients
 
 sample = compiled(linear_sample)
 
@@ -136,13 +138,11 @@ def test_hostile_points():
     features, points = draw((3, 2), query=(8,))
     far = (np.inf, -np.inf, 1e30, -1e30, 2.0**31, -(2.0**31), float(np.finfo(np.float32).max), -1.0001, 3.0001)
 
-    @quick_jit
-    def program(features, points):
-        sampled, pull = jax.vjp(linear_sample, features, points)
-        return sampled, *pull(jnp.ones_like(sampled))
+    program = quick_jit(functools.partial(value_and_gradients, linear_sample))
 
     def run(features, points):
-        return map(np.asarray, program(features, points))
+        sampled, gradients = program((features, points), np.ones((len(points), features.shape[-1])))
+        return map(np.asarray, (sampled, *gradients))
 
     clean, _, clean_d_points = run(features, points)
 

@@ -148,7 +148,10 @@ def test_it_draws_on_the_axes_it_is_given():
         ({"at": (0, -1)}, r"at=\(0, -1\) leaves the 8 x 10 output positions"),
         ({"window": (3, 5)}, r"offset has shape \(8, 10, 36\); wanted \(\*batch, 8, 10, OG \* 30\).*pass the window"),
         ({"window": (3, 3, 3)}, r"window=\(3, 3, 3\) has 3 entries; wanted an int or 2 ints"),
-        ({"strides": 2}, r"offset has shape \(8, 10, 36\); wanted \(\*batch, 4, 5, .*pass the window, strides.*now \(8, 10\)"),
+        (
+            {"strides": 2},
+            r"offset has shape \(8, 10, 36\); wanted \(\*batch, 4, 5, .*pass the window, strides.*now \(8, 10\)",
+        ),
         ({"spatial": (8, 10, 3)}, r"spatial=\(8, 10, 3\) has 3 entries"),
         ({"padding": "REFLECT"}, r"padding='REFLECT' has no meaning"),
     ],

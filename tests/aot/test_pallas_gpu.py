@@ -8,8 +8,6 @@ import re
 import shutil
 import subprocess
 
-from benchmarks import workloads
-from tests.support import aot
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +16,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import workloads
 from dcn_jax import deform_conv
+from tests.support import aot
+from tests.support.running import value_and_gradients
 
 if reason := aot.missing("H100"):
     pytest.skip(reason, allow_module_level=True)
@@ -53,7 +54,7 @@ def program(x, features, dtype, mode, *, feature_group_count=1, offset_groups=1,
     )
     if mode == "forward":
         return op, shapes[:4]
-    return lambda *arrays: jax.vjp(op, *arrays[:4])[1](arrays[4]), shapes
+    return lambda *arrays: value_and_gradients(op, arrays[:4], arrays[4])[1], shapes
 
 
 def compile_with_ptx(folder, f, shapes):

@@ -3,19 +3,20 @@
 import functools
 import math
 
-from tests.support import aot
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.support.cases import draw
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tests.support.programs import collectives
-from tests.support.scratch import DETECTOR, LIMITS, share
-from benchmarks.workloads import Workload
 
 import dcn_jax
+from benchmarks.workloads import Workload
+from tests.support import aot
+from tests.support.cases import draw
+from tests.support.programs import collectives
+from tests.support.running import value_and_gradients
+from tests.support.scratch import DETECTOR, LIMITS, share
 
 
 def device_of(kind, count=1):
@@ -49,8 +50,8 @@ def test_compiles(kind, name, dtype):
         return dcn_jax.deform_conv(*map(arguments.get, range(5)), implementation="xla", **case.options)
 
     def everything(*arrays):
-        y, pull = jax.vjp(op, *arrays)
-        return y, pull(y), jax.jvp(op, arrays, arrays)
+        y, y_tangent = jax.jvp(op, arrays, arrays)
+        return *value_and_gradients(op, arrays, y), y_tangent
 
     shapes = [jax.ShapeDtypeStruct(case.arrays[i].shape, dtype) for i in given]
     y, gradients, _ = aot.compile_for(device, everything, *shapes).out_info
@@ -74,17 +75,14 @@ def test_batch_sharded_gradients_are_summed_once(kind, count, offset_groups):
     mesh = Mesh(np.array(device_of(kind, count)), ("data",))
     workload = Workload((8, 32, 32, 64), 64, offset_groups=offset_groups)
     op = functools.partial(workload.deform_conv, implementation="xla")
-    x, kernel, offset, mask = workload.shapes(jnp.float32)
-
-    def step(cotangent, *arrays):
-        y, pull = jax.vjp(op, *arrays)
-        return y, pull(cotangent)
-
-    placed = [
+    x, kernel, offset, mask = (
         jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))
-        for shape, spec in ((x, P("data")), (x, P("data")), (kernel, P()), (offset, P("data")), (mask, P("data")))
-    ]  # the result is of the shape of x
-    found = collectives(aot.compile_for(mesh.devices.flat[0], step, *placed).as_text())
+        for shape, spec in zip(workload.shapes(jnp.float32), (P("data"), P(), P("data"), P("data")), strict=True)
+    )
+    y = x  # the result is of the shape of x
+    step = functools.partial(value_and_gradients, op)
+    program = aot.compile_for(mesh.devices.flat[0], step, (x, kernel, offset, mask), y)
+    found = collectives(program.as_text())
     # Started apart from its end, as on a GPU, a sum may show what it adds beside its result, the last shape.
     sums = [(opcode.removesuffix("-start"), math.prod(shapes[-1]), in_loop) for opcode, shapes, in_loop in found]
     assert sums == [("all-reduce", kernel.size, False)]

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.support.cases import quick_jit
 from flax.core import freeze
 
 from dcn_jax.linen import DeformConv
+from tests.support.running import quick_jit
 
 pytestmark = pytest.mark.lenient
 X = jax.random.normal(jax.random.key(0), (2, 4, 5, 3))

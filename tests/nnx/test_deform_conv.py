@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tests.support.cases import quick_jit
 from flax import nnx
 
 from dcn_jax.nnx import DeformConv
+from tests.support.running import quick_jit
 
 pytestmark = pytest.mark.lenient
 X = jax.random.normal(jax.random.key(0), (2, 4, 5, 3))

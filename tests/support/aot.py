@@ -8,10 +8,8 @@
 Nothing runs. The compilers come with JAX's plugins for GPUs and TPUs, which `make test-aot` installs.
 """
 
-import contextlib
 import importlib.util
 import os
-import warnings
 
 # Read by the plugins as they load: no TPU to ask where it is, no CUDA driver to check, several processes at once.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
@@ -64,16 +62,10 @@ def devices(kind: str, count: int = 1) -> list:
     ).devices
 
 
-@contextlib.contextmanager
 def target(gpu: str):
-    """Lower the GPU kernels for a named GPU, "NVIDIA H100" say; Pallas asks for it from jax 0.11 on, and takes an H100 before."""
-    with contextlib.ExitStack() as stack:
-        if jax.__version_info__ >= (0, 11):
-            device = AbstractDevice(device_kind=gpu, num_cores=None, platform="gpu")
-            stack.enter_context(use_abstract_mesh(AbstractMesh((), (), abstract_device=device)))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of Pallas's Triton backend, at each lowering
-        yield
+    """A context in which the GPU kernels are traced and lowered for a named GPU, "NVIDIA H100" say, that need not be here."""
+    device = AbstractDevice(device_kind=gpu, num_cores=None, platform="gpu")
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
 def compile_for(device, f, *args):

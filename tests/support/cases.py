@@ -1,19 +1,10 @@
 """Random arguments for the op, drawn in NumPy so that the library and the oracle see the same ones."""
 
-import functools
 from typing import NamedTuple
 
-import jax
 import numpy as np
+
 from tests.support import oracle
-
-# Compiling is most of the suite's time, and most of compiling is LLVM's optimising: for tests of values it is not needed.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def compiled(op, **options):
-    """`op` with its options bound, compiled quickly."""
-    return quick_jit(functools.partial(op, **options))
 
 
 class Case(NamedTuple):
@@ -49,11 +40,3 @@ def draw(x, window, features, *, offset_groups=1, mask=True, bias=True, whole=0.
         rng.standard_normal(features) if bias else None,
     )
     return Case(tuple(None if a is None else a.astype(np.float32) for a in arrays), options)
-
-
-def assert_close(actual, wanted, tolerance):
-    """Equal within `tolerance` of the largest magnitude wanted (a sum of products is no more exact than its largest)."""
-    actual, wanted = np.asarray(actual), np.asarray(wanted)
-    assert actual.shape == wanted.shape
-    scale = np.max(np.abs(wanted), initial=0)
-    np.testing.assert_allclose(actual, wanted, rtol=0, atol=tolerance * max(scale, 1e-3))

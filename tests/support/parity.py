@@ -14,7 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tests.support.cases import quick_jit
+
+from tests.support.running import quick_jit, value_and_gradients
 
 FILE = np.load(Path(__file__).with_name("data") / "torchvision.npz")
 GEOMETRIES = json.loads(str(FILE["options"]))
@@ -55,8 +56,8 @@ def compute(op, number, dtype, jit=quick_jit):
 
     @jit
     def results_and_gradients(inputs, cotangent):
-        y, pullback = jax.vjp(lambda inputs: op(**inputs, **options(number)), inputs)
-        return {"y": y} | {f"d_{name}": gradient for name, gradient in pullback(cotangent)[0].items()}
+        y, (gradients,) = value_and_gradients(lambda inputs: op(**inputs, **options(number)), (inputs,), cotangent)
+        return {"y": y} | {f"d_{name}": gradient for name, gradient in gradients.items()}
 
     for case in read(number):
         inputs = {name: jnp.asarray(value, dtype) for name, value in case.inputs.items()}

@@ -4,7 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+
 from benchmarks.workloads import Workload
+from tests.support.running import value_and_gradients
 
 # Of the columns, P · K · C float32 numbers
 LIMITS = {"forward": 0.30, "forward + backward": 0.75}
@@ -21,13 +23,8 @@ def share(compile, workload, mode):
     """Bytes of scratch over those of the columns; `compile(f, *shapes)` gives a compiled program. Nothing runs."""
     shapes = workload.shapes(jnp.float32)
     forward = functools.partial(workload.deform_conv, implementation="xla")
-
-    def forward_and_backward(cotangent, *arrays):
-        y, pull = jax.vjp(forward, *arrays)
-        return y, pull(cotangent)
-
     if mode == "forward":
         program = compile(forward, *shapes)
     else:
-        program = compile(forward_and_backward, jax.eval_shape(forward, *shapes), *shapes)
+        program = compile(functools.partial(value_and_gradients, forward), shapes, jax.eval_shape(forward, *shapes))
     return program.memory_analysis().temp_size_in_bytes / (4 * workload.columns)

@@ -1,8 +1,9 @@
 """The oracle's gradients against finite differences of its own values, so that the other tests may lean on them."""
 
 import numpy as np
-from tests.support import oracle
 import pytest
+
+from tests.support import oracle
 from tests.support.cases import draw
 
 CASES = [

@@ -6,11 +6,13 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tests.support import oracle
 import pytest
-from tests.support.cases import assert_close, compiled, draw, quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.support import oracle
+from tests.support.cases import draw
+from tests.support.running import assert_close, compiled, quick_jit, value_and_gradients
 
 needs = pytest.mark.needs
 examples = settings(deadline=None, max_examples=30, derandomize=True)
@@ -19,11 +21,13 @@ LARGEST = float(np.finfo(np.float32).max)
 FAR = (np.inf, -np.inf, 1e30, -1e30, 2.0**31, -(2.0**31), 2.0**63, 1e5, LARGEST, -LARGEST)
 TINY = (1e-45, -1e-45, 1e-40, -1e-40, float(np.finfo(np.float32).tiny), -0.0)
 
-CASES = [
-    pytest.param(draw((2, 2, 3, 4), (2, 2), 3, offset_groups=2, whole=0), id="2-D"),
+PLANE = draw((2, 2, 3, 4), (2, 2), 3, offset_groups=2, whole=0)
+OTHERS = [
     pytest.param(draw((2, 1, 2), (3,), 2, whole=0), id="1-D, one pixel"),
     pytest.param(draw((1, 2, 1, 2, 1), (1, 2, 2), 2, whole=0), id="3-D", marks=[needs("rank 3"), pytest.mark.slow]),
 ]
+CASES = [pytest.param(PLANE, id="2-D"), *OTHERS]
+QUICK = [pytest.param(PLANE, id="2-D", marks=pytest.mark.quick), *OTHERS]
 
 
 class Program:
@@ -36,12 +40,7 @@ class Program:
         self.groups = mask.shape[-1] // self.taps
         self.cotangent = np.random.default_rng(1).standard_normal((*offset.shape[:-1], kernel.shape[-1]))
 
-        @quick_jit
-        def run(arrays, cotangent):
-            y, pull = jax.vjp(op, *arrays)
-            return y, pull(cotangent)
-
-        self.run = run
+        self.run = quick_jit(functools.partial(value_and_gradients, op))
 
     def arguments(self, offset=None, x=None):
         given_x, kernel, given_offset, mask, bias = self.arrays
@@ -86,7 +85,7 @@ def program(op, case):
     return Program(op, case)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", QUICK)
 def test_far_offsets_read_zero_with_zero_gradients(program):
     clean, _ = program()
 
@@ -106,7 +105,7 @@ def test_far_offsets_read_zero_with_zero_gradients(program):
     check()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", QUICK)
 def test_a_nan_offset_makes_nan_at_its_own_output_alone(program):
     """And in the gradients of what it was multiplied with: never in that of x, nor of another tap."""
 
@@ -203,12 +202,8 @@ def test_far_offsets_of_half_precision(op, dtype):
     values = jnp.array([jnp.inf, -jnp.inf, largest, -largest, 0.5, jnp.nan], dtype)
     x, kernel = jnp.ones((1, 8, 1), dtype), jnp.ones((1, 1, 1), dtype)
 
-    @quick_jit
-    def run(x, kernel, offset):
-        y, pull = jax.vjp(functools.partial(op, padding=((0, -2),)), x, kernel, offset)
-        return y, pull(jnp.ones_like(y))
-
-    y, (d_x, _, d_offset) = run(x, kernel, values[None, :, None])
+    run = quick_jit(functools.partial(value_and_gradients, functools.partial(op, padding=((0, -2),))))
+    y, (d_x, _, d_offset) = run((x, kernel, values[None, :, None]), np.ones((1, 6, 1)))
     np.testing.assert_array_equal(np.float32(y[0, :, 0]), [0, 0, 0, 0, 1, np.nan])
     np.testing.assert_array_equal(np.float32(d_x[0, :, 0]), [0, 0, 0, 0, 0.5, 0.5, 0, 0])
     np.testing.assert_array_equal(np.float32(d_offset[0, :5, 0]), 0)

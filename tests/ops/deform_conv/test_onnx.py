@@ -10,9 +10,10 @@ import warnings
 import numpy as np
 import onnx.backend.test.case.node as onnx_cases
 import pytest
-from tests.support.cases import quick_jit
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
+
+from tests.support.running import quick_jit
 
 with warnings.catch_warnings():  # the module fills its arrays' shapes in place, as NumPy 2.5 deprecates
     warnings.filterwarnings("ignore", "Setting the shape on a NumPy array", DeprecationWarning)

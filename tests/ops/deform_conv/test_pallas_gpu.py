@@ -7,20 +7,17 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tests.support import oracle
 import pytest
-from tests.support.cases import assert_close, draw, quick_jit
 from jax import lax
 
 from dcn_jax import deform_conv, select_implementation
 from dcn_jax._pallas.launch import interpret
 from dcn_jax.ops.deform_conv import pallas_gpu
+from tests.support import aot
+from tests.support.cases import draw
+from tests.support.running import check_against_oracle, value_and_gradients
 
 CASE = draw((2, 4, 3, 2), (2, 3), 2, offset_groups=2, strides=(1, 2))
-H100 = jax.sharding.AbstractMesh(
-    (), (), abstract_device=jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
-)
-
 fused = functools.partial(deform_conv, implementation="pallas")
 
 
@@ -28,11 +25,6 @@ fused = functools.partial(deform_conv, implementation="pallas")
 def interpreted():
     with interpret():
         yield
-
-
-def value_and_gradients(op, arrays, cotangent):
-    y, pull = jax.vjp(op, *arrays)
-    return y, pull(cotangent)
 
 
 # Tiles of the interpreter hold 16 positions, channels and features: here each is ragged, split over several, or both.
@@ -48,14 +40,7 @@ RAGGED = {
 
 @pytest.mark.parametrize("case", RAGGED.values(), ids=RAGGED)
 def test_ragged_tiles(interpreted, case):
-    wanted = oracle.deform_conv(*case.arrays, **case.options)
-    cotangent = np.random.default_rng(1).standard_normal(wanted.shape).astype(np.float32)
-    op = functools.partial(fused, **case.options)
-    y, gradients = quick_jit(functools.partial(value_and_gradients, op))(case.arrays, cotangent)
-    assert_close(y, wanted, 1e-5)
-    for got, want in zip(gradients, oracle.gradients(cotangent, *case.arrays, **case.options), strict=True):
-        if got is not None:
-            assert_close(got, want, 1e-5)
+    check_against_oracle(fused, case, 1e-5)
 
 
 @pytest.mark.parametrize("transform", ["jvp", "jit of jvp", "jacfwd", "hessian", "linearize", "jvp of vjp"])
@@ -69,7 +54,7 @@ def test_forward_mode_is_refused(interpreted, transform):
         return jax.jvp(loss, (x,), (x,))
 
     def of_cotangent(scale):
-        return jax.vjp(loss, x)[1](scale)
+        return value_and_gradients(loss, (x,), scale)[1]
 
     run = {
         "jvp": lambda: jvp(x),
@@ -123,7 +108,7 @@ def test_without_a_gpu_it_says_so(monkeypatch):
 
 
 def test_lowered_for_another_platform_it_says_so():
-    with jax.sharding.use_abstract_mesh(H100):
+    with aot.target("NVIDIA H100"):
         traced = jax.jit(functools.partial(fused, **CASE.options)).trace(*CASE.arrays)
         with pytest.raises(ValueError, match="runs on CUDA GPUs alone"):
             traced.lower(lowering_platforms=("cpu",))
@@ -135,7 +120,7 @@ def test_the_kernels_are_in_the_lowered_program(dtype):
     arrays = CASE.astype(jnp.dtype(dtype)).arrays
     op = functools.partial(fused, **CASE.options)
     cotangent = jax.ShapeDtypeStruct((2, 4, 2, 2), dtype)
-    with jax.sharding.use_abstract_mesh(H100):
+    with aot.target("NVIDIA H100"):
         lowered = jax.jit(functools.partial(value_and_gradients, op)).trace(arrays, cotangent)
         text = lowered.lower(lowering_platforms=("cuda",)).as_text()
     for name in (
@@ -152,7 +137,7 @@ def test_the_modes_share_no_trace():
     call = jax.jit(functools.partial(fused, **CASE.options))
     with interpret():
         call(*CASE.arrays)
-    with jax.sharding.use_abstract_mesh(H100):
+    with aot.target("NVIDIA H100"):
         assert "pallas_launch" in str(call.trace(*CASE.arrays).jaxpr)
 
 

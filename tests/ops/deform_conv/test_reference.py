@@ -9,7 +9,8 @@ from dcn_jax import deform_conv
 from dcn_jax.ops.deform_conv import reference
 from dcn_jax.ops.deform_conv.call import Arrays, check_call
 from tests.support import oracle
-from tests.support.cases import assert_close, draw, quick_jit
+from tests.support.cases import draw
+from tests.support.running import assert_close, quick_jit
 
 CASES = {
     "2-D": draw((2, 5, 4, 6), (3, 2), 4, offset_groups=3, feature_group_count=2, strides=(1, 2), padding=1),

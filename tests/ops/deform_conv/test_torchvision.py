@@ -2,8 +2,9 @@
 
 import jax
 import numpy as np
-from tests.support import parity
 import pytest
+
+from tests.support import parity
 
 IDS = [
     "k{window}-s{strides}-p{padding}-d{kernel_dilation}-fg{feature_group_count}-og{offset_groups}-b{batch}".format(**g).replace(" ", "")

@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.support.cases import assert_close, compiled, draw, quick_jit
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
-from tests.support.programs import collectives
 
-needs = pytest.mark.needs
+from tests.support.cases import draw
+from tests.support.programs import collectives
+from tests.support.running import assert_close, compiled, quick_jit, value_and_gradients
+
+needs, quick = pytest.mark.needs, pytest.mark.quick
 
 CASE = draw((2, 4, 3, 2), (2, 3), 2, offset_groups=2, strides=(1, 2))  # whole offsets among them
 SMOOTH = draw((1, 3, 4, 2), (2, 2), 2, offset_groups=2, whole=0)  # every position away from the kinks
@@ -34,9 +36,13 @@ def loss(op, case):
 
 @pytest.mark.parametrize(
     "in_axes",
-    [(0, 0, 0, 0, 0), (None, 0, None, None, None), (None, None, 0, None, None), (-1, 2, 1, None, 0)],
-    ids=["all", "kernel alone", "offset alone", "mixed"],
-)  # fmt: skip
+    [
+        pytest.param((0, 0, 0, 0, 0), id="all"),
+        pytest.param((None, 0, None, None, None), id="kernel alone"),
+        pytest.param((None, None, 0, None, None), id="offset alone"),
+        pytest.param((-1, 2, 1, None, 0), id="mixed", marks=quick),
+    ],
+)
 def test_vmap(op, in_axes):
     """Each slice of a vmapped call is the call of the slices."""
     draws = [draw((2, 4, 3, 2), (2, 3), 2, seed=seed).arrays for seed in range(3)]
@@ -87,8 +93,8 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(op, x64):
     def both(arrays, tangents):
         f = functools.partial(op, **CASE.options)
         y, y_tangent = jax.jvp(f, arrays, tangents)
-        _, pull = jax.vjp(f, *arrays)
-        return jnp.vdot(y, y_tangent), sum(map(jnp.vdot, pull(y), tangents))
+        _, gradients = value_and_gradients(f, arrays, y)
+        return jnp.vdot(y, y_tangent), sum(map(jnp.vdot, gradients, tangents))
 
     forward, reverse = both(arrays, tangents)
     np.testing.assert_allclose(forward, reverse, rtol=1e-12)
@@ -116,6 +122,7 @@ def test_hessian_vector_product(op, x64):
         assert_close(f, (a - b) / 2e-6, 1e-7)
 
 
+@quick
 @needs("second_order")
 def test_gradient_of_a_gradient(op):
     """Meta-learning's: the gradient, with respect to x, of the loss after one step of the other arguments."""
@@ -229,10 +236,11 @@ def test_export_with_a_symbolic_batch_and_back(op):
     reread = jax.export.deserialize(exported.serialize(vjp_order=1))
     for size in (1, 3):
         arrays = x[:size], kernel, offset[:size], mask[:size], bias
-        y, pull = jax.vjp(reread.call, *arrays)
-        wanted, wanted_pull = jax.vjp(jax.jit(op), *arrays)
+        cotangent = np.random.default_rng(1).standard_normal((size, 4, 3, 2)).astype(np.float32)
+        results = [quick_jit(functools.partial(value_and_gradients, f))(arrays, cotangent) for f in (reread.call, op)]
+        (y, gradients), (wanted, wanted_gradients) = results
         assert_close(y, wanted, 1e-6)
-        jax.tree.map(functools.partial(assert_close, tolerance=1e-5), pull(y), wanted_pull(wanted))
+        jax.tree.map(functools.partial(assert_close, tolerance=1e-5), gradients, wanted_gradients)
 
 
 # Devices
@@ -267,14 +275,16 @@ def test_collectives_are_found(mesh):
     ]
 
 
-SHARDED = [
-    pytest.param(draw((8, 4, 5, 4), (3, 3), 6), id="plain"),
+PLAIN = draw((8, 4, 5, 4), (3, 3), 6)
+OTHERS = [
     pytest.param(
         draw((16, 4, 4, 4), (3, 2), 6, feature_group_count=2, offset_groups=2, mask=False, strides=2),
         id="groups, v1",
     ),
     pytest.param(draw((8, 2, 6, 3), (3,), 5), id="1-D, two batch axes", marks=pytest.mark.slow),
 ]
+SHARDED = [pytest.param(PLAIN, id="plain"), *OTHERS]
+QUICK = [pytest.param(PLAIN, id="plain", marks=quick), *OTHERS]
 
 
 def shard(case, mesh):
@@ -298,17 +308,12 @@ def test_batch_sharded_forward_is_local(op, mesh, case):
 
 
 def backward(op, case):
-    """The result and the gradients of all arguments."""
-
-    def of(arrays, cotangent):
-        y, pull = jax.vjp(functools.partial(op, **case.options), *arrays)
-        return y, pull(cotangent)
-
-    return of
+    """The result and the gradients of all arguments, as a function of the arrays and the cotangent."""
+    return functools.partial(value_and_gradients, functools.partial(op, **case.options))
 
 
 @needs("sharding")
-@pytest.mark.parametrize("case", SHARDED)
+@pytest.mark.parametrize("case", QUICK)
 def test_batch_sharded_backward_sums_only_gradients_of_parameters(op, mesh, case):
     """Each once, after the loop over the taps; all else stays where its image is."""
     arrays = shard(case, mesh)
@@ -334,22 +339,20 @@ def test_batch_sharded_backward_sums_only_gradients_of_parameters(op, mesh, case
 @needs("shard_map")
 def test_shard_map(op, mesh):
     """With its checks of what varies over the devices, forward and backward."""
-    case = SHARDED[0].values[0]
     cotangent = np.random.default_rng(1).standard_normal((8, 4, 5, 6)).astype(np.float32)
     over_devices = jax.shard_map(op, mesh=mesh, in_specs=SPECS, out_specs=P("data"))
-    results = [quick_jit(backward(f, case))(case.arrays, cotangent) for f in (over_devices, op)]
+    results = [quick_jit(backward(f, PLAIN))(PLAIN.arrays, cotangent) for f in (over_devices, op)]
     jax.tree.map(functools.partial(assert_close, tolerance=1e-5), *results)
 
 
 @needs("sharding")
 def test_explicit_sharding(op):
     """On a mesh as `jax.make_mesh` makes it now, where shardings are part of the types."""
-    case = SHARDED[0].values[0]
     cotangent = np.random.default_rng(1).standard_normal((8, 4, 5, 6)).astype(np.float32)
-    wanted = quick_jit(backward(op, case))(case.arrays, cotangent)
+    wanted = quick_jit(backward(op, PLAIN))(PLAIN.arrays, cotangent)
     with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))):
-        arrays = tuple(jax.device_put(array, spec) for array, spec in zip(case.arrays, SPECS, strict=True))
-        y, gradients = jax.jit(backward(op, case))(arrays, jax.device_put(cotangent, P("data")))
+        arrays = tuple(jax.device_put(array, spec) for array, spec in zip(PLAIN.arrays, SPECS, strict=True))
+        y, gradients = jax.jit(backward(op, PLAIN))(arrays, jax.device_put(cotangent, P("data")))
         assert y.sharding.spec[0] == "data"
         assert gradients[0].sharding.spec[0] == "data"
     jax.tree.map(functools.partial(assert_close, tolerance=1e-5), (y, gradients), wanted)

@@ -5,66 +5,43 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tests.support import oracle
 import pytest
-from tests.support.cases import Case, assert_close, compiled, draw, quick_jit
 from jax import lax
 
 from dcn_jax import linear_sample, sampling_points
+from tests.support import oracle
+from tests.support.cases import Case, draw
+from tests.support.running import assert_close, check_against_oracle, compiled, quick_jit, value_and_gradients
 
-needs = pytest.mark.needs
+needs, quick = pytest.mark.needs, pytest.mark.quick
 
 # Each row differs from the others in what the name says; together they cover every option at every place it can take.
 CASES = [
-    pytest.param(draw((2, 5, 6, 4), (3, 3), 5), id="plain"),
-    pytest.param(draw((2, 5, 6, 4), (3, 3), 5, mask=False, bias=False), id="v1, no bias"),
-    pytest.param(draw((2, 5, 4, 6), (3, 3), 4, feature_group_count=2, offset_groups=3), id="groups"),
+    pytest.param(draw((2, 5, 6, 4), (3, 3), 5), marks=quick, id="plain"),
+    pytest.param(draw((2, 5, 6, 4), (3, 3), 5, mask=False, bias=False), marks=quick, id="v1, no bias"),
+    pytest.param(draw((2, 5, 4, 6), (3, 3), 4, feature_group_count=2, offset_groups=3), marks=quick, id="groups"),
     pytest.param(draw((2, 4, 5, 6), (3, 3), 12, feature_group_count=6, offset_groups=2, mask=False), id="depthwise"),
     pytest.param(draw((2, 7, 6, 3), (2, 4), 2, strides=(2, 3)), id="strides, even kernel"),
     pytest.param(draw((1, 6, 7, 2), (2, 3), 3, strides=2, padding="SAME_LOWER"), id="SAME_LOWER"),
     pytest.param(draw((2, 7, 8, 2), (3, 2), 3, padding="VALID", kernel_dilation=(2, 3)), id="VALID, dilation"),
     pytest.param(draw((2, 4, 4, 2), (1, 3), 3, padding=2, strides=(1, 2)), id="int padding"),
     pytest.param(draw((2, 5, 4, 2), (3, 1), 3, padding=(1, 0), kernel_dilation=2, offset_groups=2), id="padding per axis"),
-    pytest.param(draw((1, 5, 6, 2), (3, 2), 3, padding=((2, 0), (0, 3)), strides=2), id="asymmetric padding"),
+    pytest.param(draw((1, 5, 6, 2), (3, 2), 3, padding=((2, 0), (0, 3)), strides=2), marks=quick, id="asymmetric padding"),
     pytest.param(draw((1, 7, 8, 2), (3, 3), 3, padding=((-1, 0), (-1, -2))), id="cropping padding"),
     pytest.param(draw((2, 4, 5, 4), (1, 1), 6, feature_group_count=2), id="1×1"),
     pytest.param(draw((2, 2, 3, 2), (5, 4), 2), id="window larger than the map"),
     pytest.param(draw((2, 1, 1, 2), (3, 3), 2), id="map of one pixel"),
     pytest.param(draw((1, 3, 3, 2), (2, 2), 2, padding=((4, 0), (0, 5))), id="outputs outside the map"),
     pytest.param(draw((5, 4, 3), (3, 3), 2), id="no batch"),
-    pytest.param(draw((2, 3, 4, 3, 2), (3, 2), 3, offset_groups=2, feature_group_count=1), id="two batch axes"),
-    pytest.param(draw((0, 4, 5, 2), (3, 3), 3), id="batch of zero"),
+    pytest.param(draw((2, 3, 4, 3, 2), (3, 2), 3, offset_groups=2, feature_group_count=1), marks=quick, id="two batch axes"),
+    pytest.param(draw((0, 4, 5, 2), (3, 3), 3), marks=quick, id="batch of zero"),
     pytest.param(draw((2, 3, 3, 0), (2, 2), 3), id="no channels"),
-    pytest.param(draw((2, 9, 4), (3,), 4, feature_group_count=2, offset_groups=4, strides=2), id="1-D"),
+    pytest.param(draw((2, 9, 4), (3,), 4, feature_group_count=2, offset_groups=4, strides=2), marks=quick, id="1-D"),
     pytest.param(draw((8, 3), (4,), 2, padding=((3, 0),), kernel_dilation=2), id="1-D, no batch"),
     pytest.param(draw((2, 2, 1, 3), (3,), 2, mask=False), id="1-D, one pixel"),
     pytest.param(draw((2, 3, 4, 3, 4), (2, 3, 2), 2, offset_groups=2, strides=(1, 2, 1)), marks=needs("rank 3"), id="3-D"),
     pytest.param(draw((4, 3, 5, 2), (1, 2, 3), 4, feature_group_count=2, padding=(0, 1, (2, 0)), kernel_dilation=(1, 2, 1), mask=False), marks=[needs("rank 3"), pytest.mark.slow], id="3-D, no batch"),
 ]  # fmt: skip
-
-
-def value_and_gradients(op, case):
-    """y, a random cotangent for it, and the gradients of Σ cotangent · y with respect to all arrays that are given."""
-
-    @quick_jit
-    def run(arrays, cotangent):
-        y, pull = jax.vjp(functools.partial(op, **case.options), *arrays)
-        return y, pull(cotangent.astype(y.dtype))
-
-    shape = oracle.deform_conv(*case.arrays, **case.options).shape
-    cotangent = np.random.default_rng(1).standard_normal(shape).astype(case.arrays[0].dtype)
-    return *run(case.arrays, cotangent), cotangent
-
-
-def check_against_oracle(op, case, tolerance):
-    y, gradients, cotangent = value_and_gradients(op, case)
-    assert y.dtype == case.arrays[0].dtype
-    assert_close(y, oracle.deform_conv(*case.arrays, **case.options), tolerance)
-    wanted = oracle.gradients(cotangent, *case.arrays, **case.options)
-    for array, gradient, exact in zip(case.arrays, gradients, wanted, strict=True):
-        if array is not None:
-            assert gradient.dtype == array.dtype
-            assert_close(np.float64(gradient), exact, max(tolerance, float(jnp.finfo(array.dtype).eps)))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -229,15 +206,16 @@ def test_half_precision_accumulates_gradients_in_float32(op):
 
 
 @needs("half")
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.bfloat16, marks=quick), jnp.float16])
 def test_half_precision_is_as_near_as_its_inputs_allow(op, dtype):
-    case = draw((2, 5, 6, 8), (3, 3), 4, offset_groups=2)
-    rounded = case.astype(dtype)
-    y, gradients, cotangent = value_and_gradients(op, rounded)
-    assert y.dtype == dtype
+    rounded = draw((2, 5, 6, 8), (3, 3), 4, offset_groups=2).astype(dtype)
     exact = rounded.astype(np.float64)
     epsilon = float(jnp.finfo(dtype).eps)
-    assert_close(np.float64(y), oracle.deform_conv(*exact.arrays), 2 * epsilon)
+    wanted = oracle.deform_conv(*exact.arrays)
+    cotangent = np.random.default_rng(1).standard_normal(wanted.shape).astype(dtype)
+    y, gradients = quick_jit(functools.partial(value_and_gradients, op))(rounded.arrays, cotangent)
+    assert y.dtype == dtype
+    assert_close(np.float64(y), wanted, 2 * epsilon)
     for gradient, wanted in zip(gradients, oracle.gradients(np.float64(cotangent), *exact.arrays), strict=True):
         assert gradient.dtype == dtype
         assert_close(np.float64(gradient), wanted, 4 * epsilon)

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from tests.support.scratch import DETECTOR, LIMITS, share
+
 from benchmarks.workloads import FIVE, WORKLOADS
+from tests.support.scratch import DETECTOR, LIMITS, share
 
 
 def compile_here(f, *shapes):
