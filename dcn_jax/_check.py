@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 
 def is_int(value: Any) -> bool:
@@ -39,6 +40,14 @@ def per_axis(name: str, value: Any, rank: int, *, minimum: int) -> tuple[int, ..
     if any(v < minimum for v in values):
         raise ValueError(f"{name}={value!r} is too small; wanted at least {minimum} on each axis")
     return tuple(operator.index(v) for v in values)
+
+
+def sizes(name: str, value: Any, rank: int) -> tuple[Any, ...]:
+    """One size per spatial axis, each an int of at least 1 or a symbolic dimension."""
+    if not isinstance(value, Sequence) or not any(map(is_symbolic_dim, value)):
+        return per_axis(name, value, rank, minimum=1)
+    known = per_axis(name, [1 if is_symbolic_dim(size) else size for size in value], rank, minimum=1)
+    return tuple(size if is_symbolic_dim(size) else n for size, n in zip(value, known, strict=True))
 
 
 def array(name: str, value: Any, kind: Any, *, shape_alone: bool = False) -> jax.Array:

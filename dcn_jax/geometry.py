@@ -3,6 +3,7 @@
 Everything here is counted in pixels of the input map; nothing reads the map itself.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,16 +11,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from dcn_jax import _check, _numerics
 
 Padding = str | int | Sequence[int | tuple[int, int]]
+Size = Any  # an int, or a symbolic dimension of `jax.export`
 
-# Paddings that Flax's Conv takes and that a deformable convolution cannot honour, and what to do instead.
-_REFUSED_PADDINGS = {
-    "CIRCULAR": 'an offset may leave any finite border, so the map would not be periodic; pad x with jnp.pad(x, …, mode="wrap") and use "VALID"',
-    "REFLECT": 'an offset may leave any finite border; pad x with jnp.pad(x, …, mode="reflect") and use "VALID"',
-    "CAUSAL": "an offset may read the future, so nothing would be causal; for the same border use padding=((kernel_dilation * (K - 1), 0),)",
+# What a map is beyond its border, by the names of `jnp.pad`.
+PADDING_MODES = ("zeros", "edge", "wrap", "reflect", "symmetric")
+
+# Paddings of Flax's Conv that say what lies beyond the border, and not only how far to go there.
+_MODE_OF_PADDING = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+
+# What other libraries call them.
+_OTHER_NAMES = {
+    "border": 'torch\'s "border" is "edge"',
+    "replicate": '"replicate" is "edge"',
+    "constant": '"constant" is "zeros"',
+    "circular": '"circular" is "wrap"',
+    "reflection": 'torch\'s "reflection" is "reflect" with align_corners=True and "symmetric" without',
 }
 
 
@@ -29,9 +40,10 @@ class Window(NamedTuple):
     size: tuple[int, ...]
     strides: tuple[int, ...]
     dilation: tuple[int, ...]
-    pads: tuple[tuple[int, int], ...]
-    spatial: tuple[int, ...]
-    out_spatial: tuple[int, ...]
+    pads: tuple[tuple[Size, Size], ...]
+    spatial: tuple[Size, ...]
+    out_spatial: tuple[Size, ...]
+    padding_mode: tuple[str, ...]
 
     @property
     def rank(self) -> int:
@@ -45,7 +57,12 @@ class Window(NamedTuple):
 
     def place(self, axis: int, index, tap):
         """Where the `tap`-th tap along an axis reads for the `index`-th output along it, before any offset, in pixels."""
-        return index * self.strides[axis] - self.pads[axis][0] + tap * self.dilation[axis]
+        return index * self.strides[axis] - int32(self.pads[axis][0]) + tap * self.dilation[axis]
+
+
+def int32(size: Size) -> Any:
+    """A size to compute with in int32: an int as it is, a symbolic one as an array."""
+    return jnp.asarray(size, jnp.int32) if is_symbolic_dim(size) else size
 
 
 def resolve_window(
@@ -55,6 +72,7 @@ def resolve_window(
     strides: int | Sequence[int] | None = 1,
     padding: Padding = "SAME",
     kernel_dilation: int | Sequence[int] | None = 1,
+    padding_mode: str | Sequence[str] = "zeros",
 ) -> Window:
     """Spell out a convolution's geometry over a map of size `spatial`, and check it.
 
@@ -62,11 +80,12 @@ def resolve_window(
 
     Args:
         size: the window's taps along each spatial axis.
-        spatial: the map's pixels along each spatial axis.
+        spatial: the map's pixels along each spatial axis; they may be symbolic.
         strides: pixels between neighbouring outputs; one for all axes, or one per axis.
-        padding: "SAME", "SAME_LOWER" or "VALID" as XLA defines them, an int, one int per axis, or one (low, high) pair
-            per axis. Negative padding crops.
+        padding: "SAME", "SAME_LOWER" or "VALID" as XLA defines them, "CIRCULAR" or "REFLECT" as Flax does, an int, one
+            int per axis, or one (low, high) pair per axis. Negative padding crops.
         kernel_dilation: pixels between neighbouring taps; one for all axes, or one per axis.
+        padding_mode: what the map is beyond its border, one of `PADDING_MODES` for all axes, or one per axis.
 
     Returns:
         The `Window`.
@@ -83,39 +102,66 @@ def resolve_window(
         raise TypeError(f"window={size!r} is a {type(size).__name__}; wanted 1, 2 or 3 ints, one per spatial axis")
     if len(size) not in (1, 2, 3):
         raise ValueError(f"window={size!r} has {len(size)} entries; wanted 1, 2 or 3 ints, one per spatial axis")
-    size = _check.per_axis("window", size, len(size), minimum=1)
-    spatial = _check.per_axis("spatial", spatial, len(size), minimum=1)
+    rank = len(size)
+    size = _check.per_axis("window", size, rank, minimum=1)
+    spatial = _check.sizes("spatial", spatial, rank)
     # None is 1 everywhere, as in Flax.
-    strides = _check.per_axis("strides", 1 if strides is None else strides, len(size), minimum=1)
-    dilation = _check.per_axis(
-        "kernel_dilation", 1 if kernel_dilation is None else kernel_dilation, len(size), minimum=1
-    )
+    strides = _check.per_axis("strides", 1 if strides is None else strides, rank, minimum=1)
+    dilation = _check.per_axis("kernel_dilation", 1 if kernel_dilation is None else kernel_dilation, rank, minimum=1)
     extent = tuple((k - 1) * d + 1 for k, d in zip(size, dilation, strict=True))
-    pads = canonical_padding(padding, len(size))
-    if isinstance(pads, str):
-        pads = tuple((int(low), int(high)) for low, high in lax.padtype_to_pads(spatial, extent, strides, pads))
-    out_spatial = tuple(
-        (s + low + high - e) // stride + 1
-        for s, (low, high), e, stride in zip(spatial, pads, extent, strides, strict=True)
-    )
-    if min(out_spatial) < 1:
+    named = canonical_padding(padding, rank)
+    modes = canonical_padding_mode(padding_mode, rank, named)
+    pads = _pads(named, spatial, extent, strides)
+    out_spatial = _out_spatial(spatial, extent, strides, named, pads)
+    if any(isinstance(positions, int) and positions < 1 for positions in out_spatial):
         raise ValueError(
             f"the output has no positions: a window of extent {extent} (size {size}, kernel_dilation {dilation}) does "
             f"not fit in a map of size {spatial} with padding {pads}; pad more, or use a smaller kernel or dilation"
         )
-    return Window(size, strides, dilation, pads, spatial, out_spatial)
+    return Window(size, strides, dilation, pads, spatial, out_spatial, modes)
+
+
+def _pads(padding: str | tuple, spatial, extent, strides) -> tuple[tuple[Size, Size], ...]:
+    """One (low, high) pair per axis, from what `canonical_padding` returns."""
+    if not isinstance(padding, str):
+        return padding
+    if padding in _MODE_OF_PADDING:  # whatever the stride, as in Flax
+        return tuple(((e - 1) // 2, e // 2) for e in extent)
+    pads = lax.padtype_to_pads(spatial, extent, strides, padding)
+    return tuple((_plain_int(low), _plain_int(high)) for low, high in pads)
+
+
+def _plain_int(size: Size) -> Size:
+    return size if is_symbolic_dim(size) else int(size)
+
+
+def _out_spatial(spatial, extent, strides, padding, pads) -> tuple[Size, ...]:
+    """The sizes of the result; where they are symbolic, in the words of the plain convolution, so that they compare."""
+    if not any(map(is_symbolic_dim, spatial)):
+        sizes = zip(spatial, pads, extent, strides, strict=True)
+        return tuple((s + low + high - e) // stride + 1 for s, (low, high), e, stride in sizes)
+    axes = "HWD"[: len(spatial)]
+    x, kernel = jax.ShapeDtypeStruct((1, *spatial, 1), jnp.float32), jax.ShapeDtypeStruct((*extent, 1, 1), jnp.float32)
+    dense = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=strides,
+        padding=padding if padding in ("SAME", "SAME_LOWER", "VALID") else pads,
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+    )
+    return jax.eval_shape(dense, x, kernel).shape[1:-1]
 
 
 def canonical_padding(padding: Padding, rank: int) -> str | tuple[tuple[int, int], ...]:
-    """Check `padding` and write it as "SAME", "SAME_LOWER", "VALID" or one (low, high) pair per axis."""
-    wanted = f'"SAME", "SAME_LOWER", "VALID", an int, {rank} ints or {rank} (low, high) pairs'
+    """Check `padding` and write it as one of the names that are known or one (low, high) pair per axis."""
+    wanted = f'"SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", an int, {rank} ints or {rank} (low, high) pairs'
     if isinstance(padding, str):
         name = padding.upper()
-        if name in _REFUSED_PADDINGS:
+        if name == "CAUSAL":
             raise ValueError(
-                f"padding={padding!r} has no meaning in a deformable convolution: {_REFUSED_PADDINGS[name]}"
+                f"padding={padding!r} has no meaning in a deformable convolution: an offset may read the future, so nothing "
+                "would be causal; for the same border use padding=((kernel_dilation * (K - 1), 0),)"
             )
-        if name not in ("SAME", "SAME_LOWER", "VALID"):
+        if name not in ("SAME", "SAME_LOWER", "VALID", *_MODE_OF_PADDING):
             raise ValueError(f"padding={padding!r} is not known; wanted {wanted}")
         return name
     per_axis: Any = [padding] * rank if _check.is_int(padding) else padding
@@ -127,6 +173,33 @@ def canonical_padding(padding: Padding, rank: int) -> str | tuple[tuple[int, int
     if len(pairs) != rank or not all(len(pair) == 2 for pair in pairs):
         raise ValueError(f"padding={padding!r} does not fit {rank} spatial axes; wanted {wanted}")
     return tuple((int(low), int(high)) for low, high in pairs)
+
+
+def canonical_padding_mode(padding_mode: str | Sequence[str], rank: int, padding: Any = None) -> tuple[str, ...]:
+    """Check `padding_mode` and write it as one name per axis; `padding`, checked, may say it too ("CIRCULAR")."""
+    modes = (padding_mode,) * rank if isinstance(padding_mode, str) else padding_mode
+    if not isinstance(modes, Sequence) or not all(isinstance(mode, str) for mode in modes):
+        raise TypeError(
+            f"padding_mode={padding_mode!r} is a {type(padding_mode).__name__}; wanted one of {PADDING_MODES}, or a sequence "
+            "of one for each spatial axis"
+        )
+    for mode in modes:
+        if mode not in PADDING_MODES:
+            cure = f" ({_OTHER_NAMES[mode]})" if mode in _OTHER_NAMES else ""
+            raise ValueError(f"padding_mode={mode!r} is not known; wanted one of {PADDING_MODES}{cure}")
+    if len(modes) != rank:
+        raise ValueError(
+            f"padding_mode={padding_mode!r} has {len(modes)} entries; wanted one name, or {rank}, one per spatial axis"
+        )
+    said = _MODE_OF_PADDING.get(padding) if isinstance(padding, str) else None
+    if said is None:
+        return tuple(modes)
+    if padding_mode not in ("zeros", said):
+        raise ValueError(
+            f"padding={padding!r} means padding_mode={said!r}, and padding_mode={padding_mode!r} was given; leave it out, or "
+            "pass padding as ints"
+        )
+    return (said,) * rank
 
 
 def sampling_points(
@@ -150,12 +223,13 @@ def sampling_points(
             [offset group, tap, axis], first spatial axis first, as in torchvision and mmcv.
         window: the kernel's size along each of the n spatial axes; K is its product.
         strides: pixels between neighbouring outputs; one for all axes, or one per axis.
-        padding: "SAME", "VALID", an int, one int per axis, or one (low, high) pair per axis.
+        padding: "SAME", "VALID", "CIRCULAR", "REFLECT", an int, one int per axis, or one (low, high) pair per axis.
         kernel_dilation: pixels between neighbouring taps; one for all axes, or one per axis.
-        spatial: the input map's size along each spatial axis.
+        spatial: the input map's size along each spatial axis; it may be symbolic.
 
     Returns:
-        `(*batch, *out_spatial, OG, K, n)`, in float32 or the dtype of `offset` if that is wider.
+        `(*batch, *out_spatial, OG, K, n)`, in float32 or the dtype of `offset` if that is wider. As one number, a
+        position is rounded to that dtype (in float32 to 1/16 pixel at a million); `deform_conv` is not.
 
     Raises:
         ValueError: the shape of `offset` does not fit the window, or the geometry leaves no output position.
@@ -195,16 +269,22 @@ def check_offset_shape(shape: tuple[int, ...], window: Window) -> int:
 
 def place_taps(offset: jax.Array, window: Window, dtype: jnp.dtype) -> jax.Array:
     """`sampling_points` over a resolved window, computed in `dtype`."""
-    rank = len(window.size)
-    groups = offset.shape[-1] // (window.taps * rank)
-    offset = offset.reshape(*offset.shape[:-1], groups, window.taps, rank).astype(dtype)
+    groups = offset.shape[-1] // (window.taps * window.rank)
+    offset = offset.reshape(*offset.shape[:-1], groups, window.taps, window.rank).astype(dtype)
+    taps = lax.expand_dims(regular_taps(window), range(window.rank + 1))
+    regular = regular_positions(window)[..., None, None, :] + taps  # (*out_spatial, 1, K, n)
+    return lax.expand_dims(regular.astype(dtype), range(offset.ndim - regular.ndim)) + offset
+
+
+def regular_positions(window: Window) -> jax.Array:
+    """Where the first tap reads for each output, without its offset: `(*out_spatial, n)`, in int32."""
     # Iotas, not constants: XLA computes them where they are used, and nothing of the map's size is stored in the program.
-    grid = (*window.out_spatial, *window.size)
-    regular = jnp.stack(
-        [
-            window.place(a, lax.broadcasted_iota(dtype, grid, a), lax.broadcasted_iota(dtype, grid, rank + a))
-            for a in range(rank)
-        ],
-        axis=-1,
-    ).reshape(*window.out_spatial, 1, window.taps, rank)
-    return lax.expand_dims(regular, range(offset.ndim - regular.ndim)) + offset
+    iotas = [lax.broadcasted_iota(jnp.int32, window.out_spatial, axis) for axis in range(window.rank)]
+    return jnp.stack([window.place(axis, index, 0) for axis, index in enumerate(iotas)], axis=-1)
+
+
+def regular_taps(window: Window) -> jax.Array:
+    """How far each tap lies from the first: `(K, n)`, in int32."""
+    iotas = [lax.broadcasted_iota(jnp.int32, window.size, axis) for axis in range(window.rank)]
+    taps = [dilation * index for dilation, index in zip(window.dilation, iotas, strict=True)]
+    return jnp.stack(taps, axis=-1).reshape(window.taps, window.rank)

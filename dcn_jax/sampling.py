@@ -17,27 +17,42 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from dcn_jax import _check, _numerics
+from dcn_jax.geometry import Size, canonical_padding_mode, int32
 
 
-def linear_sample(features: jax.Array, points: jax.Array) -> jax.Array:
-    """Read a map at fractional positions by n-linear interpolation, pixels outside the map counting as zero.
+def linear_sample(features: jax.Array, points: jax.Array, *, padding_mode: str | Sequence[str] = "zeros") -> jax.Array:
+    """Read a map at fractional positions by n-linear interpolation; beyond its border it is what `padding_mode` says.
 
-        out(p) = Σ_q  Π_a max(0, 1 - |p_a - q_a|) · features(q)        over the pixels q of the map
+        out(p) = Σ_q  Π_a max(0, 1 - |p_a - q_a|) · features(q)        over all pixels q, the map continued beyond its border
 
-    Pixel centres are at whole numbers, so a point in [0, size - 1] is inside and one beyond (-1, size) reads zero,
-    ±inf and 1e30 included. A NaN coordinate reads NaN. Differentiable in both arguments to any order; where a
-    coordinate is a whole number, the derivative with respect to it is the right-hand one. Takes `jax.vmap`.
+    Pixel centres are at whole numbers, so a point in [0, size - 1] is inside. A NaN coordinate reads NaN.
+    Differentiable in both arguments to any order; where a coordinate is a whole number, the derivative
+    with respect to it is the right-hand one. Takes `jax.vmap`.
+
+    | padding_mode | the map beyond its border | at ±inf and beyond 2**30 |
+    |---|---|---|
+    | "zeros" | zero; a point beyond (-1, size) reads zero | zero |
+    | "edge" | its border pixels, on and on (torch's "border") | the border |
+    | "wrap" | periodic: pixel size is pixel 0 | zero |
+    | "reflect" | mirrored about the outermost pixel centres, period 2 size - 2 | zero |
+    | "symmetric" | mirrored about the map's edges at -0.5 and size - 0.5, period 2 size | zero |
+
+    A point holds no more of a fraction than its dtype leaves it: a float32 coordinate is exact to 2**-14
+    pixel below 1,024 and to 1/16 pixel at a million. `deform_conv` keeps the regular position apart and is
+    exact at any size; for points of that kind use float64.
 
     Args:
         features: `(*spatial, C)`, of n spatial axes; floating-point or complex.
         points: `(*query, n)`, in pixels, in the order of the spatial axes; any float dtype. Weights are computed in
             float32 or wider.
+        padding_mode: what the map is beyond its border, as in the table; one for all axes, or one per axis.
 
     Returns:
         `(*query, C)`, in the dtype of `features`.
 
     Raises:
-        ValueError: the shapes of `features` and `points` do not fit each other, or the map has no pixels.
+        ValueError: the shapes of `features` and `points` do not fit each other, the map has no pixels, or
+            `padding_mode` is not known.
         TypeError: an argument is not an array of such a dtype.
 
     Source: Dai et al., Deformable Convolutional Networks (arXiv 1703.06211), equations 3 and 4.
@@ -47,6 +62,8 @@ def linear_sample(features: jax.Array, points: jax.Array) -> jax.Array:
         >>> ramp = jnp.arange(5.0)[:, None]  # a map of 5 pixels, 1 channel
         >>> linear_sample(ramp, jnp.array([[1.25], [-0.5], [4.5], [9.0]]))[:, 0]
         Array([1.25, 0.  , 2.  , 0.  ], dtype=float32)
+        >>> linear_sample(ramp, jnp.array([[1.25], [-0.5], [4.5], [9.0]]), padding_mode="wrap")[:, 0]
+        Array([1.25, 2.  , 2.  , 4.  ], dtype=float32)
     """
     features = _check.array("features", features, jnp.inexact)
     points = _check.array("points", points, jnp.floating)
@@ -57,39 +74,59 @@ def linear_sample(features: jax.Array, points: jax.Array) -> jax.Array:
             f"points has shape {points.shape}; wanted (*query, {features.ndim - 1}): one coordinate for each spatial axis "
             f"of features, whose shape is {features.shape}"
         )
-    dtype = features.dtype
+    dtype, (*spatial, channels) = features.dtype, features.shape
     points = points.astype(_numerics.wide(points.dtype, jnp.finfo(dtype).dtype))
     features = features.astype(_numerics.wide(dtype))  # the gradient is summed in the dtype that is gathered from
-    *spatial, channels = features.shape
-    at = locate(points[..., None, :], jnp.ones((*points.shape[:-1], 1), points.dtype), spatial)
+    border = Border(tuple(spatial), canonical_padding_mode(padding_mode, len(spatial)))
+    at = locate(Positions(jnp.int32(0), points[..., None, :]), None, border)
     return sum_rows(features.reshape(math.prod(spatial), channels), at)[..., 0, :].astype(dtype)
+
+
+class Border(NamedTuple):
+    """A map's size, and what it is beyond: both per axis."""
+
+    spatial: tuple[Size, ...]
+    padding_mode: tuple[str, ...]
+
+
+class Positions(NamedTuple):
+    """Positions as a whole part and an offset from it, which keeps its fraction however large the map is."""
+
+    regular: jax.Array  # whole, in int32
+    offset: jax.Array  # any float; the two broadcast
 
 
 class Rows(NamedTuple):
     """What points read of a map that is flattened to rows: one array for each of the 2^n corners of their cells."""
 
-    index: tuple[jax.Array, ...]  # the one after the last where the corner is outside the map
+    row: tuple[jax.Array, ...]  # the one after the last where the corner is not read
     weight: tuple[jax.Array, ...]
 
 
-def locate(points: jax.Array, scale: jax.Array, spatial: Sequence[int]) -> Rows:
+def locate(points: Positions, scale: jax.Array | None, border: Border) -> Rows:
     """The rows that points read of a map `(*spatial, OG, Cg)`, flattened to rows of Cg channels.
 
-    points `(*query, OG, n)`, scale of each point's weights `(*query, OG)` -> arrays `(*query, OG)`.
+    points `(*query, OG, n)`, scale of each point's weights `(*query, OG)`, or None -> arrays `(*query, OG)`.
     """
-    groups = points.shape[-2]
-    rows = math.prod(spatial) * groups
-    if rows >= 2**31:
+    regular, offset = points.regular, points.offset.astype(_numerics.wide(points.offset.dtype))
+    groups = offset.shape[-2]
+    rows = math.prod(border.spatial) * groups
+    if isinstance(rows, int) and rows >= 2**31:
         raise ValueError(
-            f"a map of {tuple(spatial)} pixels in {groups} groups has {rows} rows; wanted fewer than 2**31"
+            f"a map of {border.spatial} pixels in {groups} groups has {rows} rows; wanted fewer than 2**31"
         )
-    group = lax.broadcasted_iota(jnp.int32, points.shape[:-1], points.ndim - 2)
-    points = points.astype(_numerics.wide(points.dtype))
+    group = lax.broadcasted_iota(jnp.int32, offset.shape[:-1], offset.ndim - 2)
+    axes = [
+        Positions(regular if regular.ndim == 0 else regular[..., axis], offset[..., axis])
+        for axis in range(offset.shape[-1])
+    ]
     indices, weights = [], []
-    for pixel, share, inside in corners([points[..., axis] for axis in range(len(spatial))], spatial):
-        index = functools.reduce(lambda index, axis: index * axis[0] + axis[1], zip(spatial, pixel, strict=True), 0)
-        indices.append(jnp.where(inside, index * groups + group, rows))
-        weights.append(share * scale.astype(share.dtype))
+    for pixel, share, read in corners(axes, border):
+        index = pixel[0]
+        for size, along in zip(border.spatial[1:], pixel[1:], strict=True):
+            index = index * int32(size) + along
+        indices.append(jnp.where(read, index * groups + group, int32(rows)))
+        weights.append(share if scale is None else share * scale.astype(share.dtype))
     return Rows(tuple(indices), tuple(weights))
 
 
@@ -105,7 +142,7 @@ def _sum_rows_jvp(primals, tangents):
     """The derivative JAX would find, written so that its transpose is quick: no rows are kept, and one scatter adds all."""
     (features, at), (features_dot, at_dot) = primals, tangents
     y = sum_rows(features, at)
-    index = jnp.stack(at.index)
+    index = jnp.stack(at.row)
     # Behind the barrier, or XLA would keep the rows that y has read to save reading them again, which costs more.
     again = zip(lax.optimization_barrier(index), at_dot.weight, strict=True)
     read = [_spread(w, features) * _take(features, i) for i, w in again if not isinstance(w, SymbolicZero)]
@@ -124,7 +161,7 @@ sum_rows.defjvp(_sum_rows_jvp, symbolic_zeros=True)
 def _take(features: jax.Array, index: jax.Array) -> jax.Array:
     """The rows of `features` `(R, Cg)`, zero and without a gradient for the row R, the outside: `(*query, Cg)`."""
     # Not by a gather that fills: of 32 channels, its checks took a CPU as long as the rest of the reading.
-    last = len(features) - 1
+    last = int32(features.shape[0]) - 1
     read = features.at[jnp.minimum(index, last)].get(mode="promise_in_bounds", wrap_negative_indices=False)
     return jnp.where((index <= last)[..., None], read, 0)
 
@@ -138,29 +175,56 @@ def _spread(weight: jax.Array, features: jax.Array) -> jax.Array:
 
 
 def corners(
-    position: Sequence[jax.Array], spatial: Sequence[int]
+    position: Sequence[Positions], border: Border
 ) -> Iterator[tuple[tuple[jax.Array, ...], jax.Array, jax.Array]]:
-    """The pixels around points: for each corner of their cells (its index along each axis, its weight, whether it is in the map).
+    """The pixels around points: for each corner of their cells (its index along each axis, its weight, whether it is read).
 
-    `position` holds one array for each spatial axis. Elementwise, so that it also serves inside a kernel.
+    `position` holds one for each spatial axis. Elementwise, so that it also serves inside a kernel.
     """
-    axes = [_neighbours(p, size) for p, size in zip(position, spatial, strict=True)]
+    axes = [_neighbours(p, size, mode) for p, size, mode in zip(position, *border, strict=True)]
     for corner in itertools.product(*axes):
-        pixel, weights, insides = zip(*corner, strict=True)
-        yield pixel, functools.reduce(operator.mul, weights), functools.reduce(operator.and_, insides)
+        pixel, weights, reads = zip(*corner, strict=True)
+        yield pixel, functools.reduce(operator.mul, weights), functools.reduce(operator.and_, reads)
 
 
-def _neighbours(position: jax.Array, size: int):
-    """The two pixels beside `position` on an axis, each (index clamped to the map, weight, whether it is in the map)."""
-    # Clamped before floor, where inf - floor(inf) would be NaN, and outside [-1, size], where the reading is constantly
-    # zero: so the derivative at -1, where every fresh layer with padding 1 reads, is the right-hand one. By comparisons
-    # and not jnp.clip, because the minimum and maximum of a GPU drop a NaN.
-    position = jnp.where(position < -2, -2, position)
-    position = jnp.where(position > size + 1, size + 1, position)
-    below = jnp.floor(position)
-    fraction = position - below
-    below = jnp.where(jnp.isnan(position), -2, below).astype(jnp.int32)  # NaN has a NaN weight and lies outside the map
-    return [
-        (jnp.clip(index, 0, size - 1), weight, (index >= 0) & (index < size))
-        for index, weight in ((below, 1 - fraction), (below + 1, fraction))
-    ]
+# Beyond so many pixels an offset says no more than on which side it lies: its whole part fits an int32 below.
+_FAR = 2.0**30
+
+
+def _neighbours(position: Positions, size: Size, mode: str):
+    """The two pixels beside a position on an axis, each (its index in the map, its weight, whether it is read)."""
+    regular, offset = position
+    # Before floor, where inf - floor(inf) would be NaN. By comparisons and not jnp.clip, because the minimum and maximum
+    # of a GPU drop a NaN. Here it stays, makes the weights NaN, and is not near.
+    near = jnp.abs(offset) < _FAR
+    offset_near = jnp.where(jnp.abs(offset) >= _FAR, 0, offset)
+    below = jnp.floor(offset_near)
+    fraction = offset_near - below
+    pixel = regular + jnp.where(near, below, 0).astype(jnp.int32)
+    size = int32(size)
+    if mode == "edge":  # where far is the border
+        pixel, near = jnp.where(near, pixel, jnp.where(offset < 0, -2, size)), ~jnp.isnan(offset)
+    neighbours = []
+    for index, weight in ((pixel, 1 - fraction), (pixel + 1, fraction)):
+        read = near & (index >= 0) & (index < size) if mode == "zeros" else near
+        neighbours.append((_INTO_MAP[mode](index, size), weight, read))
+    return neighbours
+
+
+def _clip(index: jax.Array, size: Size) -> jax.Array:
+    return jnp.clip(index, 0, size - 1)
+
+
+def _reflect(index: jax.Array, size: Size) -> jax.Array:
+    period = jnp.maximum(2 * size - 2, 1)  # a map of one pixel is that pixel everywhere
+    index = jnp.mod(index, period)
+    return jnp.where(index < size, index, period - index)
+
+
+def _symmetric(index: jax.Array, size: Size) -> jax.Array:
+    index = jnp.mod(index, 2 * size)
+    return jnp.where(index < size, index, 2 * size - 1 - index)
+
+
+# Which pixel of the map stands at an index of the map as it is continued; "zeros" is not read beyond the border.
+_INTO_MAP = {"zeros": _clip, "edge": _clip, "wrap": jnp.mod, "reflect": _reflect, "symmetric": _symmetric}

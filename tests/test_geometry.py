@@ -126,14 +126,12 @@ def test_ints_of_any_kind():
             assert repr(window) == repr(plain)
 
 
-PADDINGS = '"SAME", "SAME_LOWER", "VALID", an int, 2 ints or 2 (low, high) pairs'
+PADDINGS = '"SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", an int, 2 ints or 2 (low, high) pairs'
 
 
 @pytest.mark.parametrize(
     ("padding", "error", "message"),
     [
-        ("CIRCULAR", ValueError, "padding='CIRCULAR' has no meaning in a deformable convolution: an offset may leave any finite border, so the map would not be periodic; pad x with jnp.pad(x, …, mode=\"wrap\") and use \"VALID\""),
-        ("reflect", ValueError, "padding='reflect' has no meaning in a deformable convolution: an offset may leave any finite border; pad x with jnp.pad(x, …, mode=\"reflect\") and use \"VALID\""),
         ("CAUSAL", ValueError, "padding='CAUSAL' has no meaning in a deformable convolution: an offset may read the future, so nothing would be causal; for the same border use padding=((kernel_dilation * (K - 1), 0),)"),
         ("FULL", ValueError, f"padding='FULL' is not known; wanted {PADDINGS}"),
         (None, TypeError, f"padding=None is a NoneType; wanted {PADDINGS}"),
@@ -152,6 +150,36 @@ def test_padding_errors(padding, error, message):
     with pytest.raises(error) as raised:
         canonical_padding(padding, 2)
     assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize(("padding", "mode"), [("CIRCULAR", "wrap"), ("reflect", "reflect")])
+def test_paddings_that_say_what_lies_beyond(padding, mode, strides):
+    """As in Flax: as much on each side whatever the stride, of even windows one more after the map."""
+    window = resolve_window((3, 4), spatial=(9, 10), padding=padding, kernel_dilation=(2, 1), strides=strides)
+    assert window.pads == ((2, 2), (1, 2))
+    assert window.padding_mode == (mode, mode)
+    same = resolve_window((3, 4), spatial=(9, 10), padding=padding, kernel_dilation=(2, 1), padding_mode=mode)
+    assert same.padding_mode == (mode, mode)
+
+
+@pytest.mark.parametrize(
+    ("padding_mode", "padding", "error", "message"),
+    [
+        ("border", "SAME", ValueError, "padding_mode='border' is not known; wanted one of ('zeros', 'edge', 'wrap', 'reflect', 'symmetric') (torch's \"border\" is \"edge\")"),
+        ("reflection", 1, ValueError, '(torch\'s "reflection" is "reflect" with align_corners=True and "symmetric" without)'),
+        ("Zeros", 1, ValueError, "padding_mode='Zeros' is not known; wanted one of"),
+        (("wrap", "mirror"), 1, ValueError, "padding_mode='mirror' is not known"),
+        (("wrap",), 1, ValueError, "padding_mode=('wrap',) has 1 entries; wanted one name, or 2, one per spatial axis"),
+        (None, 1, TypeError, "padding_mode=None is a NoneType; wanted one of ('zeros', 'edge', 'wrap', 'reflect', 'symmetric'), or a sequence of one for each spatial axis"),
+        (("wrap", None), 1, TypeError, "padding_mode=('wrap', None) is a tuple; wanted one of"),
+        ("edge", "CIRCULAR", ValueError, "padding='CIRCULAR' means padding_mode='wrap', and padding_mode='edge' was given; leave it out, or pass padding as ints"),
+    ],
+)  # fmt: skip
+def test_padding_mode_errors(padding_mode, padding, error, message):
+    with pytest.raises(error) as raised:
+        resolve_window((3, 3), spatial=(8, 8), padding=padding, padding_mode=padding_mode)
+    assert message in str(raised.value)
 
 
 @pytest.mark.parametrize(

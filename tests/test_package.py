@@ -13,10 +13,10 @@ PUBLIC = [getattr(dcn_jax, name) for name in dcn_jax.__all__]
 
 SIGNATURES = {
     "deform_conv": "x, kernel, offset, mask=None, bias=None, *, strides=1, padding='SAME', kernel_dilation=1, "
-    "feature_group_count=1, precision=None, preferred_element_type=None, implementation=None",
+    "feature_group_count=1, padding_mode='zeros', precision=None, preferred_element_type=None, implementation=None",
     "select_implementation": "x, kernel, offset, mask=None, *, strides=1, padding='SAME', kernel_dilation=1, "
-    "feature_group_count=1, precision=None, preferred_element_type=None, implementation=None",
-    "linear_sample": "features, points",
+    "feature_group_count=1, padding_mode='zeros', precision=None, preferred_element_type=None, implementation=None",
+    "linear_sample": "features, points, *, padding_mode='zeros'",
     "sampling_points": "offset, window, *, strides=1, padding='SAME', kernel_dilation=1, spatial",
 }
 

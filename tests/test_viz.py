@@ -153,7 +153,7 @@ def test_it_draws_on_the_axes_it_is_given():
             r"offset has shape \(8, 10, 36\); wanted \(\*batch, 4, 5, .*pass the window, strides.*now \(8, 10\)",
         ),
         ({"spatial": (8, 10, 3)}, r"spatial=\(8, 10, 3\) has 3 entries"),
-        ({"padding": "REFLECT"}, r"padding='REFLECT' has no meaning"),
+        ({"padding": "CAUSAL"}, r"padding='CAUSAL' has no meaning"),
     ],
 )
 def test_errors_name_the_argument(change, message):

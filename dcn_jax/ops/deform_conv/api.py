@@ -25,6 +25,7 @@ def deform_conv(
     padding: Padding = "SAME",
     kernel_dilation: int | Sequence[int] | None = 1,
     feature_group_count: int = 1,
+    padding_mode: str | Sequence[str] = "zeros",
     precision: Any = None,
     preferred_element_type: Any = None,
     implementation: str | None = None,
@@ -35,7 +36,7 @@ def deform_conv(
 
     Without `mask` it is deformable convolution (DCNv1), with it modulated deformable convolution (DCNv2); with zero
     offsets and a mask of ones it equals `jax.lax.conv_general_dilated`. x at a fractional position is the linear
-    interpolation of its neighbours, those outside the map counting as zero (`linear_sample`).
+    interpolation of its neighbours; beyond its border the map is what `padding_mode` says (`linear_sample`).
 
     The legend of the shapes: n spatial axes (1, 2 or 3), K = prod(window) taps, OG offset groups (read off `offset`),
     C channels. OG and `feature_group_count` are independent; each divides C.
@@ -45,12 +46,18 @@ def deform_conv(
         kernel: `(*window, C // feature_group_count, features)`; its rank fixes n.
         offset: `(*batch, *out_spatial, OG * K * n)`, in pixels of x, any float dtype. The last axis is ordered
             [offset group, tap (row-major), axis (first spatial axis first: dy, dx)], as in torchvision and mmcv.
-        mask: `(*batch, *out_spatial, OG * K)`, ordered [offset group, tap], or None for 1 everywhere.
+            Its batch axes broadcast to those of x: missing or 1, one set of offsets serves all images.
+        mask: `(*batch, *out_spatial, OG * K)`, ordered [offset group, tap], or None for 1 everywhere; its batch axes
+            broadcast likewise.
         bias: `(features,)` or None.
         strides: pixels between neighbouring outputs; one for all axes, or one per axis.
-        padding: "SAME" or "VALID" as XLA defines them, an int, one int per axis, or one (low, high) pair per axis.
+        padding: "SAME" or "VALID" as XLA defines them, "CIRCULAR" or "REFLECT" as Flax does, an int, one int per axis,
+            or one (low, high) pair per axis.
         kernel_dilation: pixels between neighbouring taps; one for all axes, or one per axis.
         feature_group_count: groups of channels that are convolved apart.
+        padding_mode: what the map is beyond its border, for offsets and padding alike: "zeros", "edge", "wrap",
+            "reflect" or "symmetric" (`linear_sample`); one for all axes, or one per axis: a panorama of the world
+            wraps in longitude alone, ("zeros", "wrap"). "CIRCULAR" and "REFLECT" set it themselves.
         precision: of the matrix products, as in `jax.lax.dot_general`.
         preferred_element_type: dtype of the result; by default the dtype of x (promoted with kernel and bias).
         implementation: "xla" (pure jax.numpy, everywhere), "pallas" (fused GPU kernels), or None for the fastest that
@@ -58,7 +65,8 @@ def deform_conv(
 
     Returns:
         `(*batch, *out_spatial, features)`. Positions are computed in float32 or wider and products are accumulated in
-        float32 or wider, whatever the dtypes of the arguments.
+        float32 or wider, whatever the dtypes of the arguments. A position is a whole number of pixels and an offset
+        from it, and keeps the fraction of the offset however large the map is.
 
     Raises:
         ValueError: a shape or an option does not fit; the message names it, what was given and what was wanted.
@@ -66,8 +74,10 @@ def deform_conv(
 
     Derivatives of every order, in both modes, with respect to every array. At whole-number positions the derivative
     with respect to the position is the right-hand one, as in torchvision (mmcv sets it to zero where a coordinate is
-    exactly -1 or the map's size). Offsets of ±inf or 1e30 read zero with a zero gradient; a NaN offset makes NaN at its
-    own output position alone.
+    exactly -1 or the map's size). Offsets of ±inf or 1e30 read zero (with "edge" the border), with a zero gradient; a
+    NaN offset makes NaN at its own output position alone.
+
+    Batch and spatial sizes may be symbolic (`jax.export.symbolic_shape`), with "xla".
 
     Source: arXiv 1703.06211 (DCNv1), arXiv 1811.11168 (DCNv2).
 
@@ -87,6 +97,7 @@ def deform_conv(
         padding=padding,
         kernel_dilation=kernel_dilation,
         feature_group_count=feature_group_count,
+        padding_mode=padding_mode,
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
@@ -104,6 +115,7 @@ def select_implementation(
     padding: Padding = "SAME",
     kernel_dilation: int | Sequence[int] | None = 1,
     feature_group_count: int = 1,
+    padding_mode: str | Sequence[str] = "zeros",
     precision: Any = None,
     preferred_element_type: Any = None,
     implementation: str | None = None,
@@ -131,6 +143,7 @@ def select_implementation(
         padding=padding,
         kernel_dilation=kernel_dilation,
         feature_group_count=feature_group_count,
+        padding_mode=padding_mode,
         precision=precision,
         preferred_element_type=preferred_element_type,
         shapes_alone=True,

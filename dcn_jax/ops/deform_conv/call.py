@@ -44,6 +44,7 @@ def check_call(
     padding: Any,
     kernel_dilation: Any,
     feature_group_count: Any,
+    padding_mode: Any,
     precision: Any,
     preferred_element_type: Any,
     shapes_alone: bool = False,
@@ -62,13 +63,20 @@ def check_call(
     rank = _window_rank(kernel)
     batch, spatial, channels = _split_shape(x, kernel, rank)
     window = resolve_window(
-        kernel.shape[:rank], spatial=spatial, strides=strides, padding=padding, kernel_dilation=kernel_dilation
+        kernel.shape[:rank],
+        spatial=spatial,
+        strides=strides,
+        padding=padding,
+        kernel_dilation=kernel_dilation,
+        padding_mode=padding_mode,
     )
     _check_kernel(kernel, window, channels, feature_group_count)
-    offset_groups = _check_offset(offset, window, batch, channels)
+    offset_groups = _check_offset(offset, window, channels)
+    offset = _with_batch_axes("offset", offset, window, batch)
     mask = None if arrays.mask is None else array("mask", arrays.mask, jnp.floating)
     if mask is not None:
         _check_mask(mask, window, batch, offset_groups)
+        mask = _with_batch_axes("mask", mask, window, batch)
     bias = None if arrays.bias is None else array("bias", arrays.bias, jnp.inexact)
     if bias is not None and bias.shape != kernel.shape[-1:]:
         raise ValueError(f"bias has shape {bias.shape}; wanted {kernel.shape[-1:]}: one value per feature of kernel")
@@ -134,27 +142,39 @@ def _check_kernel(kernel: jax.Array, window: Window, channels: int, feature_grou
         )
 
 
-def _check_offset(offset: jax.Array, window: Window, batch: tuple[int, ...], channels: int) -> int:
-    """Check the shape of `offset`; return how many offset groups it has."""
+def _check_offset(offset: jax.Array, window: Window, channels: int) -> int:
+    """Check the last axes of `offset`; return how many offset groups it has."""
     groups = check_offset_shape(offset.shape, window)
     if channels % groups:
         raise ValueError(
             f"offset has shape {offset.shape}, that is {groups} offset groups of {window.taps} taps; wanted a number "
             f"of groups that divides the {channels} channels of x"
         )
-    given = offset.shape[: -window.rank - 1]
-    if given != batch:
-        raise ValueError(f"offset has shape {offset.shape}, batch axes {given}; wanted those of x, {batch}")
     return groups
 
 
 def _check_mask(mask: jax.Array, window: Window, batch: tuple[int, ...], offset_groups: int) -> None:
-    wanted = (*batch, *window.out_spatial, offset_groups * window.taps)
-    if mask.shape != wanted:
+    wanted = (*window.out_spatial, offset_groups * window.taps)
+    if mask.shape[-window.rank - 1 :] != wanted:
         raise ValueError(
-            f"mask has shape {mask.shape}; wanted {wanted}: one value for each tap ({window.taps}) of each offset "
-            f"group ({offset_groups}, as in offset)"
+            f"mask has shape {mask.shape}; wanted {(*batch, *wanted)}: one value for each tap ({window.taps}) of each "
+            f"offset group ({offset_groups}, as in offset)"
         )
+
+
+def _with_batch_axes(name: str, array: jax.Array, window: Window, batch: tuple[int, ...]) -> jax.Array:
+    """`array` with as many batch axes as x, those that it lacks being 1, once they are known to broadcast to x's."""
+    given = array.shape[: -window.rank - 1]
+    full = (1,) * (len(batch) - len(given)) + given
+    if len(full) != len(batch) or any(n not in (1, wanted) for n, wanted in zip(full, batch, strict=True)):
+        raise ValueError(
+            f"{name} has shape {array.shape}, batch axes {given}; wanted those of x, {batch}, or 1 in the place of some, or "
+            "none of the first"
+        )
+    if full == given:
+        return array
+    shape = (*full, *array.shape[len(given) :])
+    return jax.ShapeDtypeStruct(shape, array.dtype) if isinstance(array, jax.ShapeDtypeStruct) else array.reshape(shape)
 
 
 def _result_dtype(promoted: jnp.dtype, preferred_element_type: Any) -> jnp.dtype:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from dcn_jax._mesh import on_any_mesh
 from dcn_jax._pallas import batching, sharding
@@ -42,6 +43,10 @@ def refusal(spec: Spec, arrays: Arrays) -> str | None:
     reasons = []
     if spec.window.rank > 2:
         reasons.append(f"it has {spec.window.rank} spatial axes (the kernels know 1 and 2)")
+    if set(spec.window.padding_mode) != {"zeros"}:
+        reasons.append(f"padding_mode={spec.window.padding_mode!r} (the kernels know 'zeros')")
+    if any(map(is_symbolic_dim, (*arrays.x.shape, *spec.window.spatial))):
+        reasons.append(f"x has the symbolic shape {arrays.x.shape} (the kernels are made for sizes that are known)")
     for name, array in (("x", arrays.x), ("kernel", arrays.kernel)):
         if array.dtype.name not in DTYPES:
             reasons.append(f"{name} has dtype {array.dtype} (the kernels know {', '.join(DTYPES)})")
@@ -76,17 +81,18 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
 
 def _arrange(plan: Plan, out_dtype, x, kernel, offset, mask, bias) -> jax.Array:
     """Flatten the batch axes and cast to what the kernels load; bring the result back."""
-    batch = x.ndim - plan.spec.window.rank - 1
+    batch = x.shape[: -plan.spec.window.rank - 1]
 
     def flat(array):
-        return array.reshape(-1, *array.shape[batch:])
+        shape = array.shape[len(batch) :]
+        return jnp.broadcast_to(array, (*batch, *shape)).reshape(-1, *shape)  # one set of offsets may serve all images
 
     bias_inside = bias if bias is not None and bias.dtype.name in DTYPES else None
     arrays = Arrays(
         flat(x), kernel, flat(_loadable(offset)), None if mask is None else flat(_loadable(mask)), bias_inside
     )
     y = cast(jax.Array, _op(plan, jax.tree.map(reverse_only, sharding.vary_alike(arrays))))
-    y = y.reshape(*x.shape[:batch], *y.shape[1:])
+    y = y.reshape(*batch, *y.shape[1:])
     bias_outside = bias if bias_inside is None else None  # wider than what the kernels load
     return add_bias(y, bias_outside).astype(out_dtype)
 

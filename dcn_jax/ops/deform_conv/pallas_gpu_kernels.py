@@ -40,7 +40,7 @@ from jax.experimental import pallas as pl
 from dcn_jax._pallas.blocks import Span, add, both, extend, in_bounds, load, loop, outer, quotient, store, unravel
 from dcn_jax.geometry import Window
 from dcn_jax.ops.deform_conv.pallas_gpu_tiles import Cut, Plan, Segment, count_tiles, tile_positions
-from dcn_jax.sampling import corners
+from dcn_jax.sampling import Border, Positions, corners
 
 
 def forward(x_ref, kernel_ref, offset_ref, mask_ref, bias_ref, y_ref, *, cut: Cut):
@@ -93,7 +93,7 @@ def backward_x(kernel_ref, offset_ref, mask_ref, g_ref, dx_ref, *, cut: Cut):
         dsamples = _dsamples(cut, kernel_ref, g_ref, positions, tap, segment, channels)
         if reads.modulation is not None:
             dsamples = dsamples * reads.modulation[:, None]
-        for pixel, weight, inside in corners(reads.points, spatial):
+        for pixel, weight, inside in corners(reads.points, _border(spatial)):
             rows = Span((*image.index, *pixel), both(inside, positions.exists))
             add(dx_ref, outer(rows, columns), weight[:, None] * dsamples)
         return carry
@@ -111,13 +111,16 @@ def backward_points(x_ref, kernel_ref, offset_ref, mask_ref, g_ref, doffset_ref,
     positions = tile_positions(cut, images, pl.program_id(1))
     rank, taps = cut.window.rank, cut.window.taps
 
-    def weigh(*points):
-        pixels, weights, insides = zip(*corners(points, spatial), strict=True)
+    def weigh(regular, *offsets):
+        points = list(map(Positions, regular, offsets))
+        pixels, weights, insides = zip(*corners(points, _border(spatial)), strict=True)
         return weights, (pixels, insides)
 
     def finish_tap(tap, carry):
         reads = _reads(cut.window, offset_ref, mask_ref, positions, offset_group, tap)
-        weights, pull_back, (pixels, insides) = jax.vjp(weigh, *reads.points, has_aux=True)
+        regular, offsets = zip(*reads.points, strict=True)
+        weigh_at = functools.partial(weigh, regular)
+        weights, pull_back, (pixels, insides) = jax.vjp(weigh_at, *offsets, has_aux=True)
 
         def add_channels(number, totals):
             part, number = unravel(number, cut.channel_blocks)
@@ -140,8 +143,8 @@ def backward_points(x_ref, kernel_ref, offset_ref, mask_ref, g_ref, doffset_ref,
             dmodulation = functools.reduce(operator.add, map(operator.mul, weights, dweights))
             store(dmask_ref, extend(positions, offset_group * taps + tap), dmodulation)
             dweights = tuple(d * reads.modulation for d in dweights)
-        for axis, dpoint in enumerate(pull_back(dweights)):
-            store(doffset_ref, extend(positions, (offset_group * taps + tap) * rank + axis), dpoint)
+        for axis, doffset in enumerate(pull_back(dweights)):
+            store(doffset_ref, extend(positions, (offset_group * taps + tap) * rank + axis), doffset)
         return carry
 
     loop(taps, finish_tap, np.int32(0))
@@ -180,7 +183,7 @@ def backward_kernel(x_ref, offset_ref, mask_ref, g_ref, dkernel_ref, *, cut: Cut
 class _Reads(NamedTuple):
     """What a tap reads at a tile of positions: where, and how much of it counts."""
 
-    points: list[jax.Array]  # p_n, one vector for each spatial axis
+    points: list[Positions]  # p_n, for each spatial axis one of vectors
     modulation: jax.Array | None  # Δm_n; None: 1
 
 
@@ -191,11 +194,16 @@ def _reads(window: Window, offset_ref, mask_ref, positions: Span, offset_group, 
     for axis, (position, along_axis) in enumerate(zip(positions.index[1:], along, strict=True)):
         channel = (offset_group * window.taps + tap) * window.rank + axis
         offset = load(offset_ref, extend(positions, channel)).astype(jnp.float32)
-        points.append(window.place(axis, position, along_axis).astype(jnp.float32) + offset)
+        points.append(Positions(window.place(axis, position, along_axis), offset))
     if mask_ref is None:
         return _Reads(points, None)
     modulation = load(mask_ref, extend(positions, offset_group * window.taps + tap))
     return _Reads(points, modulation.astype(jnp.float32))
+
+
+def _border(spatial) -> Border:
+    """A map of this size that is zero beyond its border, the only kind that the kernels read."""
+    return Border(tuple(spatial), ("zeros",) * len(spatial))
 
 
 def _pixel(x_ref, positions: Span, pixel, inside, columns: Span) -> jax.Array:
@@ -207,7 +215,7 @@ def _pixel(x_ref, positions: Span, pixel, inside, columns: Span) -> jax.Array:
 def _samples(x_ref, reads: _Reads, positions: Span, columns: Span) -> jax.Array:
     """s_n(p0) = Δm_n · Σ_q W_q(p_n) · x_q: `(positions, channels)`, in float32."""
     total = jnp.zeros((positions.size, columns.size), jnp.float32)
-    for pixel, weight, inside in corners(reads.points, x_ref.shape[1:-1]):
+    for pixel, weight, inside in corners(reads.points, _border(x_ref.shape[1:-1])):
         weight = weight if reads.modulation is None else weight * reads.modulation
         total += weight[:, None] * _pixel(x_ref, positions, pixel, inside, columns)
     return total

@@ -3,6 +3,8 @@
 It keeps every sample of every tap, which takes K times the memory of x, and is slow.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -21,13 +23,15 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
     # p0 + p_n + Δp_n, and x there: each image, and in it each offset group, reads at points of its own.
     dtype = wide(arrays.offset.dtype, jnp.finfo(spec.accumulate).dtype)
     points = place_taps(arrays.offset, window, dtype)  # (*batch, *out_spatial, OG, K, n)
-    sample = jax.vmap(linear_sample, in_axes=(-2, -3), out_axes=-2)  # over offset groups
+    points = jnp.broadcast_to(points, (*batch, *points.shape[len(batch) :]))
+    read = functools.partial(linear_sample, padding_mode=window.padding_mode)
+    sample = jax.vmap(read, in_axes=(-2, -3), out_axes=-2)  # over offset groups
     for _ in batch:
         sample = jax.vmap(sample)
     samples = sample(x.reshape(*x.shape[:-1], groups, -1), points)  # (*batch, *out_spatial, K, OG, Cg)
 
     if arrays.mask is not None:  # Δm_n
-        modulation = arrays.mask.reshape(*batch, *window.out_spatial, groups, window.taps)
+        modulation = arrays.mask.reshape(*arrays.mask.shape[:-1], groups, window.taps)
         samples = samples * jnp.swapaxes(modulation, -1, -2)[..., None].astype(spec.accumulate)
 
     # Σ_n w_n ·, the channels in feature groups f of c channels

@@ -16,9 +16,9 @@ from jax.custom_derivatives import SymbolicZero
 
 from dcn_jax._mesh import on_any_mesh
 from dcn_jax._numerics import wide
-from dcn_jax.geometry import place_taps
+from dcn_jax.geometry import Size, Window, int32, regular_positions, regular_taps
 from dcn_jax.ops.deform_conv.call import Arrays, Spec, add_bias
-from dcn_jax.sampling import locate, sum_rows
+from dcn_jax.sampling import Border, Positions, Rows, locate, sum_rows
 
 
 def refusal(spec: Spec, arrays: Arrays) -> str | None:
@@ -40,31 +40,39 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
 
 
 def _convolve(spec: Spec, x, kernel, offset, mask, bias) -> jax.Array:
-    """Flatten batch and positions, sum over the taps, and bring the result back."""
+    """Bring the arrays to one axis of positions, sum over the taps, and bring the result back."""
     window, groups = spec.window, spec.offset_groups
     batch, channels = x.shape[: -window.rank - 1], x.shape[-1]
-    images, positions = math.prod(batch), math.prod(window.out_spatial)
-    # B is kept apart from P: folded into the positions it would hide from the partitioner, and a call on a batch-sharded
-    # x would gather all of x on every device.
-    points = place_taps(offset, window, wide(offset.dtype, jnp.finfo(spec.accumulate).dtype))
-    points = points.reshape(images, positions, groups, window.taps, window.rank)
-    modulation = jnp.ones(points.shape[:-1], points.dtype) if mask is None else mask.reshape(points.shape[:-1])
-    # Its gradient is summed in the dtype that is read: hence in the accumulator's already here.
-    rows = x.reshape(images, math.prod(window.spatial) * groups, channels // groups).astype(spec.accumulate)
-    matrices = kernel.reshape(window.taps, *kernel.shape[-2:])
-    y = _jitted_sum_taps(spec, rows, matrices, points, modulation)
+    per_tap = math.prod(window.out_spatial), groups, window.taps
+    repeated = any(array is not None and array.shape[: len(batch)] != batch for array in (offset, mask))
+
+    def flatten(array, *shape):
+        """Batch axes as one; where offset or mask is to be repeated along some, as they are."""
+        axes = array.shape[: len(batch)]
+        return array.reshape(*(axes if repeated else (math.prod(axes),)), *shape)
+
+    y = _jitted_sum_taps(
+        spec,
+        # Its gradient is summed in the dtype that is read: hence in the accumulator's already here.
+        flatten(x, math.prod(window.spatial) * groups, channels // groups).astype(spec.accumulate),
+        kernel.reshape(window.taps, *kernel.shape[-2:]),
+        flatten(offset, *per_tap, window.rank),
+        None if mask is None else flatten(mask, *per_tap),
+    )
     return add_bias(y.reshape(*batch, *window.out_spatial, kernel.shape[-1]), bias).astype(spec.out_dtype)
 
 
+# The batch is kept apart from the positions: folded into them it would hide from the partitioner, and a call on a
+# batch-sharded x would gather all of x on every device.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _sum_taps(spec: Spec, rows, matrices, points, modulation) -> jax.Array:
-    """Σ over taps: `(B, R, Cg)`, `(K, C / groups, F)`, `(B, P, OG, K, n)`, `(B, P, OG, K)` -> `(B, P, F)`."""
-    return _scan(spec, rows, matrices, points, modulation, derivative=False)
+def _sum_taps(spec: Spec, rows, matrices, offset, modulation) -> jax.Array:
+    """Σ over taps: `(*B, R, Cg)`, `(K, C / groups, F)`, `(*B, P, OG, K, n)`, `(*B, P, OG, K)` -> `(B, P, F)`."""
+    return _scan(spec, rows, matrices, offset, modulation, derivative=False)
 
 
 def _sum_taps_jvp(spec, primals, tangents):
     """The derivative, a block of positions at a time: of the block's samples, no more than one tap's are ever kept."""
-    active = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
+    active = [i for i, dot in enumerate(tangents) if dot is not None and not isinstance(dot, SymbolicZero)]
 
     def of_active(*arguments):
         whole = (arguments[active.index(i)] if i in active else primal for i, primal in enumerate(primals))
@@ -79,47 +87,54 @@ _sum_taps.defjvp(_sum_taps_jvp, symbolic_zeros=True)
 _jitted_sum_taps = jax.jit(_sum_taps, static_argnums=0)  # a call outside of jit compiles once, not each time
 
 
-def _scan(spec: Spec, rows, matrices, points, modulation, *, derivative: bool) -> jax.Array:
+def _scan(spec: Spec, rows, matrices, offset, modulation, *, derivative: bool) -> jax.Array:
     """`_sum_taps`, in as many blocks of positions as suit the platform that it is compiled for."""
     scans = {
-        platform: functools.partial(_scan_blocks, spec, blocks=min(blocks, points.shape[1]))
-        for platform, blocks in _blocks_by_platform(rows, points, derivative).items()
+        platform: functools.partial(_scan_blocks, spec, blocks=blocks)
+        for platform, blocks in _blocks_by_platform(spec, rows, derivative).items()
     }
-    return lax.platform_dependent(rows, matrices, points, modulation, **scans)
+    return lax.platform_dependent(rows, matrices, offset, modulation, **scans)
 
 
-def _blocks_by_platform(rows, points, derivative: bool) -> dict[str, int]:
+def _blocks_by_platform(spec: Spec, rows, derivative: bool) -> dict[str, int]:
     """Into how many blocks the positions are cut: more take less scratch memory, but each costs time."""
-    images, positions, groups = points.shape[:3]
-    samples = positions * groups * rows.shape[-1] * rows.dtype.itemsize  # bytes that a tap reads
-    if isinstance(images, int):  # and is not symbolic, known only when an exported program is called
-        samples *= images
+    positions = math.prod(spec.window.out_spatial)
     few = 2 if derivative else 1
+    # A block's samples, of one tap, stay in the caches of a CPU. Sizes that are known only when an exported program is
+    # called count for nothing.
+    known = [n for n in (*rows.shape[:-2], positions) if isinstance(n, int)]
+    samples = math.prod(known) * spec.offset_groups * rows.shape[-1] * rows.dtype.itemsize
     blocks = {
         "default": few,
-        "cpu": few * max(1, round(samples / 1.75e6)),  # a block's samples stay in the caches
+        "cpu": few * max(1, round(samples / 1.75e6)),
         "tpu": 8,  # it keeps the 2^n rows of each sample, and pads rows, and groups of channels, to 128 channels
     }
-    return {platform: n for platform, n in blocks.items() if platform == "default" or n != few}
+    most = positions if isinstance(positions, int) else 8
+    blocks = {platform: min(n, most) for platform, n in blocks.items()}
+    return {platform: n for platform, n in blocks.items() if platform == "default" or n != blocks["default"]}
 
 
-def _scan_blocks(spec: Spec, rows, matrices, points, modulation, *, blocks: int) -> jax.Array:
+def _scan_blocks(spec: Spec, rows, matrices, offset, modulation, *, blocks: int) -> jax.Array:
     """`_sum_taps`, one block of positions and one tap after another: each step is recomputed in the backward pass."""
-    images, positions, groups, taps = modulation.shape
-    channels, features = groups * rows.shape[-1], matrices.shape[-1]
+    window, batch = spec.window, rows.shape[:-2]
+    images, positions, features = math.prod(batch), math.prod(window.out_spatial), matrices.shape[-1]
     size = -(-positions // blocks)
-    points, modulation = (_pad_positions(array, blocks * size) for array in (points, modulation))
-    take = functools.partial(_take_step, size=size, taps=taps, groups=groups)
+    dtype = wide(offset.dtype, jnp.finfo(spec.accumulate).dtype)
+    first = _pad(regular_positions(window).reshape(positions, window.rank), 0, blocks * size)
+    offset, modulation = (_whole_blocks(array, len(batch), blocks * size) for array in (offset, modulation))
+    take = functools.partial(_take_step, batch_axes=len(batch), size=size, window=window)
 
     # One loop, not one within the other, whose arrays are indexed where they lie and not scanned over: so none is moved,
     # and XLA sees that the gradient of the kernel is a sum over the steps, which it takes over devices once, after the loop.
     @functools.partial(jax.checkpoint, prevent_cse=False)  # keeps no samples for the backward pass
     def add_tap(total, step):
         block, tap = step
-        at = locate(take(points, block, tap), take(modulation, block, tap)[..., 0], spec.window.spatial)
-        samples = jax.vmap(sum_rows)(rows, at)  # (B, size, OG, Cg)
+        regular = lax.expand_dims(_regular(first, block, tap, size, window), range(len(batch)))
+        points = Positions(regular, take(offset, block, tap).astype(dtype))
+        scale = None if modulation is None else take(modulation, block, tap)[..., 0]
+        samples = _read(rows, locate(points, scale, Border(window.spatial, window.padding_mode)))
         # A flat matrix product: a batched one would make the gradient of the kernel contract two axes at once.
-        samples = samples.reshape(images * size, channels)
+        samples = samples.reshape(images * size, math.prod(samples.shape[2:]))
         matrix = lax.dynamic_index_in_dim(matrices, tap, keepdims=False, allow_negative_indices=False)
         product = _multiply(spec, samples, matrix)
         if blocks == 1:
@@ -127,29 +142,55 @@ def _scan_blocks(spec: Spec, rows, matrices, points, modulation, *, blocks: int)
         return total.at[block].add(product, mode="promise_in_bounds"), None
 
     # Within shard_map a scan wants its sum, from the start, to vary over the devices that any of its arguments vary over.
-    arguments = rows, matrices, points, modulation
+    arguments = [array for array in (rows, matrices, offset, modulation) if array is not None]
     zeros = [jnp.zeros_like(array, spec.accumulate, (blocks, images * size, features)) for array in arguments]
-    steps = jnp.indices((blocks, taps), jnp.int32).reshape(2, blocks * taps)
+    steps = jnp.indices((blocks, window.taps), jnp.int32).reshape(2, blocks * window.taps)
     total, _ = lax.scan(add_tap, functools.reduce(operator.add, zeros), tuple(steps))
     y = jnp.moveaxis(total.reshape(blocks, images, size, features), 0, 1)
     return y.reshape(images, blocks * size, features)[:, :positions]
 
 
-def _pad_positions(array: jax.Array, length: int) -> jax.Array:
-    """`(B, P, OG, K, …)` -> `(B, length, OG, K * …)`; without an axis for a single offset group."""
-    images, positions, groups = array.shape[:3]
+def _pad(array: jax.Array, axis: int, length: Size) -> jax.Array:
+    """`array` with zeros appended along an axis, which is then `length` long."""
+    return jnp.pad(array, [(0, length - n if a == axis else 0) for a, n in enumerate(array.shape)])
+
+
+def _whole_blocks(array: jax.Array | None, batch_axes: int, length: Size) -> jax.Array | None:
+    """`(*B, P, OG, K, …)` -> `(*B, length, OG, K * …)`; without an axis for a single offset group."""
+    if array is None:
+        return None
+    *front, groups = array.shape[: batch_axes + 2]  # (*B, P), OG
     several = (groups,) if groups > 1 else ()  # an axis of 1 would make XLA's CPU backend copy the array
-    array = array.reshape(images, positions, *several, math.prod(array.shape[3:]))
-    return jnp.pad(array, [(0, 0), (0, length - positions)] + [(0, 0)] * (array.ndim - 2))
+    array = array.reshape(*front, *several, math.prod(array.shape[batch_axes + 2 :]))
+    return _pad(array, batch_axes, length)
 
 
-def _take_step(array: jax.Array, block, tap, *, size: int, taps: int, groups: int) -> jax.Array:
-    """What one block and tap need of a padded array: `(B, blocks * size, OG, K * …)` -> `(B, size, OG, …)`."""
-    images, several, width = array.shape[0], array.shape[2:-1], array.shape[-1] // taps
-    zero = jnp.zeros_like(tap)
-    start = zero, block * size, *[zero for _ in several], tap * width
-    step = lax.dynamic_slice(array, start, (images, size, *several, width), allow_negative_indices=False)
-    return step.reshape(images, size, groups, width)
+def _take_step(array: jax.Array, block, tap, *, batch_axes: int, size: Size, window: Window) -> jax.Array:
+    """What one block and tap need of whole blocks: `(*B, blocks * size, OG, K * …)` -> `(*B, size, OG, …)`."""
+    batch, several = array.shape[:batch_axes], array.shape[batch_axes + 1 : -1]
+    width, zero = array.shape[-1] // window.taps, jnp.zeros_like(tap)
+    start = [*[zero] * batch_axes, block * int32(size), *[zero] * len(several), tap * width]
+    step = lax.dynamic_slice(array, start, (*batch, size, *several, width), allow_negative_indices=False)
+    return step.reshape(*batch, size, *(several or (1,)), width)
+
+
+def _regular(first: jax.Array, block, tap, size: Size, window: Window) -> jax.Array:
+    """Where a tap reads for the positions of a block, before its offset: `(size, 1, n)`, in int32."""
+    start = [block * int32(size), jnp.zeros_like(block)]
+    first = lax.dynamic_slice(first, start, (size, window.rank), allow_negative_indices=False)
+    reach = lax.dynamic_index_in_dim(regular_taps(window), tap, allow_negative_indices=False)  # (1, n)
+    return (first + reach)[:, None]
+
+
+def _read(rows: jax.Array, at: Rows) -> jax.Array:
+    """The samples `(B, size, OG, Cg)` of maps `(*B, R, Cg)` at rows `(*B, size, OG)`, some of whose axes are to be repeated."""
+    batch = rows.shape[:-2]
+
+    def one_axis(array, wanted):
+        return jnp.broadcast_to(array, wanted).reshape(math.prod(batch), *wanted[len(batch) :])
+
+    at = jax.tree.map(lambda array: one_axis(array, (*batch, *array.shape[len(batch) :])), at)
+    return jax.vmap(sum_rows)(one_axis(rows, rows.shape), at)
 
 
 def _multiply(spec: Spec, samples: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -158,7 +199,7 @@ def _multiply(spec: Spec, samples: jax.Array, matrix: jax.Array) -> jax.Array:
     product: Any = functools.partial(jnp.einsum, precision=spec.precision, preferred_element_type=spec.accumulate)
     if spec.feature_groups == 1:
         return product("nc,cf->nf", samples, matrix)
-    n, groups, (channels, features) = len(samples), spec.feature_groups, matrix.shape
+    n, groups, (channels, features) = samples.shape[0], spec.feature_groups, matrix.shape
     samples = samples.reshape(n, groups, channels)
     matrix = matrix.reshape(channels, groups, features // groups)
     return product("ngc,cgf->ngf", samples, matrix).reshape(n, features)

@@ -1,5 +1,7 @@
 """The reference: the formula that readers see first, against the oracle and against the op."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,12 +21,17 @@ CASES = {
 }
 
 
+DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(deform_conv).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name != "implementation"
+}
+
+
 def by_reference(arrays, options):
     spec, arrays = check_call(
         Arrays(*arrays),
-        **{"strides": 1, "padding": "SAME", "kernel_dilation": 1, "feature_group_count": 1} | options,
-        precision=None,
-        preferred_element_type=None,
+        **DEFAULTS | options,
     )
     return reference.run(spec, arrays)
 
@@ -55,3 +62,10 @@ def test_has_the_gradients_of_the_op():
     of_reference = gradients(lambda *a: by_reference((*a, None, None), case.options))
     for actual, wanted in zip(of_reference, gradients(lambda *a: deform_conv(*a, **case.options)), strict=True):
         assert_close(actual, wanted, 1e-5)
+
+
+def test_shares_offsets_and_knows_borders():
+    x, kernel, offset, mask, bias = CASES["2-D"].arrays
+    options = CASES["2-D"].options | {"padding_mode": ("wrap", "edge")}
+    arrays = x, kernel, offset[0], mask[:1], bias
+    assert_close(by_reference(arrays, options), deform_conv(*arrays, **options), 1e-6)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from jax import lax
 
-from dcn_jax import linear_sample, sampling_points
 from tests.support import oracle
 from tests.support.cases import Case, draw
 from tests.support.running import assert_close, check_against_oracle, compiled, quick_jit, value_and_gradients
@@ -130,28 +129,6 @@ def test_linear_in_x_kernel_and_mask(op, argument):
     op = compiled(op, **case.options)
     of = lambda value: op(*[value if i == argument else a for i, a in enumerate(case.arrays)])  # noqa: E731
     assert_close(of(2 * first - 3 * second), 2 * np.asarray(of(first)) - 3 * np.asarray(of(second)), 1e-5)
-
-
-@pytest.mark.parametrize("case", [
-    pytest.param(draw((2, 5, 4, 4), (3, 2), 3, offset_groups=2, strides=(1, 2), padding=1, bias=False), id="2-D"),
-    pytest.param(draw((2, 7, 3), (3,), 2, kernel_dilation=2, bias=False), id="1-D"),
-])  # fmt: skip
-def test_is_points_then_samples_then_a_product(op, case):
-    arguments = case.arrays[:4]
-    rank = arguments[1].ndim - 2
-    groups = arguments[3].shape[-1] // int(np.prod(arguments[1].shape[:rank]))
-
-    @quick_jit
-    def by_hand(x, kernel, offset, mask):
-        points = sampling_points(offset, kernel.shape[:rank], spatial=x.shape[1:-1], **case.options)
-        by_group = x.reshape(*x.shape[:-1], groups, -1)
-        sample = jax.vmap(jax.vmap(linear_sample, (-2, -3), -3))  # over images, then offset groups
-        samples = sample(by_group, points)  # (B, *out_spatial, OG, K, Cg)
-        modulated = samples * mask.reshape(*mask.shape[:-1], groups, -1, 1)
-        matrices = kernel.reshape(-1, groups, x.shape[-1] // groups, kernel.shape[-1])
-        return jnp.einsum("...gkc,kgcf->...f", modulated, matrices)
-
-    assert_close(compiled(op, **case.options)(*arguments), by_hand(*arguments), 1e-6)
 
 
 # Dtypes
