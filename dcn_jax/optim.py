@@ -1,11 +1,12 @@
 """Learning rates: which parameters belong to an offset branch, so that they can learn at a rate of their own."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 
 
-def offset_labels(params: Any) -> Any:
+def offset_labels(params: Any, names: str | Iterable[str] = ("offset_conv",)) -> Any:
     """Label each parameter "offset", if it lies under an `offset_conv`, or "main", for `optax.multi_transform`.
 
     The papers train the branches that emit offsets and modulation at a tenth of the learning rate. It is one line, with
@@ -13,12 +14,19 @@ def offset_labels(params: Any) -> Any:
 
         optax.multi_transform({"main": optax.adam(1e-3), "offset": optax.adam(1e-4)}, offset_labels)
 
+    Branches with names of their own are named: `functools.partial(offset_labels, names=("conv_offset",))`.
+
     Args:
         params: parameters, gradients or anything of their structure: a linen dictionary or `FrozenDict`, with or
             without the outer "params", an `nnx.State`, or a pytree in which the branch is called `offset_conv`.
+        names: what the branches are called, whole names, or one name. No branch of these names is no error: plain
+            networks share the optimizer.
 
     Returns:
         The same containers with a label in the place of each array (of each `nnx.Variable`, in an `nnx.State`).
+
+    Raises:
+        TypeError: `names` is not made of names.
 
     Source: Dai et al. (arXiv 1703.06211), section 4.1; Zhu et al. (arXiv 1811.11168), section 3.2.
 
@@ -30,10 +38,16 @@ def offset_labels(params: Any) -> Any:
         >>> params = DeformConv(features=16, kernel_size=(3, 3)).init(jax.random.key(0), jnp.ones((8, 8, 4)))["params"]
         >>> offset_labels(params)
         {'bias': 'main', 'kernel': 'main', 'offset_conv': {'bias': 'offset', 'kernel': 'offset'}}
+        >>> offset_labels({"conv_offset": {"weight": 0.0}, "weight": 1.0}, names="conv_offset")
+        {'conv_offset': {'weight': 'offset'}, 'weight': 'main'}
     """
+    branches = {names} if isinstance(names, str) or not isinstance(names, Iterable) else set(names)
+    if not all(isinstance(name, str) for name in branches):
+        raise TypeError(f"names={names!r} is not made of names; wanted a string, or several: ('offset_conv',)")
+
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        on_the_way = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        return "main" if branches.isdisjoint(on_the_way) else "offset"
+
     # An nnx.Variable gets one label and is no container: nnx.Optimizer hands Optax variables at first, bare arrays later.
-    return jax.tree_util.tree_map_with_path(_label, params, is_leaf=lambda node: hasattr(node, "dtype"))
-
-
-def _label(path: tuple[Any, ...], _: Any) -> str:
-    return "offset" if "offset_conv" in jax.tree_util.keystr(path, simple=True, separator="/").split("/") else "main"
+    return jax.tree_util.tree_map_with_path(label, params, is_leaf=lambda node: hasattr(node, "dtype"))

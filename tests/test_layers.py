@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 import dcn_jax
-from tests.support.layers import FRAMEWORKS, PLAIN, fill, linen, nnx_
+from tests.support.layers import FRAMEWORKS, PLAIN, convolutions, fill, linen, nnx_
 from tests.support.running import quick_jit
 
 pytestmark = pytest.mark.lenient
@@ -245,10 +245,11 @@ def test_the_result_s_dtype_is_that_of_flax_s_own(make, framework, options, x_dt
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", None])
-def test_offset_and_mask_are_computed_in_the_layer_s_dtype(make, dtype):
+def test_offset_and_mask_are_float32_whatever_the_layer_s_dtype(make, dtype):
     layer = make(4, 6, (2, 2), dtype=dtype, max_offset=2.0, mask_scale=2.0)
     seen = jax.eval_shape(layer.look, fill(layer), X)
-    assert {value.dtype for value in seen.values()} == {jnp.dtype(dtype or jnp.float32)}
+    assert {value.dtype for value in seen.values()} == {jnp.dtype(jnp.float32)}
+    assert jax.eval_shape(layer.apply, fill(layer), X).dtype == jnp.dtype(dtype or jnp.float32)
 
 
 @pytest.mark.parametrize(("make_one", "dtype", "tolerance"), [(linen, "bfloat16", 0.05), (nnx_, "float16", 0.01)])
@@ -290,7 +291,7 @@ def test_an_own_promote_dtype_is_used(make):
 
     layer = make(4, 6, (2, 2), promote_dtype=to_float16)
     assert jax.eval_shape(layer.apply, jax.eval_shape(layer.init), X).dtype == jnp.float16
-    assert jax.eval_shape(layer.look, fill(layer), X)["offset"].dtype == jnp.float16
+    assert convolutions(layer.look, fill(layer), X) == [("f16", "f16", "f32")]  # its sums are kept
 
 
 # ---- transformations
@@ -323,8 +324,6 @@ ERRORS = {
     "strides": ((2, 2), {"strides": (1, 1, 1)}, ValueError, r"strides=\(1, 1, 1\) has 3 entries; wanted an int or 2 ints"),
     "kernel_dilation": ((2, 2), {"kernel_dilation": 0}, ValueError, "kernel_dilation=0 is too small"),
     "padding": ((2, 2), {"padding": "FULL"}, ValueError, "padding='FULL' is not known; wanted \"SAME\""),
-    "CIRCULAR": ((2, 2), {"padding": "CIRCULAR"}, ValueError, "padding='CIRCULAR' has no meaning in a deformable"),
-    "REFLECT": ((2, 2), {"padding": "REFLECT"}, ValueError, "padding='REFLECT' has no meaning in a deformable"),
     "CAUSAL": ((2,), {"padding": "CAUSAL"}, ValueError, "padding='CAUSAL' has no meaning in a deformable"),
     "no output": ((7, 7), {"padding": "VALID"}, ValueError, r"the output has no positions: a window of extent \(7, 7\)"),
     "feature_group_count": ((2, 2), {"feature_group_count": 3}, ValueError, "feature_group_count=3 must divide the 4 channels"),
@@ -335,9 +334,17 @@ ERRORS = {
     "modulated": ((2, 2), {"modulated": 2}, TypeError, "modulated=2 is a int; wanted True or False"),
     "mask_scale": ((2, 2), {"mask_scale": 0.0}, ValueError, "mask_scale=0.0 must be positive and finite"),
     "mask_scale kind": ((2, 2), {"mask_scale": "1"}, TypeError, "mask_scale='1' is a str; wanted the modulation's upper bound"),
-    "max_offset": ((2, 2), {"max_offset": -1}, ValueError, "max_offset=-1 must be positive and finite"),
-    "max_offset inf": ((2, 2), {"max_offset": float("inf")}, ValueError, "max_offset=inf must be positive and finite: .* None"),
+    "max_offset": ((2, 2), {"max_offset": -1}, ValueError, "max_offset=-1 must be finite and not negative"),
+    "max_offset inf": ((2, 2), {"max_offset": float("inf")}, ValueError, "max_offset=inf must be finite and not negative: .* None"),
     "max_offset kind": ((2, 2), {"max_offset": True}, TypeError, "max_offset=True is a bool; wanted a number of pixels"),
+    "max_offset axes": ((2, 2), {"max_offset": (1, 2, 3)}, ValueError, r"max_offset=\(1, 2, 3\) has 3 entries; wanted .* 2 spatial axes"),
+    "max_offset axis": ((2, 2), {"max_offset": (1, "2")}, TypeError, r"max_offset=\(1, '2'\) is a tuple; wanted a number of pixels"),
+    "padding_mode": ((2, 2), {"padding_mode": "border"}, ValueError, "padding_mode='border' is not known; .* is \"edge\""),
+    "padding_mode axes": ((2, 2), {"padding_mode": ("wrap",)}, ValueError, r"padding_mode=\('wrap',\) has 1 entries"),
+    "padding_mode twice": ((2, 2), {"padding": "CIRCULAR", "padding_mode": "edge"}, ValueError, "padding='CIRCULAR' means padding_mode='wrap'"),
+    "offset_branch": ((2, 2), {"offset_branch": 0}, TypeError, "offset_branch=0 is a int; wanted True or False"),
+    "offset_conv_cls": ((2, 2), {"offset_conv_cls": 3}, TypeError, r"offset_conv_cls is a int; wanted what makes the branch, called as"),
+    "offset_conv_cls twice": ((2, 2), {"offset_conv_cls": dict, "offset_branch": False}, ValueError, "leave one of them out"),
     "implementation": ((2, 2), {"implementation": "cuda"}, ValueError, "implementation='cuda' is not known; wanted one of"),
 }  # fmt: skip
 

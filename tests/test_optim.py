@@ -112,6 +112,37 @@ def test_only_a_whole_name_counts():
     }
 
 
+@pytest.mark.parametrize(
+    "names", ["conv_offset", ("conv_offset",), ["conv_offset", "no such"], {"conv_offset": 1}.keys()]
+)
+def test_branches_have_names_of_their_own(names):
+    """One name or several; a string is one name and not its letters. What is called `offset_conv` is then "main"."""
+    tree = {"conv_offset": {"weight": 0.0}, "offset_conv": 1.0, "c": 2.0}
+    wanted = {"conv_offset": {"weight": "offset"}, "offset_conv": "main", "c": "main"}
+    assert offset_labels(tree, names) == wanted
+    assert functools.partial(offset_labels, names=names)(tree) == wanted
+
+
+def test_several_names_of_branches():
+    tree = {"offset_conv": 0.0, "a": [{"mask_conv": 1.0}, {"kernel": 2.0}]}
+    labels = offset_labels(tree, names=("offset_conv", "mask_conv"))
+    assert labels == {"offset_conv": "offset", "a": [{"mask_conv": "offset"}, {"kernel": "main"}]}
+
+
+def test_a_named_branch_moves_at_its_rate():
+    params = {"conv_offset": jnp.ones(2), "kernel": jnp.ones(2)}
+    tx = optax.multi_transform(RATES, functools.partial(offset_labels, names="conv_offset"))
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(updates["conv_offset"], -OFFSET, rtol=1e-6)
+    np.testing.assert_allclose(updates["kernel"], -MAIN, rtol=1e-6)
+
+
+@pytest.mark.parametrize("names", [3, (3,), ("offset_conv", None)])
+def test_names_that_make_no_sense(names):
+    with pytest.raises(TypeError, match=r"^names=.* is not made of names; wanted a string, or several"):
+        offset_labels({"kernel": 0.0}, names)
+
+
 def test_a_model_without_deformable_layers_is_all_main():
     assert offset_labels(nn.Dense(2).init(jax.random.key(7), X)) == {"params": {"kernel": "main", "bias": "main"}}
 

@@ -1,5 +1,6 @@
 """`DeformConv` for `flax.linen`: owns the parameters, and leaves the rest to `dcn_jax.deform_conv`."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dcn_jax import _branch, _check, _extras
-from dcn_jax.geometry import Padding, canonical_padding
+from dcn_jax.geometry import Padding, Window
 from dcn_jax.ops.deform_conv import deform_conv, kernel_shape
 
 try:
@@ -27,13 +28,18 @@ class DeformConv(nn.Module):
     the order of mmcv's layers. It starts at zero: a fresh layer is `mask_scale / 2` times the plain convolution.
 
     Parameters: `kernel` `(*kernel_size, C // feature_group_count, features)`, `bias` `(features,)`, and
-    `offset_conv/kernel`, `offset_conv/bias`. The layer sows `offset` and `mask` into "intermediates".
+    `offset_conv/kernel`, `offset_conv/bias`. The layer sows the `offset` and `mask` that it used into "intermediates".
+
+    The branch multiplies in the layer's dtype and sums in float32 or wider, in which its offsets and logits stay. Of what
+    `flax.linen.Conv` takes, `input_dilation` and `mask` are not taken: an offset has no meaning between pixels
+    that are not there, and a masked kernel is `kernel_init`'s and the optimizer's affair.
 
     Attributes:
         features: channels of the result.
         kernel_size: the window, one int per spatial axis; an int is a one-dimensional window, as in `flax.linen.Conv`.
         strides: pixels between neighbouring outputs; one for all axes, or one per axis.
-        padding: "SAME", "VALID", an int, one int per axis, or one (low, high) pair per axis.
+        padding: "SAME", "VALID", an int, one int per axis, or one (low, high) pair per axis; "CIRCULAR" and "REFLECT" pad
+            as Flax does and set `padding_mode`.
         kernel_dilation: pixels between neighbouring taps; one for all axes, or one per axis.
         feature_group_count: groups of channels that the main kernel convolves apart (the offsets see all channels).
         use_bias: whether the result gets a bias (the offset convolution always has one).
@@ -48,10 +54,17 @@ class DeformConv(nn.Module):
         offset_groups: OG, groups of channels that each read at points of their own.
         modulated: whether there is a modulation (DCNv2) or not (DCNv1).
         mask_scale: the modulation's upper bound: 1.0 is the paper's, with 2.0 a fresh layer equals the plain convolution.
-        max_offset: bounds each offset smoothly to ±max_offset pixels, by max_offset · tanh(z / max_offset).
+        max_offset: bounds each offset smoothly to ±max_offset pixels, by max_offset · tanh(z / max_offset); one number, or
+            one per axis, where None leaves an axis unbounded and 0 undeformed.
         offset_kernel_init: initializer of `offset_conv/kernel`.
         offset_bias_init: initializer of `offset_conv/bias`.
         implementation: of the op: "xla", "pallas" or None for the fastest that is sound.
+        padding_mode: what the map is beyond its border: "zeros", "edge", "wrap", "reflect" or "symmetric", for all axes
+            or one per axis. The default branch reads the map so too.
+        offset_conv_cls: makes the branch in the place of that convolution, called as
+            `offset_conv_cls(features, name="offset_conv")`: `functools.partial(Conv, kernel_size=(1, 1))`, or a module's class.
+            It maps `(…, *spatial, channels)`, not padded, to `(…, *out_spatial, OG * K * n [+ OG * K])`.
+        offset_branch: False makes a layer without a branch, to which `offset` must be given.
 
     Source: arXiv 1703.06211 (DCNv1), arXiv 1811.11168 (DCNv2).
 
@@ -88,54 +101,66 @@ class DeformConv(nn.Module):
     offset_groups: int = 1
     modulated: bool = True
     mask_scale: float = 1.0
-    max_offset: float | None = None
+    max_offset: float | Sequence[float | None] | None = None
     offset_kernel_init: nn.initializers.Initializer = nn.initializers.zeros
     offset_bias_init: nn.initializers.Initializer = nn.initializers.zeros
     implementation: str | None = None
+    padding_mode: str | Sequence[str] = "zeros"
+    offset_conv_cls: Any = None
+    offset_branch: bool = True
 
     @nn.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        inputs: jax.Array,
+        offset: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        *,
+        offset_inputs: jax.Array | None = None,
+        base_offset: jax.Array | None = None,
+    ) -> jax.Array:
         """Convolve `(*batch, *spatial, C)` into `(*batch, *out_spatial, features)`.
 
-        Raises:
-            ValueError: an option does not fit the input; the message names it.
-            TypeError: an option or the input is of the wrong kind.
-        """
-        window = _branch.window_of(self.kernel_size)
-        _branch.check_input(
-            inputs, window, strides=self.strides, padding=self.padding, kernel_dilation=self.kernel_dilation
-        )
-        channels = inputs.shape[-1]
-        _check.count("features", self.features)
-        _branch.check_options(channels, self.offset_groups, self.modulated, self.mask_scale, self.max_offset)
+        Args:
+            inputs: `(*batch, *spatial, C)`.
+            offset: `(*batch, *out_spatial, OG * K * n)`, used as it is in the place of the branch's, which is neither run nor, in `init`, made;
+                its batch axes may be missing or 1, as may those of the arrays below.
+            mask: `(*batch, *out_spatial, OG * K)`, used as it is beside `offset`; by default 1 everywhere.
+            offset_inputs: what the branch sees instead of `inputs`, of any number of channels.
+            base_offset: `(*batch, *out_spatial, n)`, one displacement for all taps (optical flow, as dy, dx), or
+                `(*batch, *out_spatial, OG * K * n)`; added to the branch's offsets after their bound.
 
-        injected = {
-            "conv_general_dilated": self.conv_general_dilated,
-            "conv_general_dilated_cls": self.conv_general_dilated_cls,
+        Raises:
+            ValueError: an option or argument does not fit the input; the message names it.
+            TypeError: an option or argument is of the wrong kind.
+        """
+        geometry: Any = {
+            "strides": self.strides,
+            "padding": self.padding,
+            "kernel_dilation": self.kernel_dilation,
+            "padding_mode": self.padding_mode,
         }
-        z = nn.Conv(
-            _branch.features(window, self.offset_groups, self.modulated),
-            window,
-            strides=self.strides,
-            padding=canonical_padding(self.padding, len(window)),
-            kernel_dilation=self.kernel_dilation,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            kernel_init=self.offset_kernel_init,
-            bias_init=self.offset_bias_init,
-            promote_dtype=self.promote_dtype,
-            name="offset_conv",
-            **{name: value for name, value in injected.items() if value is not None},
-        )(inputs)
-        offset, mask = _branch.split(
-            z, window, modulated=self.modulated, mask_scale=self.mask_scale, max_offset=self.max_offset
-        )
+        window = _branch.check_input(inputs, _branch.window_of(self.kernel_size), **geometry)
+        channels = inputs.shape[-1]
+        self._check_options(channels, window.rank)
+        _branch.check_call(offset, mask, offset_inputs, base_offset, offset_branch=self.offset_branch)
+        if offset is None:
+            seen = _branch.view(inputs, offset_inputs, window, own=self.offset_conv_cls is not None)
+            offset, mask = _branch.split(
+                self._make_branch(window)(seen),
+                inputs,
+                window,
+                offset_groups=self.offset_groups,
+                modulated=self.modulated,
+                mask_scale=self.mask_scale,
+                max_offset=self.max_offset,
+                base_offset=base_offset,
+            )
         self.sow("intermediates", "offset", offset)
         if mask is not None:
             self.sow("intermediates", "mask", mask)
 
-        shape = kernel_shape(window, channels, self.features, self.feature_group_count)
+        shape = kernel_shape(window.size, channels, self.features, self.feature_group_count)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
@@ -145,10 +170,60 @@ class DeformConv(nn.Module):
             offset,
             mask,
             bias,
-            strides=self.strides,
-            padding=self.padding,
-            kernel_dilation=self.kernel_dilation,
+            **geometry,
             feature_group_count=self.feature_group_count,
             precision=self.precision,
             implementation=self.implementation,
         )
+
+    @nn.nowrap
+    def _check_options(self, channels: int, rank: int) -> None:
+        _check.count("features", self.features)
+        _branch.check_options(
+            channels,
+            rank,
+            offset_groups=self.offset_groups,
+            modulated=self.modulated,
+            mask_scale=self.mask_scale,
+            max_offset=self.max_offset,
+            offset_branch=self.offset_branch,
+        )
+        call = 'offset_conv_cls(features, name="offset_conv")'
+        _branch.check_maker(self.offset_conv_cls, nn.Module, call, offset_branch=self.offset_branch)
+
+    @nn.nowrap
+    def _make_branch(self, window: Window) -> Any:
+        """The module that emits offsets and logits: the user's own, or a convolution like the main one."""
+        features = _branch.features(window.size, self.offset_groups, self.modulated)
+        if self.offset_conv_cls is not None:
+            return self.offset_conv_cls(features, name="offset_conv")
+        injected = {
+            "conv_general_dilated": self.conv_general_dilated,
+            "conv_general_dilated_cls": self.conv_general_dilated_cls,
+        }
+        injected = {name: value for name, value in injected.items() if value is not None}
+        promote: Any = self.promote_dtype
+        if not injected:
+            injected = {"conv_general_dilated": _branch.wide_conv}
+            promote = functools.partial(_promote, self.promote_dtype)
+        return nn.Conv(
+            features,
+            window.size,
+            strides=self.strides,
+            padding=_branch.conv_padding(self.padding, self.padding_mode, window.rank),
+            kernel_dilation=self.kernel_dilation,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            kernel_init=self.offset_kernel_init,
+            bias_init=self.offset_bias_init,
+            promote_dtype=promote,
+            name="offset_conv",
+            **injected,
+        )
+
+
+def _promote(promote_dtype: Any, inputs: jax.Array, kernel: jax.Array, bias: jax.Array, *, dtype: Any) -> tuple:
+    """`promote_dtype`, but for the bias, which stays as wide as the sums that it is added to."""
+    inputs, kernel, _ = promote_dtype(inputs, kernel, bias, dtype=dtype)
+    return inputs, kernel, _branch.wide_bias(bias, kernel)

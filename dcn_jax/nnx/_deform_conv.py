@@ -1,5 +1,6 @@
 """`DeformConv` for `flax.nnx`: owns the parameters, and leaves the rest to `dcn_jax.deform_conv`."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dcn_jax import _branch, _check, _extras
-from dcn_jax.geometry import Padding, canonical_padding
+from dcn_jax.geometry import Padding
 from dcn_jax.ops.deform_conv import deform_conv, kernel_shape
 
 try:
@@ -29,15 +30,21 @@ class DeformConv(nnx.Module):
     the order of mmcv's layers. It starts at zero: a fresh layer is `mask_scale / 2` times the plain convolution.
 
     Parameters: `kernel` `(*kernel_size, C // feature_group_count, features)`, `bias` `(features,)`, and
-    `offset_conv.kernel`, `offset_conv.bias`. Under `flax.nnx.capture(…, nnx.Intermediate)` the layer sows `offset` and
-    `mask`; outside of it, it keeps nothing, so that calling it never changes the model (and `nnx.pop` finds nothing).
+    `offset_conv.kernel`, `offset_conv.bias` (`offset_conv` is None where `offset_branch=False`). Under
+    `flax.nnx.capture(…, nnx.Intermediate)` the layer sows the `offset` and `mask` that it used; outside of it, it keeps
+    nothing, so that calling it never changes the model (and `nnx.pop` finds nothing).
+
+    The branch multiplies in the layer's dtype and sums in float32 or wider, in which its offsets and logits stay. Of what
+    `flax.nnx.Conv` takes, `input_dilation` and `mask` are not taken: an offset has no meaning between pixels
+    that are not there, and a masked kernel is `kernel_init`'s and the optimizer's affair.
 
     Args:
         in_features: channels of the input, C.
         out_features: channels of the result, features.
         kernel_size: the window, one int per spatial axis; an int is a one-dimensional window, as in `flax.nnx.Conv`.
         strides: pixels between neighbouring outputs; one for all axes, or one per axis.
-        padding: "SAME", "VALID", an int, one int per axis, or one (low, high) pair per axis.
+        padding: "SAME", "VALID", an int, one int per axis, or one (low, high) pair per axis; "CIRCULAR" and "REFLECT" pad
+            as Flax does and set `padding_mode`.
         kernel_dilation: pixels between neighbouring taps; one for all axes, or one per axis.
         feature_group_count: groups of channels that the main kernel convolves apart (the offsets see all channels).
         use_bias: whether the result gets a bias (the offset convolution always has one).
@@ -55,10 +62,18 @@ class DeformConv(nnx.Module):
         offset_groups: OG, groups of channels that each read at points of their own.
         modulated: whether there is a modulation (DCNv2) or not (DCNv1).
         mask_scale: the modulation's upper bound: 1.0 is the paper's, with 2.0 a fresh layer equals the plain convolution.
-        max_offset: bounds each offset smoothly to ±max_offset pixels, by max_offset · tanh(z / max_offset).
+        max_offset: bounds each offset smoothly to ±max_offset pixels, by max_offset · tanh(z / max_offset); one number, or
+            one per axis, where None leaves an axis unbounded and 0 undeformed.
         offset_kernel_init: initializer of `offset_conv/kernel`.
         offset_bias_init: initializer of `offset_conv/bias`.
         implementation: of the op: "xla", "pallas" or None for the fastest that is sound.
+        padding_mode: what the map is beyond its border: "zeros", "edge", "wrap", "reflect" or "symmetric", for all axes
+            or one per axis. The default branch reads the map so too.
+        offset_conv_cls: makes the branch in the place of that convolution, called as
+            `offset_conv_cls(in_features, features, rngs=rngs)`: `functools.partial(Conv, kernel_size=(1, 1))`, or a module's class.
+            It maps `(…, *spatial, channels)`, not padded, to `(…, *out_spatial, OG * K * n [+ OG * K])`.
+        offset_branch: False makes a layer without a branch, to which `offset` must be given.
+        offset_in_features: channels that the branch sees; by default `in_features`.
 
     Raises:
         ValueError: an option does not fit; the message names it.
@@ -105,36 +120,37 @@ class DeformConv(nnx.Module):
         offset_groups: int = 1,
         modulated: bool = True,
         mask_scale: float = 1.0,
-        max_offset: float | None = None,
+        max_offset: float | Sequence[float | None] | None = None,
         offset_kernel_init: nnx.Initializer = nnx.initializers.zeros_init(),
         offset_bias_init: nnx.Initializer = nnx.initializers.zeros_init(),
         implementation: str | None = None,
+        padding_mode: str | Sequence[str] = "zeros",
+        offset_conv_cls: Any = None,
+        offset_branch: bool = True,
+        offset_in_features: int | None = None,
     ):
         window = _branch.window_of(kernel_size)
         _check.count("in_features", in_features)
         _check.count("out_features", out_features)
-        _branch.check_options(in_features, offset_groups, modulated, mask_scale, max_offset)
+        if offset_in_features is None:
+            offset_in_features = in_features
+        _check.count("offset_in_features", offset_in_features)
+        _branch.check_options(
+            in_features,
+            len(window),
+            offset_groups=offset_groups,
+            modulated=modulated,
+            mask_scale=mask_scale,
+            max_offset=max_offset,
+            offset_branch=offset_branch,
+        )
+        call = "offset_conv_cls(in_features, features, rngs=rngs)"
+        _branch.check_maker(offset_conv_cls, nnx.Module, call, offset_branch=offset_branch)
         shape = kernel_shape(window, in_features, out_features, feature_group_count)
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype), **kernel_metadata)
         self.bias = nnx.data(None)
         if use_bias:
             self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata)
-        self.offset_conv = nnx.Conv(
-            in_features,
-            _branch.features(window, offset_groups, modulated),
-            window,
-            strides,
-            padding=canonical_padding(padding, len(window)),
-            kernel_dilation=kernel_dilation,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            precision=precision,
-            kernel_init=offset_kernel_init,
-            bias_init=offset_bias_init,
-            conv_general_dilated=conv_general_dilated,
-            promote_dtype=promote_dtype,
-            rngs=rngs,
-        )
         self.in_features = in_features
         self.out_features = out_features
         self.kernel_size = window
@@ -153,29 +169,62 @@ class DeformConv(nnx.Module):
         self.mask_scale = mask_scale
         self.max_offset = max_offset
         self.implementation = implementation
+        self.padding_mode = padding_mode
+        self.offset_conv_cls = offset_conv_cls
+        self.offset_branch = offset_branch
+        self.offset_in_features = offset_in_features
+        self.offset_conv: Any = nnx.data(None)
+        if offset_branch:
+            self.offset_conv = self._make_branch(offset_kernel_init, offset_bias_init, conv_general_dilated, rngs)
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        inputs: jax.Array,
+        offset: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        *,
+        offset_inputs: jax.Array | None = None,
+        base_offset: jax.Array | None = None,
+        out_sharding: Any = None,
+    ) -> jax.Array:
         """Convolve `(*batch, *spatial, in_features)` into `(*batch, *out_spatial, out_features)`.
 
+        Args:
+            inputs: `(*batch, *spatial, in_features)`.
+            offset: `(*batch, *out_spatial, OG * K * n)`, used as it is in the place of the branch's, which is not run;
+                its batch axes may be missing or 1, as may those of the arrays below.
+            mask: `(*batch, *out_spatial, OG * K)`, used as it is beside `offset`; by default 1 everywhere.
+            offset_inputs: what the branch sees instead of `inputs`, of `offset_in_features` channels.
+            base_offset: `(*batch, *out_spatial, n)`, one displacement for all taps (optical flow, as dy, dx), or
+                `(*batch, *out_spatial, OG * K * n)`; added to the branch's offsets after their bound.
+            out_sharding: of the result, as in `flax.nnx.Conv`: under a mesh of explicit axes, a `PartitionSpec` or
+                `NamedSharding`; by default that of `inputs`.
+
         Raises:
-            ValueError: an option does not fit the input; the message names it.
-            TypeError: the input is of the wrong kind.
+            ValueError: an option or argument does not fit the input; the message names it.
+            TypeError: an option or argument is of the wrong kind.
         """
-        _branch.check_input(
-            inputs,
-            self.kernel_size,
-            self.in_features,
-            strides=self.strides,
-            padding=self.padding,
-            kernel_dilation=self.kernel_dilation,
-        )
-        offset, mask = _branch.split(
-            self.offset_conv(inputs),
-            self.kernel_size,
-            modulated=self.modulated,
-            mask_scale=self.mask_scale,
-            max_offset=self.max_offset,
-        )
+        geometry: Any = {
+            "strides": self.strides,
+            "padding": self.padding,
+            "kernel_dilation": self.kernel_dilation,
+            "padding_mode": self.padding_mode,
+        }
+        window = _branch.check_input(inputs, self.kernel_size, self.in_features, **geometry)
+        _branch.check_call(offset, mask, offset_inputs, base_offset, offset_branch=self.offset_branch)
+        if offset is None:
+            own = self.offset_conv_cls is not None
+            seen = _branch.view(inputs, offset_inputs, window, channels=self.offset_in_features, own=own)
+            offset, mask = _branch.split(
+                self.offset_conv(seen),
+                inputs,
+                window,
+                offset_groups=self.offset_groups,
+                modulated=self.modulated,
+                mask_scale=self.mask_scale,
+                max_offset=self.max_offset,
+                base_offset=base_offset,
+            )
         # Only under nnx.capture. Elsewhere sow would store into the model, growing with each call, and raise in any model
         # that jax.jit, grad or vmap closes over. (What newer versions of Flax call capture_noop.)
         if hasattr(self, "__captures__"):
@@ -185,17 +234,50 @@ class DeformConv(nnx.Module):
 
         bias = None if self.bias is None else self.bias[...]
         inputs, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
-        return deform_conv(
+        y = deform_conv(
             inputs,
             kernel,
             offset,
             mask,
             bias,
-            strides=self.strides,
-            padding=self.padding,
-            kernel_dilation=self.kernel_dilation,
+            **geometry,
             feature_group_count=self.feature_group_count,
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
             implementation=self.implementation,
         )
+        return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+
+    def _make_branch(self, kernel_init: Any, bias_init: Any, conv_general_dilated: Any, rngs: nnx.Rngs) -> Any:
+        """The module that emits offsets and logits: the user's own, or a convolution like the main one."""
+        features = _branch.features(self.kernel_size, self.offset_groups, self.modulated)
+        if self.offset_conv_cls is not None:
+            return self.offset_conv_cls(self.offset_in_features, features, rngs=rngs)
+        injected = conv_general_dilated is not lax.conv_general_dilated
+        return nnx.Conv(
+            self.offset_in_features,
+            features,
+            self.kernel_size,
+            self.strides,
+            padding=_branch.conv_padding(self.padding, self.padding_mode, len(self.kernel_size)),
+            kernel_dilation=self.kernel_dilation,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            conv_general_dilated=conv_general_dilated if injected else _branch.wide_conv,
+            promote_dtype=self.promote_dtype if injected else _promoting(self.promote_dtype),
+            rngs=rngs,
+        )
+
+
+@functools.cache  # so that layers with the same options are the same to nnx.jit, which compares their functions
+def _promoting(promote_dtype: Any) -> Any:
+    """`promote_dtype`, but for the bias, which stays as wide as the sums that it is added to."""
+
+    def promote(arrays: tuple, /, *, dtype: Any = None) -> tuple:
+        inputs, kernel, _ = promote_dtype(arrays, dtype=dtype)
+        return inputs, kernel, _branch.wide_bias(arrays[2], kernel)
+
+    return promote

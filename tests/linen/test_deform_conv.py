@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import errors
 from flax.core import freeze
 
 from dcn_jax.linen import DeformConv
@@ -23,8 +24,12 @@ OWN = {
     "offset_kernel_init": nn.initializers.zeros,
     "offset_bias_init": nn.initializers.zeros,
     "implementation": None,
+    "padding_mode": "zeros",
+    "offset_conv_cls": None,
+    "offset_branch": True,
 }
-noisy = functools.partial(DeformConv, offset_kernel_init=nn.initializers.normal(0.3))
+NORMAL = nn.initializers.normal(0.3)
+noisy = functools.partial(DeformConv, offset_kernel_init=NORMAL)
 
 
 def fields(layer):
@@ -161,3 +166,38 @@ def test_nn_vmap_gives_each_its_own_parameters():
 def test_features_that_make_no_sense(features, error, message):
     with pytest.raises(error, match=message):
         DeformConv(features, (2, 2)).init(jax.random.key(0), X)
+
+
+def test_init_with_an_offset_makes_no_branch():
+    """Nor does `apply` then want one; without the offset it does, and says what is missing."""
+    layer, offset = DeformConv(4, (2, 2)), jnp.zeros((4, 5, 8))
+    variables = jax.eval_shape(layer.init, jax.random.key(0), X, offset)
+    assert variables["params"].keys() == {"kernel", "bias"}
+    assert jax.eval_shape(layer.apply, variables, X, offset).shape == (2, 4, 5, 4)
+    with pytest.raises(errors.ScopeParamNotFoundError, match="offset_conv"):
+        jax.eval_shape(layer.apply, variables, X)
+
+
+def test_remat_and_scan_over_frames_with_flow():
+    """The arguments beside the input pass through linen's transformations: one layer, each frame with a flow of its own."""
+
+    class Step(nn.Module):
+        @nn.compact
+        def __call__(self, carry, flow):
+            carry = nn.remat(DeformConv)(3, (2, 2), offset_kernel_init=NORMAL, name="layer")(carry, base_offset=flow)
+            return carry, carry
+
+    scan = nn.scan(Step, variable_broadcast="params", split_rngs={"params": False})()
+    flows = jax.random.normal(jax.random.key(1), (3, 4, 5, 2))
+    params = quick_jit(lambda: scan.init(jax.random.key(0), X, flows)["params"])()
+
+    @quick_jit
+    def both(params):
+        _, scanned = scan.apply({"params": params}, X, flows)
+        layer, x, frames = DeformConv(3, (2, 2)), X, []
+        for flow in flows:
+            x = layer.apply({"params": params["layer"]}, x, base_offset=flow)
+            frames.append(x)
+        return scanned, jnp.stack(frames)
+
+    np.testing.assert_allclose(*both(params), rtol=1e-5, atol=1e-5)

@@ -22,6 +22,10 @@ OWN = {
     "offset_kernel_init": nnx.initializers.zeros_init(),
     "offset_bias_init": nnx.initializers.zeros_init(),
     "implementation": None,
+    "padding_mode": "zeros",
+    "offset_conv_cls": None,
+    "offset_branch": True,
+    "offset_in_features": None,
 }
 
 
@@ -227,3 +231,64 @@ def test_inputs_of_other_channels(layer):
         ValueError, match=r"inputs has shape \(4, 5, 4\); wanted \(\*batch, \*spatial, 3\) with 2 spatial"
     ):
         layer(jnp.ones((4, 5, 4)))
+
+
+# ---- a branch or none
+
+
+def test_without_a_branch_there_is_none():
+    layer = DeformConv(3, 3, (2, 2), offset_branch=False, rngs=nnx.Rngs(0))
+    assert layer.offset_conv is None
+    assert {path for path, _ in nnx.to_flat_state(nnx.state(layer))} == {("kernel",), ("bias",)}
+
+
+def test_layers_of_the_same_options_are_the_same_to_jit():
+    """Their graphs are equal, the branch's own functions included: nnx.jit compiles once for both."""
+    for options in ({}, {"dtype": jnp.bfloat16}, {"padding_mode": "wrap", "max_offset": (1.0, None)}):
+        one, other = (
+            nnx.graphdef(nnx.eval_shape(lambda o=options: DeformConv(3, 3, (2, 2), **o, rngs=nnx.Rngs(0))))
+            for _ in "ab"
+        )
+        assert one == other
+        assert hash(one) == hash(other)
+
+
+def test_scan_over_frames_with_flow(layer):
+    flows = jax.random.normal(jax.random.key(1), (3, 4, 5, 2))
+    graph, state = nnx.split(layer)
+
+    @nnx.scan(in_axes=(None, nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+    def scanned(layer, x, flow):
+        y = layer(x, base_offset=flow)
+        return y, y
+
+    @quick_jit
+    def both(state):
+        _, together = scanned(nnx.merge(graph, state), X, flows)
+        x, frames = X, []
+        for flow in flows:
+            x = nnx.merge(graph, state)(x, base_offset=flow)
+            frames.append(x)
+        return together, jnp.stack(frames)
+
+    np.testing.assert_allclose(*both(state), rtol=1e-5, atol=1e-5)
+
+
+# ---- meshes of explicit axes
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_mode": "wrap", "max_offset": (1.0, None)}, {"dtype": "bfloat16"}])
+def test_out_sharding_is_that_of_the_result(options):
+    """As in Flax's Conv; by default the result lies as the input does. The numbers are those without a mesh."""
+    layer = DeformConv(3, 4, (2, 2), offset_kernel_init=nnx.initializers.normal(0.3), **options, rngs=nnx.Rngs(0))
+    x, base = jax.random.normal(jax.random.key(1), (8, 4, 5, 3)), jnp.full((4, 5, 2), 0.25)
+    wanted = layer(x, base_offset=base)
+    graph, state = nnx.split(layer)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, jax.P("data"))
+        for spec in (None, jax.P(), jax.P(None, None, None, "model"), jax.NamedSharding(mesh, jax.P("model"))):
+            y = jax.jit(lambda state, x, s=spec: nnx.merge(graph, state)(x, base_offset=base, out_sharding=s))(state, x)
+            lies = jax.P("data") if spec is None else getattr(spec, "spec", spec)
+            assert y.sharding.is_equivalent_to(jax.NamedSharding(mesh, lies), y.ndim)
+            np.testing.assert_allclose(y.astype(jnp.float32), wanted.astype(jnp.float32), rtol=1e-2, atol=1e-2)
