@@ -66,6 +66,7 @@ class Alignment(nnx.Module):
         )
 
     def __call__(self, one_ago, two_ago, current, flow, flow_of_two):
+        """Features `(H, W, C)` of three frames, flows `(H, W, 2)` back to each of the first two -> `(H, W, C)`."""
         seen = [warp(one_ago, flow), warp(two_ago, flow_of_two), current, flow, flow_of_two]
         # One displacement for each group: (dy, dx) again for each of its taps, in the order of offsets.
         per_group = GROUPS * WINDOW[0] * WINDOW[1] // 2
@@ -112,7 +113,9 @@ def main(steps: int = 40) -> None:
     @nnx.jit
     def train(model, optimizer, key):
         frames, flows = jax.vmap(film)(jax.random.split(key, 2))
-        loss, gradients = nnx.value_and_grad(lambda model: error(over_films(model, frames, 0.75 * flows), frames))(model)
+        loss, gradients = nnx.value_and_grad(lambda model: error(over_films(model, frames, 0.75 * flows), frames))(
+            model
+        )
         optimizer.update(model, gradients)
         return loss
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from jax import export
 
-from tests.support.cases import assert_close
 from tests.support.layers import FRAMEWORKS, PLAIN, convolutions, fill
-from tests.support.running import quick_jit
+from tests.support.running import assert_close, quick_jit
 
 pytestmark = pytest.mark.lenient
 X = jax.random.normal(jax.random.key(0), (2, 5, 6, 4))

@@ -197,11 +197,11 @@ class DeformConv(nn.Module):
         features = _branch.features(window.size, self.offset_groups, self.modulated)
         if self.offset_conv_cls is not None:
             return self.offset_conv_cls(features, name="offset_conv")
-        injected = {
+        given = {
             "conv_general_dilated": self.conv_general_dilated,
             "conv_general_dilated_cls": self.conv_general_dilated_cls,
         }
-        injected = {name: value for name, value in injected.items() if value is not None}
+        injected: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         promote: Any = self.promote_dtype
         if not injected:
             injected = {"conv_general_dilated": _branch.wide_conv}
