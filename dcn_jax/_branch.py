@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from dcn_jax import _check, _numerics, sampling
+from dcn_jax import _check, _numerics
 from dcn_jax.geometry import Padding, Size, Window, canonical_padding, canonical_padding_mode, int32, resolve_window
+from dcn_jax.sampling import INTO_MAP
 
 Bound = float | Sequence[float | None] | None
 
@@ -192,7 +193,7 @@ def _read_along(x: jax.Array, axis: int, index: jax.Array, size: Size, mode: str
     if mode == "zeros":
         outside = (index < 0) | (index >= int32(size))
         return jnp.take(x, jnp.where(outside, int32(size), index), axis=axis, mode="fill", fill_value=0)
-    return jnp.take(x, sampling._INTO_MAP[mode](index, int32(size)), axis=axis, mode="clip")
+    return jnp.take(x, INTO_MAP[mode](index, int32(size)), axis=axis, mode="clip")
 
 
 def _check_axes(name: str, shape: Any, inputs: Any, positions: Any, meaning: str, last: Any = None) -> None:

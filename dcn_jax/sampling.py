@@ -207,7 +207,7 @@ def _neighbours(position: Positions, size: Size, mode: str):
     neighbours = []
     for index, weight in ((pixel, 1 - fraction), (pixel + 1, fraction)):
         read = near & (index >= 0) & (index < size) if mode == "zeros" else near
-        neighbours.append((_INTO_MAP[mode](index, size), weight, read))
+        neighbours.append((INTO_MAP[mode](index, size), weight, read))
     return neighbours
 
 
@@ -227,4 +227,4 @@ def _symmetric(index: jax.Array, size: Size) -> jax.Array:
 
 
 # Which pixel of the map stands at an index of the map as it is continued; "zeros" is not read beyond the border.
-_INTO_MAP = {"zeros": _clip, "edge": _clip, "wrap": jnp.mod, "reflect": _reflect, "symmetric": _symmetric}
+INTO_MAP = {"zeros": _clip, "edge": _clip, "wrap": jnp.mod, "reflect": _reflect, "symmetric": _symmetric}

@@ -1,4 +1,4 @@
-"""The README: its Python runs as it stands, and the files and targets that it names exist."""
+"""The README and the pages in docs/: their Python runs as it stands, and the files and targets that they name exist."""
 
 import re
 from pathlib import Path
@@ -7,28 +7,36 @@ import pytest
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    (page.name, block)
+    for page in PAGES
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+]
 
 
 @pytest.mark.lenient
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n\n")[0].splitlines()[-1])
-def test_a_python_block_runs_by_itself(block):
+@pytest.mark.parametrize(("page", "block"), BLOCKS, ids=[f"{page}-{i}" for i, (page, _) in enumerate(BLOCKS)])
+def test_a_python_block_runs_by_itself(page, block):
     plt.switch_backend("agg")
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(block, page, "exec"), {"__name__": "page"})
     plt.close("all")
 
 
 def test_the_quickstarts_are_among_them():
     for layers in ("linen", "nnx"):
-        (quickstart,) = [block for block in BLOCKS if f"from dcn_jax.{layers} import" in block]
+        (quickstart,) = [
+            block for page, block in BLOCKS if page == "README.md" and f"from dcn_jax.{layers} import" in block
+        ]
         assert len(quickstart.strip().splitlines()) <= 12
 
 
-def test_links_lead_to_files():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("https://")]
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize(
+    "page", [*PAGES, *(ROOT / "dcn_jax").rglob("*.md"), ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name
+)
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not link.startswith("https://") and not (page.parent / link).exists()] == []
 
 
 def test_make_has_the_targets_that_are_named():

@@ -1,7 +1,7 @@
 """A call of the op, checked: its arrays, and everything else about it."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -174,7 +174,9 @@ def _with_batch_axes(name: str, array: jax.Array, window: Window, batch: tuple[i
     if full == given:
         return array
     shape = (*full, *array.shape[len(given) :])
-    return jax.ShapeDtypeStruct(shape, array.dtype) if isinstance(array, jax.ShapeDtypeStruct) else array.reshape(shape)
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return cast(jax.Array, jax.ShapeDtypeStruct(shape, array.dtype))
+    return array.reshape(shape)
 
 
 def _result_dtype(promoted: jnp.dtype, preferred_element_type: Any) -> jnp.dtype:

@@ -121,7 +121,8 @@ def _scan_blocks(spec: Spec, rows, matrices, offset, modulation, *, blocks: int)
     size = -(-positions // blocks)
     dtype = wide(offset.dtype, jnp.finfo(spec.accumulate).dtype)
     first = _pad(regular_positions(window).reshape(positions, window.rank), 0, blocks * size)
-    offset, modulation = (_whole_blocks(array, len(batch), blocks * size) for array in (offset, modulation))
+    whole_blocks = functools.partial(_whole_blocks, batch_axes=len(batch), length=blocks * size)
+    offset, modulation = whole_blocks(offset), None if modulation is None else whole_blocks(modulation)
     take = functools.partial(_take_step, batch_axes=len(batch), size=size, window=window)
 
     # One loop, not one within the other, whose arrays are indexed where they lie and not scanned over: so none is moved,
@@ -155,10 +156,8 @@ def _pad(array: jax.Array, axis: int, length: Size) -> jax.Array:
     return jnp.pad(array, [(0, length - n if a == axis else 0) for a, n in enumerate(array.shape)])
 
 
-def _whole_blocks(array: jax.Array | None, batch_axes: int, length: Size) -> jax.Array | None:
+def _whole_blocks(array: jax.Array, *, batch_axes: int, length: Size) -> jax.Array:
     """`(*B, P, OG, K, …)` -> `(*B, length, OG, K * …)`; without an axis for a single offset group."""
-    if array is None:
-        return None
     *front, groups = array.shape[: batch_axes + 2]  # (*B, P), OG
     several = (groups,) if groups > 1 else ()  # an axis of 1 would make XLA's CPU backend copy the array
     array = array.reshape(*front, *several, math.prod(array.shape[batch_axes + 2 :]))
