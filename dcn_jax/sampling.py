@@ -196,17 +196,22 @@ def _neighbours(position: Positions, size: Size, mode: str):
     regular, offset = position
     # Before floor, where inf - floor(inf) would be NaN. By comparisons and not jnp.clip, because the minimum and maximum
     # of a GPU drop a NaN. Here it stays, makes the weights NaN, and is not near.
-    near = jnp.abs(offset) < _FAR
-    offset_near = jnp.where(jnp.abs(offset) >= _FAR, 0, offset)
+    distance = jnp.abs(offset)
+    near, offset_near = distance < _FAR, jnp.where(distance >= _FAR, 0, offset)
     below = jnp.floor(offset_near)
     fraction = offset_near - below
-    pixel = regular + jnp.where(near, below, 0).astype(jnp.int32)
     size = int32(size)
-    if mode == "edge":  # where far is the border
-        pixel, near = jnp.where(near, pixel, jnp.where(offset < 0, -2, size)), ~jnp.isnan(offset)
+    far = jnp.where(offset < 0, -2, size) if mode == "edge" else -2  # outside; the border, where there is one
+    pixel = jnp.where(near, regular + below.astype(jnp.int32), far)
     neighbours = []
     for index, weight in ((pixel, 1 - fraction), (pixel + 1, fraction)):
-        read = near & (index >= 0) & (index < size) if mode == "zeros" else near
+        match mode:
+            case "zeros":
+                read = (index >= 0) & (index < size)
+            case "edge":
+                read = ~jnp.isnan(offset)
+            case _:
+                read = near
         neighbours.append((INTO_MAP[mode](index, size), weight, read))
     return neighbours
 
