@@ -1,0 +1,13 @@
+"""Weights of other libraries: PyTorch's state by name, linen's parameters, checkpoints, orders of channels."""
+
+from dcn_jax import _extras
+from dcn_jax.interop._files import read_checkpoint
+from dcn_jax.interop._orders import reorder_offsets
+
+try:
+    from dcn_jax.interop._linen import from_linen, to_linen
+    from dcn_jax.interop._torch import from_torch, to_torch
+except ModuleNotFoundError as error:
+    raise _extras.missing("dcn_jax.interop", "interop") from error
+
+__all__ = ["from_linen", "from_torch", "read_checkpoint", "reorder_offsets", "to_linen", "to_torch"]

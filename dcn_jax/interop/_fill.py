@@ -1,0 +1,120 @@
+"""Variables of a model under the names that others give them; comparing them with a state, and filling them from it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+
+class Slot(NamedTuple):
+    """A variable, and the arrays of another library that hold what it holds.
+
+    The variable with its axes permuted is these arrays, one after the other along the first axis.
+    """
+
+    variable: Any
+    axes: tuple[int, ...]
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]  # of each array along the first axis
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each array."""
+        _, *rest = [self.variable.shape[axis] for axis in self.axes]
+        return {name: (size, *rest) for name, size in zip(self.names, self.sizes, strict=True)}
+
+
+def slot(variable: Any, *names: str, axes: Sequence[int] | None = None, sizes: Sequence[int] | None = None) -> Slot:
+    """A `Slot`; by default of one array with the variable's own axes."""
+    axes = tuple(range(len(variable.shape)) if axes is None else axes)
+    return Slot(variable, axes, names, tuple(sizes or (variable.shape[axes[0]],)))
+
+
+def variables(model: Any) -> Iterator[tuple[tuple, Any]]:
+    """The path and the variable of all that a model has learnt; not its random keys, nor what it sowed."""
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}; wanted an nnx.Module (of linen, fill the parameters' dictionary)"
+        )
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState | nnx.Intermediate):
+            yield path, node
+
+
+def read(slots: Sequence[Slot]) -> dict[str, np.ndarray]:
+    """The arrays of `slots`, each contiguous and a copy."""
+    state = {}
+    for variable, axes, names, sizes in slots:
+        value = variable.get_value()
+        if isinstance(value, jax.ShapeDtypeStruct):
+            raise ValueError(f"{names[0]} has no value yet, only a shape, {variable.shape}: fill the model first")
+        pieces = np.split(np.asarray(value).transpose(axes), np.cumsum(sizes)[:-1])
+        state |= {name: np.array(piece, order="C") for name, piece in zip(names, pieces, strict=True)}
+    return state
+
+
+def fill(
+    slots: Sequence[Slot], state: Mapping[str, Any], *, unexpected: Sequence[str], problems: Sequence[str]
+) -> None:
+    """Fill the variables of `slots` from `state`; where anything does not fit, list all of it and change nothing.
+
+    Args:
+        slots: what the model wants.
+        state: the arrays by name.
+        unexpected: names of `state` that belong to no slot.
+        problems: sentences on what else is wrong.
+
+    Raises:
+        ValueError: anything does not fit.
+    """
+    wanted = {name: shape for each in slots for name, shape in each.shapes.items()}
+    arrays = {name: _as_array(state[name]) for name in wanted if name in state}
+    missing = [f"{name} {shape}" for name, shape in wanted.items() if name not in state]
+    misfits = [misfit for name, array in arrays.items() if (misfit := _misfit(name, array, wanted[name]))]
+    found = {
+        "missing": missing,
+        "unexpected": [f"{name} {getattr(state[name], 'shape', '')}" for name in unexpected],
+        "misshapen": misfits,
+        "other": problems,
+    }
+    if any(found.values()):
+        lines = [
+            line
+            for kind, entries in found.items()
+            if entries
+            for line in (f"  {kind} ({len(entries)}):", *_indented(entries))
+        ]
+        hint = _prefix_hint(wanted, state) if missing else []
+        raise ValueError("\n".join(["the state does not fit the model, which was left as it was:", *lines, *hint]))
+    for variable, axes, names, _ in slots:
+        whole = np.concatenate([arrays[name] for name in names]).transpose(np.argsort(axes))
+        value = jnp.asarray(whole.astype(variable.dtype))  # astype copies: who changes `state` later changes no model
+        old = variable.get_value()
+        variable.set_value(jax.device_put(value, old.sharding) if isinstance(old, jax.Array) else value)
+
+
+def _indented(entries: Sequence[str]) -> list[str]:
+    return [f"    {entry}" for entry in entries]
+
+
+def _as_array(value: Any) -> np.ndarray:
+    return value if isinstance(value, np.ndarray) else np.asarray(value)
+
+
+def _misfit(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | None:
+    if array.shape != shape:
+        return f"{name} has shape {array.shape}; the model wants {shape}"
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        return f"{name} has dtype {array.dtype}; wanted floating-point numbers"
+    return None
+
+
+def _prefix_hint(wanted: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+    """Where every wanted name is there behind one and the same prefix: that prefix."""
+    first = next(iter(wanted))
+    prefixes = [name.removesuffix(first) for name in state if name.endswith(first)]
+    fitting = [prefix for prefix in prefixes if prefix and all(prefix + name in state for name in wanted)]
+    return [f"  all of it is there behind a prefix: prefix={prefix!r}" for prefix in fitting[:1]]

@@ -1,0 +1,175 @@
+"""Whole models and layers, from PyTorch's names and axes and back."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+from flax import nnx
+
+from dcn_jax.interop._fill import Slot, fill, read, slot, variables
+from dcn_jax.interop._layouts import (
+    LAYOUTS,
+    NAMES,
+    Layout,
+    branch_sizes,
+    dilation_problems,
+    find_layout,
+    joined,
+    padding_problems,
+    torch_axes,
+)
+from dcn_jax.nnx import DeformConv
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def from_torch(model: Model, state: Mapping[str, np.ndarray], *, prefix: str = "") -> Model:
+    """Fill an nnx layer or model from the arrays of a PyTorch one, and return it.
+
+        kernel (*window, in, out) = weight (out, in, *window), transposed
+
+    Arrays go by name, and the attributes of the model say which: `model.layer3[4].conv2` gets `layer3.4.conv2.weight`
+    and `layer3.4.conv2.bias`. The modules of an `nnx.Sequential` are numbered as those of PyTorch's. Batch norms get
+    their statistics too; `num_batches_tracked` is not needed. For `DeformConv` these layouts are known, told apart for
+    each layer by the names that are there:
+
+    | layout | arrays |
+    |---|---|
+    | "mmcv" (and detectron2's) | `weight`, `bias`, and `conv_offset.*`, which emits offsets, then the mask's logits |
+    | "torchvision" | `weight`, `bias`, and `offset_conv.*` and `mask_conv.*` apart |
+    | "paddle" | `conv_dcn.weight`, `conv_dcn.bias` and `conv_offset.*` |
+    | "charlesshang" | as "mmcv", the branch called `conv_offset_mask.*` |
+    | "legacy" | as "mmcv", the branch of `conv2` being its neighbour `conv2_offset.*` |
+
+    The names say nothing of padding, of `mask_scale` or `max_offset`: make the layer with what it had. PyTorch has no
+    "SAME" at a stride above 1, and pads less on the left than XLA would, so such a layer is refused.
+
+    Args:
+        model: an `nnx.Module` of `nnx.Conv`, `nnx.Linear`, `nnx.BatchNorm` and `dcn_jax.nnx.DeformConv`, or one of them. It
+            may be abstract (`nnx.eval_shape`), which saves initializing it.
+        state: a PyTorch module's state, by name, as NumPy arrays (`{k: v.numpy() for k, v in module.state_dict().items()}`,
+            or `read_checkpoint`). They are brought to the dtypes of the model.
+        prefix: the name of the module in `state` that `model` stands for ("backbone."); names without it are left to
+            somebody else.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: arrays are missing, unexpected or misshapen, the model holds what has no counterpart, or a padding
+            that PyTorch does not have. The message lists all of it, and the model is left as it was.
+        TypeError: `model` is no `nnx.Module`.
+
+    Source: torchvision's and mmcv's modules, for names and orders.
+
+    Example:
+        >>> import numpy as np
+        >>> from flax import nnx
+        >>> from dcn_jax.nnx import DeformConv
+        >>> state = {
+        ...     "weight": np.ones((8, 4, 3, 3)),
+        ...     "bias": np.zeros(8),
+        ...     "conv_offset.weight": np.zeros((27, 4, 3, 3)),
+        ...     "conv_offset.bias": np.zeros(27),
+        ... }
+        >>> layer = from_torch(DeformConv(4, 8, (3, 3), padding=1, rngs=nnx.Rngs(0)), state)
+        >>> layer.kernel.shape, layer.offset_conv.kernel.shape
+        ((3, 3, 4, 8), (3, 3, 4, 27))
+    """
+    prefix = prefix.removesuffix(".")
+    slots, problems, norms = _slots(model, prefix, lambda name: find_layout(name, state))
+    known = {name for each in slots for name in each.names} | {joined(norm, "num_batches_tracked") for norm in norms}
+    unexpected = [name for name in state if name.startswith(f"{prefix}." * bool(prefix)) and name not in known]
+    fill(slots, state, unexpected=unexpected, problems=problems)
+    return model
+
+
+def to_torch(model: nnx.Module, *, layout: str = "mmcv") -> dict[str, np.ndarray]:
+    """The arrays of an nnx layer or model by PyTorch's names, in its axes: the inverse of `from_torch`.
+
+        weight (out, in, *window) = kernel (*window, in, out), transposed
+
+    Args:
+        model: what `from_torch` takes.
+        layout: how the arrays of deformable layers are called and shared out, one of the table at `from_torch`.
+
+    Returns:
+        NumPy arrays of the model's dtypes, each a contiguous copy: `torch.from_numpy` makes a `state_dict` of them.
+
+    Raises:
+        ValueError: `layout` is not known, or PyTorch has no counterpart for something in the model, which is named.
+        TypeError: `model` is no `nnx.Module`.
+
+    Source: torchvision's and mmcv's modules, for names and orders.
+
+    Example:
+        >>> from flax import nnx
+        >>> from dcn_jax.nnx import DeformConv
+        >>> layer = DeformConv(4, 8, (3, 3), use_bias=False, rngs=nnx.Rngs(0))
+        >>> for name, array in sorted(to_torch(layer, layout="torchvision").items()):
+        ...     print(name, array.shape)
+        mask_conv.bias (9,)
+        mask_conv.weight (9, 4, 3, 3)
+        offset_conv.bias (18,)
+        offset_conv.weight (18, 4, 3, 3)
+        weight (8, 4, 3, 3)
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is not known; wanted one of {tuple(LAYOUTS)}")
+    slots, problems, _ = _slots(model, "", LAYOUTS[layout].at)
+    if problems:
+        raise ValueError("\n  ".join(["the model has no counterpart in PyTorch:", *problems]))
+    return read(slots)
+
+
+def _slots(model: Any, prefix: str, layout_of: Callable[[str], Layout]) -> tuple[list[Slot], list[str], list[str]]:
+    """The slots of a model, what of it has no counterpart in PyTorch, and the names of its batch norms."""
+    learnt = dict(variables(model))
+    nodes = dict(nnx.iter_graph(model))
+    names = {path: _module_name(path, nodes, prefix) for path in nodes}
+    layouts = {path: layout_of(names[path]) for path, node in nodes.items() if isinstance(node, DeformConv)}
+    slots, problems = [], []
+    for path, variable in learnt.items():
+        *_, own = path
+        kind = next((kind for kind in NAMES if isinstance(nodes.get(path[:-1]), kind)), None)
+        theirs = NAMES[kind].get(own) if kind else None
+        if theirs is None:
+            owner = type(nodes.get(path[:-1], model)).__name__
+            problems.append(
+                f"{joined(names[path[:-1]], str(own))} {variable.shape}: of {owner}, PyTorch's name is not known"
+            )
+            continue
+        axes = torch_axes(own, len(variable.shape))
+        modules, sizes = _modules(path, variable.shape[axes[0]], nodes, names, layouts)
+        slots.append(slot(variable, *(joined(module, theirs) for module in modules), axes=axes, sizes=sizes))
+    # The default branch has the layer's own geometry: it would only say the same again.
+    branches = {(*path, "offset_conv") for path in layouts if nodes[path].offset_conv_cls is None}
+    for path, node in nodes.items():
+        if isinstance(node, nnx.Conv | DeformConv) and path not in branches:
+            problems += padding_problems(names[path], node)
+        if isinstance(node, DeformConv):
+            problems += dilation_problems(names[path], node, layouts[path])
+    return slots, problems, [names[path] for path, node in nodes.items() if isinstance(node, nnx.BatchNorm)]
+
+
+def _module_name(path: tuple, nodes: Mapping[tuple, Any], prefix: str) -> str:
+    """PyTorch's name of the module at a path."""
+    in_sequence = [key == "layers" and isinstance(nodes.get(path[:i]), nnx.Sequential) for i, key in enumerate(path)]
+    return joined(prefix, *(str(key) for key, skip in zip(path, in_sequence, strict=True) if not skip))
+
+
+def _modules(
+    path: tuple, channels: int, nodes: Mapping, names: Mapping, layouts: Mapping
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The PyTorch modules that a variable belongs to, and its channels in each."""
+    owner = path[:-1]
+    if owner in layouts:
+        return (layouts[owner].main,), (channels,)
+    layer = next((path[:i] for i, key in enumerate(owner) if key == "offset_conv" and path[:i] in layouts), None)
+    if layer is None:
+        return (names[owner],), (channels,)
+    branch = layouts[layer].branch
+    inside = names[owner].removeprefix(joined(names[layer], "offset_conv")).lstrip(".")
+    # Only the branch's own output is offsets and logits; the layers inside of it are one module's.
+    sizes = (channels,) if inside else branch_sizes(nodes[layer], layouts[layer], channels)
+    return tuple(joined(module, inside) for module in branch[: len(sizes)]), sizes
