@@ -1,0 +1,167 @@
+"""`deformify`: puts DeformConv in the place of chosen convolutions of a model that exists."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax import lax
+
+from dcn_jax import _extras
+from dcn_jax.nnx._deform_conv import DeformConv
+
+try:
+    from flax import nnx
+except ModuleNotFoundError as error:
+    raise _extras.missing("dcn_jax.nnx", "flax") from error
+
+Model = TypeVar("Model")
+
+# What a deformable layer takes over from a convolution, beside its sizes and its variables.
+_KEPT = (
+    "strides",
+    "padding",
+    "kernel_dilation",
+    "feature_group_count",
+    "use_bias",
+    "dtype",
+    "param_dtype",
+    "precision",
+    "promote_dtype",
+    "preferred_element_type",
+)
+# What only a deformable layer has.
+_CONV = inspect.signature(nnx.Conv.__init__).parameters
+_OWN = [name for name in inspect.signature(DeformConv.__init__).parameters if name not in _CONV]
+
+
+def deformify(
+    model: Model,
+    where: Callable[[tuple, Any], bool],
+    *,
+    mask_scale: float = 2.0,
+    rngs: nnx.Rngs | None = None,
+    **options: Any,
+) -> Model:
+    """A copy of a model with chosen `flax.nnx.Conv` layers deformable, which computes the same.
+
+        y(p0) = Σ_n  w_n · x(p0 + p_n + Δp_n) · Δm_n  +  b,  at first with Δp = 0 and Δm = 1
+
+    w and b are the model's own, the new branches start at zero, and `mask_scale=2.0` makes the
+    modulation 2 · sigmoid(0) = 1. So a pretrained network becomes deformable in one line, and
+    training goes on from where it was.
+
+    The model is copied, arrays included, and stays as it was; in the copy, modules and variables
+    that were shared still are. Kernels and biases keep their variables' kinds and metadata. An
+    optimizer of the old model knows nothing of the new branches: make a new one, in which they
+    learn slowly (`dcn_jax.optim.offset_labels`).
+
+    Args:
+        model: any nnx model, or a container of models.
+        where: `where(path, module)` is asked about each `nnx.Conv`, and says whether it becomes
+            deformable. The path is that of `nnx.iter_graph`: attributes' names, and whole numbers
+            in lists, as in `("layer4", 0, "conv2")`. A module that is used in several places is
+            asked about once, by the first path to it. An `nnx` filter, such as
+            `nnx.PathContains("layer4")`, does as well. The branches of layers that are deformable
+            already are not asked about.
+        mask_scale: the modulation's upper bound. Only 2.0 leaves the result as it was; 1.0, the
+            papers', halves it.
+        rngs: where the keys come from for branches that start at random; by default `nnx.Rngs(0)`.
+        options: what only `DeformConv` takes, for all layers alike: `modulated`, `offset_groups`,
+            `max_offset`, …
+
+    Returns:
+        The copy, of the model's type (of `DeformConv`, where the model itself is a chosen
+        `nnx.Conv`).
+
+    Raises:
+        ValueError: a chosen layer cannot become deformable, since it has an `input_dilation`, a
+            `mask`, causal padding or a `conv_general_dilated` of its own, or is of a class derived
+            from `nnx.Conv`; or an option does not fit it. The message names the layer's path.
+        TypeError: an argument or option is of the wrong kind.
+
+    Source: arXiv 1703.06211, section 2.3: deformable layers in the place of their plain
+        counterparts.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from dcn_jax.nnx import deformify
+        >>> rngs = nnx.Rngs(0)
+        >>> net = nnx.Sequential(nnx.Conv(3, 4, (1, 1), rngs=rngs), nnx.Conv(4, 4, (3, 3), rngs=rngs))
+        >>> deformable = deformify(net, lambda path, conv: conv.kernel_size == (3, 3))
+        >>> [type(layer).__name__ for layer in deformable.layers]
+        ['Conv', 'DeformConv']
+        >>> x = jnp.ones((1, 8, 8, 3))
+        >>> bool(jnp.allclose(deformable(x), net(x), atol=1e-5))
+        True
+    """
+    if not callable(where):
+        raise TypeError(f"where is a {type(where).__name__}; wanted a function of (path, module)")
+    if unknown := [name for name in options if name not in _OWN]:
+        raise TypeError(
+            f"deformify() takes no option {unknown[0]}; wanted those of DeformConv alone: {', '.join(_OWN)}"
+        )
+    if not any(isinstance(node, nnx.Pytree) for _, node in nnx.iter_graph(model, graph=True)):
+        raise TypeError(
+            f"model is a {type(model).__name__} without nnx modules; wanted an nnx.Module, or a container of some"
+        )
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    copy = nnx.clone(model, arrays=True, graph=True)
+    modules = [(path, node) for path, node in nnx.iter_graph(copy, graph=True) if isinstance(node, nnx.Pytree)]
+    branches = {id(node) for _, layer in modules if isinstance(layer, DeformConv) for _, node in nnx.iter_graph(layer)}
+    layers = {
+        id(module): _deformable(path, module, rngs, {"mask_scale": mask_scale, **options})
+        for path, module in modules
+        if isinstance(module, nnx.Conv) and id(module) not in branches and where(path, module)
+    }
+    for _, module in modules:
+        for name, value in list(vars(module).items()):
+            if (new := _replaced(value, layers)) is not value:
+                setattr(module, name, nnx.data(new))
+    return _replaced(copy, layers)
+
+
+def _replaced(value: Any, layers: dict[int, DeformConv]) -> Any:
+    """`value` with its layers replaced, but not those inside of modules; itself where it has none."""
+    leaves, structure = jax.tree.flatten(value, is_leaf=lambda node: isinstance(node, nnx.Pytree | nnx.Variable))
+    if not any(id(leaf) in layers for leaf in leaves):
+        return value
+    return structure.unflatten([layers.get(id(leaf), leaf) for leaf in leaves])
+
+
+def _deformable(path: tuple, conv: Any, rngs: nnx.Rngs, options: dict[str, Any]) -> DeformConv:
+    """The deformable layer with the variables and options of `conv`."""
+    at = "/".join(map(str, path)) or "the model itself"
+    if reason := _refusal(conv):
+        raise ValueError(f"{at} cannot become deformable: {reason}; leave it out in `where`")
+    try:
+        layer = DeformConv(
+            conv.in_features,
+            conv.out_features,
+            conv.kernel_size,
+            **{name: getattr(conv, name) for name in _KEPT},
+            kernel_init=lambda *_: conv.kernel[...],
+            bias_init=lambda *_: conv.bias[...],
+            rngs=rngs,
+            **options,
+        )
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{at} cannot become deformable: {error}") from error
+    layer.kernel, layer.bias = conv.kernel, conv.bias
+    return layer
+
+
+def _refusal(conv: Any) -> str | None:
+    """Why a convolution has no deformable counterpart that computes the same, or None."""
+    if type(conv) is not nnx.Conv:
+        return f"it is a {type(conv).__name__}, and what that does beyond nnx.Conv would be lost"
+    if not jax.tree.all(jax.tree.map(lambda dilation: dilation == 1, conv.input_dilation)):  # None has no leaves
+        return f"input_dilation={conv.input_dilation!r}, and an offset has no meaning between pixels that are not there"
+    if conv.mask is not None:
+        return "it has a mask; multiply it into the kernel, and set the layer's mask to None"
+    if conv.padding == "CAUSAL":
+        return 'padding="CAUSAL", and an offset may look ahead'
+    if conv.conv_general_dilated is not lax.conv_general_dilated:
+        return "it has a conv_general_dilated of its own, which knows no offsets"
+    return None
