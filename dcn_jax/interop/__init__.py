@@ -1,4 +1,4 @@
-"""Weights of other libraries: PyTorch's state by name, linen's parameters, checkpoints, orders of channels."""
+"""To and from other libraries: PyTorch's weights, linen's parameters, checkpoints, orders of channels, ONNX."""
 
 from dcn_jax import _extras
 from dcn_jax.interop._files import read_checkpoint
@@ -6,8 +6,9 @@ from dcn_jax.interop._orders import reorder_offsets
 
 try:
     from dcn_jax.interop._linen import from_linen, to_linen
+    from dcn_jax.interop._onnx import to_onnx
     from dcn_jax.interop._torch import from_torch, to_torch
 except ModuleNotFoundError as error:
     raise _extras.missing("dcn_jax.interop", "interop") from error
 
-__all__ = ["from_linen", "from_torch", "read_checkpoint", "reorder_offsets", "to_linen", "to_torch"]
+__all__ = ["from_linen", "from_torch", "read_checkpoint", "reorder_offsets", "to_linen", "to_onnx", "to_torch"]

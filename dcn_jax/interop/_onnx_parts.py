@@ -1,0 +1,291 @@
+"""For each layer and function that has a form in ONNX, what adds its nodes to a graph.
+
+Batch norms and dropout are those of inference.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dcn_jax import _branch, _extras
+from dcn_jax.interop._onnx_graph import USE_JAX_EXPORT, Graph, Value
+
+try:
+    from flax import nnx
+except ModuleNotFoundError as error:
+    raise _extras.missing("dcn_jax.interop", "interop") from error
+
+from dcn_jax.models.resnet import BasicBlock, Bottleneck, ResNet
+from dcn_jax.nnx import DeformConv
+
+
+def _array(parameter: Any) -> np.ndarray | None:
+    """The values of a parameter in float32; None where there is none."""
+    return None if parameter is None else np.asarray(parameter[...]).astype(np.float32)
+
+
+def _check_channels(graph: Graph, x: Value, wanted: int) -> None:
+    if x.channels != wanted:
+        graph.refuse(
+            f"it is given {x.channels} channels and wants {wanted}; the last size of input_shape says how many"
+        )
+
+
+# ---- layers
+
+
+def _kernel(layer: Any) -> np.ndarray:
+    """`(features, C // groups, *window)`, as ONNX has it, from `(*window, C // groups, features)`."""
+    kernel: Any = _array(layer.kernel)
+    return np.moveaxis(kernel, (-1, -2), (0, 1))
+
+
+def _deform_conv(
+    graph: Graph, layer: DeformConv, x: Value, offset: Value | None = None, mask: Value | None = None
+) -> Value:
+    """The branch, what the layer makes of it, and one DeformConv; this alone for an `offset` given."""
+    if len(layer.kernel_size) != 2:
+        graph.refuse(
+            f"kernel_size={layer.kernel_size} has {len(layer.kernel_size)} spatial axes, and the DeformConv of ONNX's runtimes "
+            f"has 2; {USE_JAX_EXPORT}"
+        )
+    _check_channels(graph, x, layer.in_features)
+    attributes, spatial = graph.window(
+        x,
+        layer.kernel_size,
+        strides=layer.strides,
+        padding=layer.padding,
+        kernel_dilation=layer.kernel_dilation,
+        padding_mode=layer.padding_mode,
+    )
+    if offset is None:
+        if not layer.offset_branch:
+            graph.refuse(
+                "offset_branch=False leaves it without offsets; add it with them, graph.add(layer, x, offset, mask), in the "
+                "converter of the model that makes them"
+            )
+        offset, mask = _split(graph, layer, graph.add(layer.offset_conv, x))
+    return graph.node(
+        "DeformConv",
+        *_without_trailing_nones(x, _kernel(layer), offset, _array(layer.bias), mask),
+        channels=layer.out_features,
+        spatial=spatial,
+        group=layer.feature_group_count,
+        offset_group=layer.offset_groups,
+        **attributes,
+    )
+
+
+def _split(graph: Graph, layer: DeformConv, z: Value) -> tuple[Value, Value | None]:
+    """What `_branch.split` makes of the branch's output.
+
+    Offset `(batch, OG * K * 2, …)` and mask `(batch, OG * K, …)`.
+    """
+    points = layer.offset_groups * int(np.prod(layer.kernel_size))
+    if z.channels != points * (2 + layer.modulated):
+        graph.refuse(f"its branch emits {z.channels} channels; wanted {points * (2 + layer.modulated)}")
+    offset = _bound(graph, _channels(graph, z, 0, 2 * points), _branch.bounds_of(layer.max_offset, 2))
+    if not layer.modulated:
+        return offset, None
+    mask = graph.node("Sigmoid", _channels(graph, z, 2 * points, z.channels))
+    return offset, mask if layer.mask_scale == 1 else graph.node("Mul", mask, np.float32(layer.mask_scale))
+
+
+def _channels(graph: Graph, z: Value, start: int, stop: int) -> Value:
+    """Some of the channels."""
+    if (start, stop) == (0, z.channels):
+        return z
+    return graph.node("Slice", z, *(np.array([i]) for i in (start, stop, 1)), channels=stop - start)
+
+
+def _bound(graph: Graph, z: Value, bounds: tuple[float | None, ...]) -> Value:
+    """max_offset · tanh(z / max_offset), axis by axis: channels are ordered [offset group, tap, axis]."""
+    if set(bounds) == {None}:
+        return z
+
+    def per_channel(values: Sequence[Any], dtype: Any) -> np.ndarray:
+        return np.tile(np.array(values, dtype), z.channels // len(bounds)).reshape(-1, 1, 1)
+
+    divisor = per_channel([bound or 1 for bound in bounds], np.float32)  # a bound of 0 makes 0 · tanh(z)
+    factor = per_channel([bound or 0 for bound in bounds], np.float32)
+    bounded = graph.node("Mul", graph.node("Tanh", graph.node("Div", z, divisor)), factor)
+    if None not in bounds:
+        return bounded
+    free = per_channel([bound is None for bound in bounds], bool)
+    return graph.node("Where", free, z, bounded, channels=z.channels, spatial=z.spatial)
+
+
+def _without_trailing_nones(*inputs: Any) -> list[Any]:
+    """ONNX leaves an input out by an empty name, and the last ones by their absence."""
+    given = [i for i, value in enumerate(inputs) if value is not None]
+    return list(inputs[: given[-1] + 1])
+
+
+def _conv(graph: Graph, layer: nnx.Conv, x: Value) -> Value:
+    if not np.all(np.equal(1 if layer.input_dilation is None else layer.input_dilation, 1)):
+        graph.refuse(f"input_dilation={layer.input_dilation} has no form in ONNX's Conv; {USE_JAX_EXPORT}")
+    if layer.conv_general_dilated not in (lax.conv_general_dilated, _branch.wide_conv):
+        graph.refuse(f"a conv_general_dilated of its own cannot be looked into; {USE_JAX_EXPORT}")
+    _check_channels(graph, x, layer.in_features)
+    kernel = _kernel(layer)
+    if layer.mask is not None:
+        kernel = kernel * np.moveaxis(np.asarray(layer.mask, np.float32), (-1, -2), (0, 1))
+    attributes, spatial = graph.window(
+        x, layer.kernel_size, strides=layer.strides, padding=layer.padding, kernel_dilation=layer.kernel_dilation
+    )
+    inputs = _without_trailing_nones(x, kernel, _array(layer.bias))
+    group = layer.feature_group_count
+    return graph.node("Conv", *inputs, channels=layer.out_features, spatial=spatial, group=group, **attributes)
+
+
+def _linear(graph: Graph, layer: nnx.Linear, x: Value) -> Value:
+    """A product for vectors, a convolution of one tap for maps."""
+    _check_channels(graph, x, layer.in_features)
+    kernel, bias, features = _kernel(layer), _array(layer.bias), layer.out_features
+    if not x.spatial:
+        return graph.node("Gemm", *_without_trailing_nones(x, kernel, bias), channels=features, transB=1)
+    kernel = kernel.reshape(*kernel.shape, *(1 for _ in x.spatial))
+    return graph.node("Conv", *_without_trailing_nones(x, kernel, bias), channels=features)
+
+
+def _batch_norm(graph: Graph, layer: nnx.BatchNorm, x: Value) -> Value:
+    if layer.axis not in (-1, 1 + len(x.spatial)):
+        graph.refuse(
+            f"axis={layer.axis} is not that of the channels, the only one that ONNX's BatchNormalization knows"
+        )
+    _check_channels(graph, x, layer.num_features)
+    absent = np.ones(x.channels, np.float32), np.zeros(x.channels, np.float32)
+    scale, bias = (
+        none if given is None else given
+        for given, none in zip((_array(layer.scale), _array(layer.bias)), absent, strict=True)
+    )
+    return graph.node(
+        "BatchNormalization", x, scale, bias, _array(layer.mean), _array(layer.var), epsilon=float(layer.epsilon)
+    )
+
+
+def _sequential(graph: Graph, model: nnx.Sequential, x: Value) -> Value:
+    for layer in model.layers:
+        x = graph.add(layer, x)
+    return x
+
+
+# ---- models
+
+
+def _shortcut(graph: Graph, block: Any, x: Value, y: Value) -> Value:
+    """relu(y + downsample(x)), the end of a block."""
+    for layer in block.downsample:
+        x = graph.add(layer, x)
+    return graph.node("Relu", graph.node("Add", y, x))
+
+
+def _basic_block(graph: Graph, block: BasicBlock, x: Value) -> Value:
+    y = graph.node("Relu", graph.add(block.bn1, graph.add(block.conv1, x)))
+    y = graph.add(block.bn2, graph.add(block.conv2, y))
+    return _shortcut(graph, block, x, y)
+
+
+def _bottleneck(graph: Graph, block: Bottleneck, x: Value) -> Value:
+    y = graph.node("Relu", graph.add(block.bn1, graph.add(block.conv1, x)))
+    y = graph.node("Relu", graph.add(block.bn2, graph.add(block.conv2, y)))
+    y = graph.add(block.bn3, graph.add(block.conv3, y))
+    return _shortcut(graph, block, x, y)
+
+
+def _resnet(graph: Graph, model: ResNet, x: Value) -> Value:
+    x = graph.node("Relu", graph.add(model.bn1, graph.add(model.conv1, x)))
+    x = _max_pool(graph, x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        for block in stage:
+            x = graph.add(block, x)
+    x = _mean(graph, x, axis=(1, 2))
+    return x if model.fc is None else graph.add(model.fc, x)
+
+
+# ---- functions
+
+
+def _operator(op_type: str) -> Callable[[Graph, Value], Value]:
+    """The converter of a function that is one operator of ONNX."""
+    return lambda graph, x: graph.node(op_type, x)
+
+
+def _relu6(graph: Graph, x: Value) -> Value:
+    return graph.node("Clip", x, np.float32(0), np.float32(6))
+
+
+def _leaky_relu(graph: Graph, x: Value, negative_slope: float = 0.01) -> Value:
+    return graph.node("LeakyRelu", x, alpha=float(negative_slope))
+
+
+def _silu(graph: Graph, x: Value) -> Value:
+    return graph.node("Mul", x, graph.node("Sigmoid", x))
+
+
+def _gelu(graph: Graph, x: Value, approximate: bool = True) -> Value:
+    """Gelu is x · Φ(x), Φ by the error function or as sigmoid(2 √(2 / π) (x + 0.044715 x³)).
+
+    ONNX's own begins at opset 20.
+    """
+    if approximate:
+        cube = graph.node("Mul", graph.node("Mul", x, x), x)
+        inner = graph.node("Add", x, graph.node("Mul", cube, np.float32(0.044715)))
+        return graph.node("Mul", x, graph.node("Sigmoid", graph.node("Mul", inner, np.float32(np.sqrt(8 / np.pi)))))
+    erf = graph.node("Erf", graph.node("Mul", x, np.float32(np.sqrt(0.5))))
+    return graph.node("Mul", x, graph.node("Mul", graph.node("Add", erf, np.float32(1)), np.float32(0.5)))
+
+
+def _max_pool(graph: Graph, x: Value, window_shape: Any, strides: Any = None, padding: Any = "VALID") -> Value:
+    attributes, spatial = graph.window(x, window_shape, strides=strides, padding=padding)
+    return graph.node("MaxPool", x, spatial=spatial, **attributes)
+
+
+def _avg_pool(
+    graph: Graph,
+    x: Value,
+    window_shape: Any,
+    strides: Any = None,
+    padding: Any = "VALID",
+    count_include_pad: bool = True,
+) -> Value:
+    attributes, spatial = graph.window(x, window_shape, strides=strides, padding=padding)
+    return graph.node("AveragePool", x, spatial=spatial, count_include_pad=int(count_include_pad), **attributes)
+
+
+def _mean(graph: Graph, x: Value, axis: int | Sequence[int]) -> Value:
+    """The mean over all positions: vectors `(batch, C)`."""
+    rank = 2 + len(x.spatial)
+    axes = sorted(a % rank for a in np.atleast_1d(axis).tolist())
+    if axes != list(range(1, rank - 1)):
+        graph.refuse(
+            f"the mean over axis={axis} is not known, only that over all spatial axes, {tuple(range(1, rank - 1))}"
+        )
+    return graph.node("ReduceMean", x, np.arange(2, rank), spatial=(), keepdims=0)
+
+
+CONVERTERS: dict[Any, Callable[..., Value]] = {
+    DeformConv: _deform_conv,
+    nnx.Conv: _conv,
+    nnx.Linear: _linear,
+    nnx.BatchNorm: _batch_norm,
+    nnx.Dropout: lambda graph, layer, x: x,
+    nnx.Sequential: _sequential,
+    ResNet: _resnet,
+    BasicBlock: _basic_block,
+    Bottleneck: _bottleneck,
+    jax.nn.relu: _operator("Relu"),
+    jax.nn.relu6: _relu6,
+    jax.nn.leaky_relu: _leaky_relu,
+    jax.nn.sigmoid: _operator("Sigmoid"),
+    jax.nn.silu: _silu,
+    jax.nn.gelu: _gelu,
+    jnp.tanh: _operator("Tanh"),
+    jnp.mean: _mean,
+    nnx.max_pool: _max_pool,
+    nnx.avg_pool: _avg_pool,
+}
