@@ -99,7 +99,8 @@ def _scan(spec: Spec, rows, matrices, offset, modulation, *, derivative: bool) -
 def _blocks_by_platform(spec: Spec, rows, derivative: bool) -> dict[str, int]:
     """Into how many blocks the positions are cut: more take less scratch memory, but each costs time."""
     positions = math.prod(spec.window.out_spatial)
-    few = 2 if derivative else 1
+    # Where channels are not multiplied together, more blocks take no more time.
+    few = (4 if _depthwise(spec, rows) else 2) if derivative else 1
     # A block's samples, of one tap, stay in the caches of a CPU. Sizes that are known only when an exported program is
     # called count for nothing.
     known = [n for n in (*rows.shape[:-2], positions) if isinstance(n, int)]
@@ -134,8 +135,7 @@ def _scan_blocks(spec: Spec, rows, matrices, offset, modulation, *, blocks: int)
         points = Positions(regular, take(offset, block, tap).astype(dtype))
         scale = None if modulation is None else take(modulation, block, tap)[..., 0]
         samples = _read(rows, locate(points, scale, Border(window.spatial, window.padding_mode)))
-        # A flat matrix product: a batched one would make the gradient of the kernel contract two axes at once.
-        samples = samples.reshape(images * size, math.prod(samples.shape[2:]))
+        samples = samples.reshape(images * size, *samples.shape[2:])
         matrix = lax.dynamic_index_in_dim(matrices, tap, keepdims=False, allow_negative_indices=False)
         product = _multiply(spec, samples, matrix)
         if blocks == 1:
@@ -144,7 +144,11 @@ def _scan_blocks(spec: Spec, rows, matrices, offset, modulation, *, blocks: int)
 
     # Within shard_map a scan wants its sum, from the start, to vary over the devices that any of its arguments vary over.
     arguments = [array for array in (rows, matrices, offset, modulation) if array is not None]
-    zeros = [jnp.zeros_like(array, spec.accumulate, (blocks, images * size, features)) for array in arguments]
+    # Where each channel is convolved apart, the sum has its shape: in a flat one, a CPU would find the offset group of each
+    # channel anew, and take five times as long.
+    groups = (spec.offset_groups,) if _depthwise(spec, rows) else ()
+    shape = (blocks, images * size, *groups, features // math.prod(groups))
+    zeros = [jnp.zeros_like(array, spec.accumulate, shape) for array in arguments]
     steps = jnp.indices((blocks, window.taps), jnp.int32).reshape(2, blocks * window.taps)
     total, _ = lax.scan(add_tap, functools.reduce(operator.add, zeros), tuple(steps))
     y = jnp.moveaxis(total.reshape(blocks, images, size, features), 0, 1)
@@ -192,13 +196,26 @@ def _read(rows: jax.Array, at: Rows) -> jax.Array:
     return jax.vmap(sum_rows)(one_axis(rows, rows.shape), at)
 
 
+def _depthwise(spec: Spec, channels: jax.Array) -> bool:
+    """Whether each channel of an array `(…, R, Cg)` or `(…, OG, Cg)` is convolved apart."""
+    return spec.feature_groups == spec.offset_groups * channels.shape[-1]
+
+
 def _multiply(spec: Spec, samples: jax.Array, matrix: jax.Array) -> jax.Array:
-    """`(N, C)` times one tap's matrices `(C / groups, F)`, feature group by feature group: `(N, F)`."""
-    samples, matrix = samples.astype(spec.dtype), matrix.astype(spec.dtype)
+    """`(N, OG, Cg)` times one tap's matrices `(C / groups, F)`, feature group by feature group: `(N, F)`.
+
+    Where each channel is convolved apart: `(N, OG, F / OG)`.
+    """
     product: Any = functools.partial(jnp.einsum, precision=spec.precision, preferred_element_type=spec.accumulate)
-    if spec.feature_groups == 1:
+    samples, matrix = samples.astype(spec.dtype), matrix.astype(spec.dtype)
+    (n, offset_groups, width), (channels, features), groups = samples.shape, matrix.shape, spec.feature_groups
+    if _depthwise(spec, samples):
+        matrix = matrix.reshape(offset_groups, width, features // groups)
+        return product("noc,ocf->nocf", samples, matrix).reshape(n, offset_groups, features // offset_groups)
+    # A flat matrix product: a batched one would make the gradient of the kernel contract two axes at once.
+    samples = samples.reshape(n, offset_groups * width)
+    if groups == 1:
         return product("nc,cf->nf", samples, matrix)
-    n, groups, (channels, features) = samples.shape[0], spec.feature_groups, matrix.shape
     samples = samples.reshape(n, groups, channels)
     matrix = matrix.reshape(channels, groups, features // groups)
     return product("ngc,cgf->ngf", samples, matrix).reshape(n, features)
