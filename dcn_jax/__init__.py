@@ -5,8 +5,10 @@ order of the mathematics: `geometry`, `sampling`, `ops/deform_conv`, then the la
 """
 
 from dcn_jax.geometry import sampling_points
+from dcn_jax.ops.dcnv3 import dcnv3
+from dcn_jax.ops.dcnv4 import dcnv4
 from dcn_jax.ops.deform_conv import deform_conv, select_implementation
 from dcn_jax.sampling import linear_sample
 
 __version__ = "0.1.0"
-__all__ = ["deform_conv", "linear_sample", "sampling_points", "select_implementation"]
+__all__ = ["dcnv3", "dcnv4", "deform_conv", "linear_sample", "sampling_points", "select_implementation"]

@@ -1,5 +1,6 @@
 """The layers for `flax.linen`: thin shells that own the parameters, over the ops."""
 
+from dcn_jax.linen._dcn import DCNv3, DCNv4
 from dcn_jax.linen._deform_conv import DeformConv
 
-__all__ = ["DeformConv"]
+__all__ = ["DCNv3", "DCNv4", "DeformConv"]

@@ -1,0 +1,247 @@
+"""`DCNv3` and `DCNv4` for `flax.linen`: own the parameters, and leave the rest to `dcn_jax.dcnv3` and `dcn_jax.dcnv4`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dcn_jax import _dcn, _extras
+from dcn_jax._dcn import Pair
+from dcn_jax.ops.dcnv3 import dcnv3
+from dcn_jax.ops.dcnv4 import dcnv4
+
+try:
+    import flax.linen as nn
+except ModuleNotFoundError as error:
+    raise _extras.missing("dcn_jax.linen", "flax") from error
+
+
+class DCNv3(nn.Module):
+    """InternImage's layer: offsets and weights from a depthwise convolution, one softmax over the taps of each group.
+
+        z = act(norm(dw_conv(x)));  Δp = offset(z);  m = softmax(mask(z));  v = input_proj(x)
+        y = output_proj(Σ_k  m_k · v(p0 + s · (p_k + Δp_k)))
+
+    The sum is `dcn_jax.dcnv3`. With `center_feature_scale` v itself is mixed into it before `output_proj`, by a share
+    σ = sigmoid(weight · z + bias) for each group. Offsets and mask start at zero: each tap counts 1 / K.
+
+    Parameters, by the published layer's names: `dw_conv/conv`, `dw_conv/norm`, `offset`, `mask`, `input_proj`,
+    `output_proj`, and with `center_feature_scale` `center_feature_scale_proj_weight` `(group, channels)` and
+    `center_feature_scale_proj_bias` `(group,)`. Offsets and weights are computed in float32 or wider.
+
+    Any stride, padding and window will do. Where they do not keep the size of the map, which the published layer does
+    not allow, the depthwise convolution takes the stride too, and its outputs are centred where the op's are.
+
+    Attributes:
+        channels: C, of the input and of the result.
+        kernel_size: the window; an int is a square, here and below.
+        dw_kernel_size: the window of the depthwise convolution; by default `kernel_size`.
+        stride: pixels between neighbouring outputs.
+        pad: pixels of zeros around the map: an int, one per axis, or one (low, high) pair per axis.
+        dilation: pixels between neighbouring taps.
+        group: G, groups of channels that each read at points of their own.
+        offset_scale: s, how far the grid of taps is stretched, their offsets included.
+        act_layer: "GELU", "ReLU", "SiLU" or a function.
+        norm_layer: "LN", or what makes the norm, called as `norm_layer(name="norm")`.
+        center_feature_scale: whether the projected input is mixed into the result.
+        remove_center: leaves out the tap in the middle of the window, whose sizes have to be odd.
+        dtype: of the computation; by default that of the input and parameters, promoted.
+        param_dtype: of the parameters.
+        precision: of the products of `input_proj`, `output_proj` and the depthwise convolution.
+
+    Source: Wang et al., InternImage (arXiv 2211.05778), and its published code.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from dcn_jax.linen import DCNv3
+        >>> layer = DCNv3(channels=16, group=2)
+        >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((2, 8, 8, 16)))
+        >>> y.shape
+        (2, 8, 8, 16)
+        >>> jax.tree.map(jnp.shape, variables["params"]["offset"])
+        {'bias': (36,), 'kernel': (16, 36)}
+    """
+
+    channels: int = 64
+    kernel_size: Pair = 3
+    dw_kernel_size: Pair | None = None
+    stride: Pair = 1
+    pad: Any = 1
+    dilation: Pair = 1
+    group: int = 4
+    offset_scale: float = 1.0
+    act_layer: Any = "GELU"
+    norm_layer: Any = "LN"
+    center_feature_scale: bool = False
+    remove_center: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """`(*batch, H, W, channels)` -> `(*batch, Ho, Wo, channels)`.
+
+        Raises:
+            ValueError: an option does not fit the input; the message names it.
+            TypeError: an option or the input is of the wrong kind.
+        """
+        _dcn.check_options(self)
+        inputs, grid = _dcn.check_input(self, inputs)
+        size = _dcn.square("dw_kernel_size", self.kernel_size if self.dw_kernel_size is None else self.dw_kernel_size)
+        x = _projection(self, "input_proj")(inputs)
+        z = _Branch(self.norm_layer, self.act_layer, size, grid.window.strides, **_dtypes(self), name="dw_conv")(
+            _dcn.around_centres(inputs, grid.window, size)
+        )
+        weights = _dcn.weights(self)
+        offset = _zero_dense(self, 2 * weights, "offset")(_dcn.wide(z))
+        mask = _dcn.softmax(_zero_dense(self, weights, "mask")(_dcn.wide(z)), self.group)
+        y = dcnv3(x, offset, mask, **_dcn.op_options(self))
+        if self.center_feature_scale:
+            y = _dcn.blend(y, x, z, *_center_feature_scale(self), grid.window)
+        return _projection(self, "output_proj")(y)
+
+
+class DCNv4(nn.Module):
+    """FlashInternImage's layer: DCNv3's without the softmax, its offsets and weights from one projection.
+
+        Δp, m = offset_mask(x);  v = value_proj(x)
+        y = output_proj(Σ_k  m_k · v(p0 + s · (p_k + Δp_k)))
+
+    The sum is `dcn_jax.dcnv4`. With `dw_kernel_size` a depthwise convolution, `offset_mask_dw`, goes before `offset_mask`.
+    With `center_feature_scale` v itself is mixed into the sum before `output_proj`, by a share
+    σ = sigmoid(weight · sum + bias) for each group. `offset_mask` starts at zero, so that the sum of a fresh layer is zero.
+
+    Parameters, by the published layer's names: `offset_mask` of ⌈3 G K / 8⌉ · 8 features, the last ones unused,
+    `value_proj` and `output_proj` unless `without_pointwise`, `offset_mask_dw` with `dw_kernel_size`, and with
+    `center_feature_scale` `center_feature_scale_proj_weight` `(group, channels)` and `center_feature_scale_proj_bias`
+    `(group,)`. Offsets and weights are computed in float32 or wider.
+
+    Any stride, padding, window and number of channels will do, and the input is a map, where the published layer wants a
+    sequence and a shape. Where these options do not keep the size of the map, offsets and weights are made at the points
+    that the op's outputs stand for.
+
+    Attributes:
+        channels: C, of the input and of the result.
+        kernel_size: the window; an int is a square, here and below.
+        stride: pixels between neighbouring outputs.
+        pad: pixels of zeros around the map: an int, one per axis, or one (low, high) pair per axis.
+        dilation: pixels between neighbouring taps.
+        group: G, groups of channels that each read at points of their own.
+        offset_scale: s, how far the grid of taps is stretched, their offsets included.
+        dw_kernel_size: the window of the depthwise convolution, or None for none.
+        center_feature_scale: whether the projected input is mixed into the result.
+        remove_center: leaves out the tap in the middle of the window, whose sizes have to be odd.
+        output_bias: whether `output_proj` has a bias.
+        without_pointwise: leaves out `value_proj` and `output_proj`.
+        dtype: of the computation; by default that of the input and parameters, promoted.
+        param_dtype: of the parameters.
+        precision: of the products of `value_proj`, `output_proj` and the depthwise convolution.
+
+    Source: Xiong et al., DCNv4 (arXiv 2401.06197), and its published code.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from dcn_jax.linen import DCNv4
+        >>> layer = DCNv4(channels=16, group=2)
+        >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((2, 8, 8, 16)))
+        >>> y.shape
+        (2, 8, 8, 16)
+        >>> jax.tree.map(jnp.shape, variables["params"]["offset_mask"])
+        {'bias': (56,), 'kernel': (16, 56)}
+    """
+
+    channels: int = 64
+    kernel_size: Pair = 3
+    stride: Pair = 1
+    pad: Any = 1
+    dilation: Pair = 1
+    group: int = 4
+    offset_scale: float = 1.0
+    dw_kernel_size: Pair | None = None
+    center_feature_scale: bool = False
+    remove_center: bool = False
+    output_bias: bool = True
+    without_pointwise: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """`(*batch, H, W, channels)` -> `(*batch, Ho, Wo, channels)`.
+
+        Raises:
+            ValueError: an option does not fit the input; the message names it.
+            TypeError: an option or the input is of the wrong kind.
+        """
+        _dcn.check_options(self)
+        inputs, grid = _dcn.check_input(self, inputs)
+        x = inputs if self.without_pointwise else _projection(self, "value_proj")(inputs)
+        if self.dw_kernel_size is None:
+            seen = _dcn.at_centres(inputs, grid.window)
+        else:
+            size = _dcn.square("dw_kernel_size", self.dw_kernel_size)
+            seen = _depthwise(inputs.shape[-1], size, grid.window.strides, **_dtypes(self), name="offset_mask_dw")(
+                _dcn.around_centres(inputs, grid.window, size)
+            )
+        offset_mask = _zero_dense(self, _dcn.packed_features(self), "offset_mask")(_dcn.wide(seen))
+        y = dcnv4(x, offset_mask, groups=self.group, **_dcn.op_options(self))
+        if self.center_feature_scale:
+            y = _dcn.blend(y, x, y, *_center_feature_scale(self), grid.window)
+        return y if self.without_pointwise else _projection(self, "output_proj", use_bias=self.output_bias)(y)
+
+
+class _Branch(nn.Module):
+    """What DCNv3 makes offsets and weights of: a depthwise convolution, a norm and an activation."""
+
+    norm_layer: Any
+    act_layer: Any
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: Any
+    param_dtype: Any
+    precision: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        act = _dcn.activation(self.act_layer)
+        _dcn.check_norm(self.norm_layer, 'norm_layer(name="norm")')
+        x = _depthwise(x.shape[-1], self.size, self.strides, **_dtypes(self), name="conv")(x)
+        if self.norm_layer == "LN":
+            return act(nn.LayerNorm(dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(x))
+        return act(self.norm_layer(name="norm")(x))
+
+
+def _dtypes(layer: Any) -> dict[str, Any]:
+    return {"dtype": layer.dtype, "param_dtype": layer.param_dtype, "precision": layer.precision}
+
+
+def _depthwise(channels: int, size: tuple[int, ...], strides: tuple[int, ...], **options: Any) -> nn.Conv:
+    return nn.Conv(
+        channels,
+        size,
+        strides,
+        padding="VALID",
+        feature_group_count=channels,
+        kernel_init=_dcn.DEPTHWISE_KERNEL_INIT,
+        bias_init=_dcn.depthwise_bias_init(size),
+        **options,
+    )
+
+
+def _projection(layer: Any, name: str, *, use_bias: bool = True) -> nn.Dense:
+    init = nn.initializers.xavier_uniform()
+    return nn.Dense(layer.channels, use_bias=use_bias, kernel_init=init, **_dtypes(layer), name=name)
+
+
+def _zero_dense(layer: Any, features: int, name: str) -> nn.Dense:
+    return nn.Dense(features, kernel_init=nn.initializers.zeros, param_dtype=layer.param_dtype, name=name)
+
+
+def _center_feature_scale(layer: Any) -> tuple[jax.Array, jax.Array]:
+    zeros, name = nn.initializers.zeros, "center_feature_scale_proj"
+    weight = layer.param(f"{name}_weight", zeros, (layer.group, layer.channels), layer.param_dtype)
+    return weight, layer.param(f"{name}_bias", zeros, (layer.group,), layer.param_dtype)

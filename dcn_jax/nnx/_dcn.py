@@ -1,0 +1,303 @@
+"""`DCNv3` and `DCNv4` for `flax.nnx`: own the parameters, and leave the rest to `dcn_jax.dcnv3` and `dcn_jax.dcnv4`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dcn_jax import _dcn, _extras
+from dcn_jax._dcn import Pair
+from dcn_jax.ops.dcnv3 import dcnv3
+from dcn_jax.ops.dcnv4 import dcnv4
+
+try:
+    from flax import nnx
+except ModuleNotFoundError as error:
+    raise _extras.missing("dcn_jax.nnx", "flax") from error
+
+
+class DCNv3(nnx.Module):
+    """InternImage's layer: offsets and weights from a depthwise convolution, one softmax over the taps of each group.
+
+        z = act(norm(dw_conv(x)));  Δp = offset(z);  m = softmax(mask(z));  v = input_proj(x)
+        y = output_proj(Σ_k  m_k · v(p0 + s · (p_k + Δp_k)))
+
+    The sum is `dcn_jax.dcnv3`. With `center_feature_scale` v itself is mixed into it before `output_proj`, by a share
+    σ = sigmoid(weight · z + bias) for each group. Offsets and mask start at zero: each tap counts 1 / K.
+
+    Parameters, by the published layer's names: `dw_conv.conv`, `dw_conv.norm`, `offset`, `mask`, `input_proj`,
+    `output_proj`, and with `center_feature_scale` `center_feature_scale_proj_weight` `(group, channels)` and
+    `center_feature_scale_proj_bias` `(group,)`. Offsets and weights are computed in float32 or wider.
+
+    Any stride, padding and window will do. Where they do not keep the size of the map, which the published layer does
+    not allow, the depthwise convolution takes the stride too, and its outputs are centred where the op's are.
+
+    Args:
+        channels: C, of the input and of the result.
+        kernel_size: the window; an int is a square, here and below.
+        dw_kernel_size: the window of the depthwise convolution; by default `kernel_size`.
+        stride: pixels between neighbouring outputs.
+        pad: pixels of zeros around the map: an int, one per axis, or one (low, high) pair per axis.
+        dilation: pixels between neighbouring taps.
+        group: G, groups of channels that each read at points of their own.
+        offset_scale: s, how far the grid of taps is stretched, their offsets included.
+        act_layer: "GELU", "ReLU", "SiLU" or a function.
+        norm_layer: "LN", or what makes the norm, called as `norm_layer(channels, rngs=rngs)`.
+        center_feature_scale: whether the projected input is mixed into the result.
+        remove_center: leaves out the tap in the middle of the window, whose sizes have to be odd.
+        dtype: of the computation; by default that of the input and parameters, promoted.
+        param_dtype: of the parameters.
+        precision: of the products of `input_proj`, `output_proj` and the depthwise convolution.
+        rngs: where the initializers' random keys come from.
+
+    Raises:
+        ValueError: an option does not fit; the message names it.
+        TypeError: an option is of the wrong kind.
+
+    Source: Wang et al., InternImage (arXiv 2211.05778), and its published code.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from dcn_jax.nnx import DCNv3
+        >>> layer = DCNv3(channels=16, group=2, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 8, 8, 16))).shape
+        (2, 8, 8, 16)
+        >>> layer.offset.kernel.shape
+        (16, 36)
+    """
+
+    def __init__(
+        self,
+        channels: int = 64,
+        kernel_size: Pair = 3,
+        dw_kernel_size: Pair | None = None,
+        stride: Pair = 1,
+        pad: Any = 1,
+        dilation: Pair = 1,
+        group: int = 4,
+        offset_scale: float = 1.0,
+        act_layer: Any = "GELU",
+        norm_layer: Any = "LN",
+        center_feature_scale: bool = False,
+        remove_center: bool = False,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        self.channels = channels
+        self.kernel_size = kernel_size
+        self.dw_kernel_size = dw_kernel_size
+        self.stride = stride
+        self.pad = pad
+        self.dilation = dilation
+        self.group = group
+        self.offset_scale = offset_scale
+        self.act_layer = act_layer
+        self.norm_layer = norm_layer
+        self.center_feature_scale = center_feature_scale
+        self.remove_center = remove_center
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        _dcn.check_options(self)
+        weights, rows = _dcn.weights(self), _dcn.square("kernel_size", kernel_size)
+        size = rows if dw_kernel_size is None else _dcn.square("dw_kernel_size", dw_kernel_size)
+        self.dw_conv = _Branch(self, size, rngs)
+        self.offset = _zero_dense(self, 2 * weights, rngs)
+        self.mask = _zero_dense(self, weights, rngs)
+        self.input_proj = _projection(self, rngs)
+        self.output_proj = _projection(self, rngs)
+        if center_feature_scale:
+            self.center_feature_scale_proj_weight = nnx.Param(jnp.zeros((group, channels), param_dtype))
+            self.center_feature_scale_proj_bias = nnx.Param(jnp.zeros((group,), param_dtype))
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """`(*batch, H, W, channels)` -> `(*batch, Ho, Wo, channels)`.
+
+        Raises:
+            ValueError: an option does not fit the input; the message names it.
+            TypeError: an option or the input is of the wrong kind.
+        """
+        inputs, grid = _dcn.check_input(self, inputs)
+        x = self.input_proj(inputs)
+        z = self.dw_conv(_dcn.around_centres(inputs, grid.window, self.dw_conv.conv.kernel_size))
+        offset = self.offset(_dcn.wide(z))
+        mask = _dcn.softmax(self.mask(_dcn.wide(z)), self.group)
+        y = dcnv3(x, offset, mask, **_dcn.op_options(self))
+        if self.center_feature_scale:
+            y = _dcn.blend(y, x, z, *_center_feature_scale(self), grid.window)
+        return self.output_proj(y)
+
+
+class DCNv4(nnx.Module):
+    """FlashInternImage's layer: DCNv3's without the softmax, its offsets and weights from one projection.
+
+        Δp, m = offset_mask(x);  v = value_proj(x)
+        y = output_proj(Σ_k  m_k · v(p0 + s · (p_k + Δp_k)))
+
+    The sum is `dcn_jax.dcnv4`. With `dw_kernel_size` a depthwise convolution, `offset_mask_dw`, goes before `offset_mask`.
+    With `center_feature_scale` v itself is mixed into the sum before `output_proj`, by a share
+    σ = sigmoid(weight · sum + bias) for each group. `offset_mask` starts at zero, so that the sum of a fresh layer is zero.
+
+    Parameters, by the published layer's names: `offset_mask` of ⌈3 G K / 8⌉ · 8 features, the last ones unused,
+    `value_proj` and `output_proj` unless `without_pointwise`, `offset_mask_dw` with `dw_kernel_size`, and with
+    `center_feature_scale` `center_feature_scale_proj_weight` `(group, channels)` and `center_feature_scale_proj_bias`
+    `(group,)`. Offsets and weights are computed in float32 or wider.
+
+    Any stride, padding, window and number of channels will do, and the input is a map, where the published layer wants a
+    sequence and a shape. Where these options do not keep the size of the map, offsets and weights are made at the points
+    that the op's outputs stand for.
+
+    Args:
+        channels: C, of the input and of the result.
+        kernel_size: the window; an int is a square, here and below.
+        stride: pixels between neighbouring outputs.
+        pad: pixels of zeros around the map: an int, one per axis, or one (low, high) pair per axis.
+        dilation: pixels between neighbouring taps.
+        group: G, groups of channels that each read at points of their own.
+        offset_scale: s, how far the grid of taps is stretched, their offsets included.
+        dw_kernel_size: the window of the depthwise convolution, or None for none.
+        center_feature_scale: whether the projected input is mixed into the result.
+        remove_center: leaves out the tap in the middle of the window, whose sizes have to be odd.
+        output_bias: whether `output_proj` has a bias.
+        without_pointwise: leaves out `value_proj` and `output_proj`.
+        dtype: of the computation; by default that of the input and parameters, promoted.
+        param_dtype: of the parameters.
+        precision: of the products of `value_proj`, `output_proj` and the depthwise convolution.
+        rngs: where the initializers' random keys come from.
+
+    Raises:
+        ValueError: an option does not fit; the message names it.
+        TypeError: an option is of the wrong kind.
+
+    Source: Xiong et al., DCNv4 (arXiv 2401.06197), and its published code.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from dcn_jax.nnx import DCNv4
+        >>> layer = DCNv4(channels=16, group=2, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 8, 8, 16))).shape
+        (2, 8, 8, 16)
+        >>> layer.offset_mask.kernel.shape
+        (16, 56)
+    """
+
+    def __init__(
+        self,
+        channels: int = 64,
+        kernel_size: Pair = 3,
+        stride: Pair = 1,
+        pad: Any = 1,
+        dilation: Pair = 1,
+        group: int = 4,
+        offset_scale: float = 1.0,
+        dw_kernel_size: Pair | None = None,
+        center_feature_scale: bool = False,
+        remove_center: bool = False,
+        output_bias: bool = True,
+        without_pointwise: bool = False,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        self.channels = channels
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.pad = pad
+        self.dilation = dilation
+        self.group = group
+        self.offset_scale = offset_scale
+        self.dw_kernel_size = dw_kernel_size
+        self.center_feature_scale = center_feature_scale
+        self.remove_center = remove_center
+        self.output_bias = output_bias
+        self.without_pointwise = without_pointwise
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        _dcn.check_options(self)
+        self.offset_mask_dw = nnx.data(None)
+        if dw_kernel_size is not None:
+            self.offset_mask_dw = _depthwise(self, _dcn.square("dw_kernel_size", dw_kernel_size), rngs)
+        self.offset_mask = _zero_dense(self, _dcn.packed_features(self), rngs)
+        self.value_proj = nnx.data(None)
+        self.output_proj = nnx.data(None)
+        if not without_pointwise:
+            self.value_proj = _projection(self, rngs)
+            self.output_proj = _projection(self, rngs, use_bias=output_bias)
+        if center_feature_scale:
+            self.center_feature_scale_proj_weight = nnx.Param(jnp.zeros((group, channels), param_dtype))
+            self.center_feature_scale_proj_bias = nnx.Param(jnp.zeros((group,), param_dtype))
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """`(*batch, H, W, channels)` -> `(*batch, Ho, Wo, channels)`.
+
+        Raises:
+            ValueError: an option does not fit the input; the message names it.
+            TypeError: an option or the input is of the wrong kind.
+        """
+        inputs, grid = _dcn.check_input(self, inputs)
+        x = inputs if self.value_proj is None else self.value_proj(inputs)
+        if self.offset_mask_dw is None:
+            seen = _dcn.at_centres(inputs, grid.window)
+        else:
+            seen = self.offset_mask_dw(_dcn.around_centres(inputs, grid.window, self.offset_mask_dw.kernel_size))
+        y = dcnv4(x, self.offset_mask(_dcn.wide(seen)), groups=self.group, **_dcn.op_options(self))
+        if self.center_feature_scale:
+            y = _dcn.blend(y, x, y, *_center_feature_scale(self), grid.window)
+        return y if self.output_proj is None else self.output_proj(y)
+
+
+class _Branch(nnx.Module):
+    """What DCNv3 makes offsets and weights of: a depthwise convolution, a norm and an activation."""
+
+    def __init__(self, layer: Any, size: tuple[int, ...], rngs: nnx.Rngs):
+        self.act = _dcn.activation(layer.act_layer)
+        _dcn.check_norm(layer.norm_layer, "norm_layer(channels, rngs=rngs)")
+        self.conv = _depthwise(layer, size, rngs)
+        if layer.norm_layer == "LN":
+            self.norm = nnx.LayerNorm(layer.channels, dtype=layer.dtype, param_dtype=layer.param_dtype, rngs=rngs)
+        else:
+            self.norm = layer.norm_layer(layer.channels, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.act(self.norm(self.conv(x)))
+
+
+def _dtypes(layer: Any) -> dict[str, Any]:
+    return {"dtype": layer.dtype, "param_dtype": layer.param_dtype, "precision": layer.precision}
+
+
+def _depthwise(layer: Any, size: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Conv:
+    return nnx.Conv(
+        layer.channels,
+        layer.channels,
+        size,
+        layer.stride,
+        padding="VALID",
+        feature_group_count=layer.channels,
+        kernel_init=_dcn.DEPTHWISE_KERNEL_INIT,
+        bias_init=_dcn.depthwise_bias_init(size),
+        **_dtypes(layer),
+        rngs=rngs,
+    )
+
+
+def _projection(layer: Any, rngs: nnx.Rngs, *, use_bias: bool = True) -> nnx.Linear:
+    init = nnx.initializers.xavier_uniform()
+    return nnx.Linear(layer.channels, layer.channels, use_bias=use_bias, kernel_init=init, **_dtypes(layer), rngs=rngs)
+
+
+def _zero_dense(layer: Any, features: int, rngs: nnx.Rngs) -> nnx.Linear:
+    init = nnx.initializers.zeros_init()
+    return nnx.Linear(layer.channels, features, kernel_init=init, param_dtype=layer.param_dtype, rngs=rngs)
+
+
+def _center_feature_scale(layer: Any) -> tuple[jax.Array, jax.Array]:
+    return layer.center_feature_scale_proj_weight[...], layer.center_feature_scale_proj_bias[...]

@@ -1,0 +1,87 @@
+"""DCNv4: DCNv3's op, its offsets and weights packed into one array."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from dcn_jax import _check
+from dcn_jax.geometry import Padding
+from dcn_jax.ops.dcnv3 import check_axes, check_map, make_grid, run
+
+
+def dcnv4(
+    x: jax.Array,
+    offset_mask: jax.Array,
+    *,
+    groups: int,
+    window: int | Sequence[int] = (3, 3),
+    strides: int | Sequence[int] | None = 1,
+    padding: Padding = 1,
+    kernel_dilation: int | Sequence[int] | None = 1,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+) -> jax.Array:
+    """Sum each channel over taps that read at learned, fractional offsets, with learned weights: DCNv4.
+
+        y(p0, c) = Σ_k  m_k · x(p0 + s · (p_k + Δp_k), c)        p0 = output · stride - padding + centre
+
+    The same as `dcnv3`, whose page explains the letters, with Δp and m in one array. No softmax is taken of the weights,
+    in DCNv4's layer neither.
+
+    Args:
+        x: `(*batch, H, W, C)`; any number of leading batch axes, none included.
+        offset_mask: `(*batch, Ho, Wo, at least G * K * 3)`, any float dtype: for each group K offsets (x, y), in pixels of x
+            before they are scaled, then K weights of any sign; the taps run down the columns of the window. What comes
+            after the last group is ignored (the published layer pads to a multiple of 8 channels). Its batch axes
+            broadcast to those of x: missing or 1, one set of offsets serves all images.
+        groups: G, groups of channels that each read at points of their own; it divides C.
+        window: taps along (height, width); an int is a square.
+        strides: pixels between neighbouring outputs; one for both axes, or one per axis.
+        padding: an int, one int per axis, one (low, high) pair per axis, or a name as in `deform_conv`.
+        kernel_dilation: pixels between neighbouring taps; one for both axes, or one per axis.
+        offset_scale: s, how far the grid of taps is stretched about its centre, their offsets included.
+        remove_center: leaves out the tap in the middle of the window, whose sizes have to be odd.
+
+    Returns:
+        `(*batch, Ho, Wo, C)`, in the dtype of x. Positions and sums are computed in float32 or wider.
+
+    Raises:
+        ValueError: a shape or an option does not fit; the message names it, what was given and what was wanted.
+        TypeError: an argument is of the wrong kind.
+
+    Derivatives, wild offsets and symbolic sizes are as in `deform_conv`.
+
+    Source: Xiong et al., DCNv4 (arXiv 2401.06197); the order of its published code.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> x = jax.random.normal(jax.random.key(0), (2, 8, 8, 32))
+        >>> offset_mask = jnp.ones((2, 8, 8, 112))  # 4 groups of 9 taps make 108 channels; 4 more are ignored
+        >>> dcnv4(x, offset_mask, groups=4).shape
+        (2, 8, 8, 32)
+    """
+    x = check_map(x)
+    grid = make_grid(
+        x.shape,
+        window=window,
+        strides=strides,
+        padding=padding,
+        kernel_dilation=kernel_dilation,
+        offset_scale=offset_scale,
+        remove_center=remove_center,
+    )
+    _check.count("groups", groups)
+    if x.shape[-1] % groups:
+        raise ValueError(f"groups={groups} must divide the {x.shape[-1]} channels of x")
+    packed = _check.array("offset_mask", offset_mask, jnp.floating)
+    used, taps = groups * grid.taps * 3, grid.taps
+    meaning = f"K * 3 = {taps} * 3 values for each of the {groups} groups: {taps} offsets (x, y), then {taps} weights"
+    fits = packed.ndim > 0 and packed.shape[-1] >= used
+    check_axes("offset_mask", packed, x, grid, f"at least {used}", meaning, fits=fits)
+
+    positions = packed.shape[:-1]
+    packed = packed[..., :used].reshape(*positions, groups, taps * 3)
+    offset, mask = packed[..., : taps * 2], packed[..., taps * 2 :]
+    return run(grid, x, offset.reshape(*positions, groups * taps * 2), mask.reshape(*positions, groups * taps))
