@@ -41,7 +41,8 @@ def depthwise_bias_init(window: tuple[int, ...]) -> Callable[..., jax.Array]:
 
 
 def check_options(layer: Any) -> None:
-    """Raise where the channels do not go in groups."""
+    """Raise where the window is none, or the channels do not go in groups."""
+    square("kernel_size", layer.kernel_size)
     _check.count("channels", layer.channels)
     _check.count("group", layer.group)
     if layer.channels % layer.group:

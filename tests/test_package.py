@@ -16,6 +16,10 @@ SIGNATURES = {
     "feature_group_count=1, padding_mode='zeros', precision=None, preferred_element_type=None, implementation=None",
     "select_implementation": "x, kernel, offset, mask=None, *, strides=1, padding='SAME', kernel_dilation=1, "
     "feature_group_count=1, padding_mode='zeros', precision=None, preferred_element_type=None, implementation=None",
+    "dcnv3": "x, offset, mask, *, window=(3, 3), strides=1, padding=1, kernel_dilation=1, offset_scale=1.0, "
+    "remove_center=False",
+    "dcnv4": "x, offset_mask, *, groups, window=(3, 3), strides=1, padding=1, kernel_dilation=1, offset_scale=1.0, "
+    "remove_center=False",
     "linear_sample": "features, points, *, padding_mode='zeros'",
     "sampling_points": "offset, window, *, strides=1, padding='SAME', kernel_dilation=1, spatial",
 }
@@ -50,15 +54,17 @@ def test_public_functions_are_documented(public):
 @pytest.mark.parametrize("public", PUBLIC, ids=dcn_jax.__all__)
 def test_options_are_keywords(public):
     """Arrays go by position; whatever changes how they are read has to be named."""
-    arrays = {"x", "kernel", "offset", "mask", "bias", "features", "points", "window"}
+    arrays = {"x", "kernel", "offset", "mask", "bias", "features", "points", "offset_mask"}
+    arrays |= {"window"} if public is dcn_jax.sampling_points else set()  # which is of the shape there, not an option
     for name, parameter in inspect.signature(public).parameters.items():
         wanted = parameter.POSITIONAL_OR_KEYWORD if name in arrays else parameter.KEYWORD_ONLY
         assert parameter.kind is wanted, f"{public.__name__}({name})"
 
 
+@pytest.mark.parametrize("name", ["DeformConv", "DCNv3", "DCNv4"])
 @pytest.mark.parametrize("module", ["linen", "nnx"])
-def test_layers_are_documented(module):
-    layer = importlib.import_module(f"dcn_jax.{module}").DeformConv
+def test_layers_are_documented(module, name):
+    layer = getattr(importlib.import_module(f"dcn_jax.{module}"), name)
     doc = inspect.getdoc(layer)
     assert ">>> " in doc
     parameters = set(inspect.signature(layer.__init__).parameters) - {"self", "parent", "name"}

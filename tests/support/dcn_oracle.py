@@ -22,7 +22,7 @@ def _axes(spatial, window, strides, padding, kernel_dilation):
 
 
 def _samples(x, offset, *, window, strides, padding, kernel_dilation, offset_scale, remove_center):
-    """For each image, output, group and tap: (where in y and the offsets, group, tap, channels, y factors, x factors)."""
+    """For each output, group and tap: (the output's indices, its image's, group and tap as one number, channels, y, x)."""
     *batch, height, width, channels = x.shape
     (kh, sh, dh, ph, ho), (kw, sw, dw, pw, wo) = _axes((height, width), window, strides, padding, kernel_dilation)
     ch, cw = (dh * (kh - 1)) // 2, (dw * (kw - 1)) // 2
@@ -37,7 +37,7 @@ def _samples(x, offset, *, window, strides, padding, kernel_dilation, offset_sca
                 px = (ox * sw - pw + cw) - cw * offset_scale + (i * dw + dx) * offset_scale
                 py = (oy * sh - ph + ch) - ch * offset_scale + (j * dh + dy) * offset_scale
                 each = channels // groups
-                yield at, tuple(image), g, k, slice(g * each, (g + 1) * each), py, px
+                yield at, tuple(image), g * len(taps) + k, slice(g * each, (g + 1) * each), py, px
 
 
 OPTIONS = {
@@ -55,10 +55,8 @@ def dcnv3(x, offset, mask, **options):
     x, offset, mask = (np.asarray(a, np.float64) for a in (x, offset, mask))
     height, width, channels = x.shape[-3:]
     y = np.zeros((*mask.shape[:-1], channels))
-    taps = None
-    for at, image, g, k, group, py, px in _samples(x, offset, **(OPTIONS | options)):
-        taps = taps or _taps(**(OPTIONS | options))
-        y[at][group] += mask[at][g * taps + k] * read(x[image][..., group], [hat(py, height), hat(px, width)])
+    for at, image, n, group, py, px in _samples(x, offset, **(OPTIONS | options)):
+        y[at][group] += mask[at][n] * read(x[image][..., group], [hat(py, height), hat(px, width)])
     return y
 
 
@@ -67,10 +65,10 @@ def gradients(cotangent, x, offset, mask, **options):
     options = OPTIONS | options
     cotangent, x, offset, mask = (np.asarray(a, np.float64) for a in (cotangent, x, offset, mask))
     height, width, _ = x.shape[-3:]
-    taps, scale = _taps(**options), options["offset_scale"]
+    scale = options["offset_scale"]
     d_x, d_offset, d_mask = np.zeros_like(x), np.zeros_like(offset), np.zeros_like(mask)
-    for at, image, g, k, group, py, px in _samples(x, offset, **options):
-        features, dy, n = x[image][..., group], cotangent[at][group], g * taps + k
+    for at, image, n, group, py, px in _samples(x, offset, **options):
+        features, dy = x[image][..., group], cotangent[at][group]
         weights, slopes = (hat(py, height), hat(px, width)), (hat_slope(py, height), hat_slope(px, width))
         d_mask[at][n] += dy @ read(features, weights)
         d_x[image][..., group] += mask[at][n] * weights[0][:, None, None] * weights[1][None, :, None] * dy
@@ -79,8 +77,15 @@ def gradients(cotangent, x, offset, mask, **options):
     return d_x, d_offset, d_mask
 
 
-def _taps(*, window, remove_center, **_):
-    return window[0] * window[1] - remove_center
+def draw(x, groups, *, seed=0, **options):
+    """Random x, offset and mask for an input of shape `x`; offsets within ±2 pixels, off the kinks if the scale is whole."""
+    rng, given = np.random.default_rng(seed), OPTIONS | options
+    axes = _axes(x[-3:-1], *(given[name] for name in ("window", "strides", "padding", "kernel_dilation")))
+    positions = (*x[:-3], *(outputs for *_, outputs in axes))
+    weights = groups * (given["window"][0] * given["window"][1] - given["remove_center"])
+    offset = rng.integers(-2, 2, (*positions, 2 * weights)) + rng.uniform(0.1, 0.9, (*positions, 2 * weights))
+    arrays = rng.standard_normal(x), offset / given["offset_scale"], rng.standard_normal((*positions, weights))
+    return tuple(a.astype(np.float32) for a in arrays)
 
 
 def pack(offset, mask, groups, padding=0):
