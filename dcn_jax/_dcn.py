@@ -76,7 +76,7 @@ def square(name: str, size: Pair) -> tuple[int, ...]:
     return _check.per_axis(name, size, 2, minimum=1)
 
 
-def activation(act_layer: Any) -> Callable[[jax.Array], jax.Array]:
+def activation(act_layer: Any) -> Callable[..., Any]:
     """The function that `act_layer` names, or is."""
     if callable(act_layer):
         return act_layer

@@ -102,6 +102,7 @@ def test_it_is_a_depthwise_convolution_of_ones():
     np.testing.assert_allclose(y, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_derivatives_of_second_order_in_both_modes(x64):
     options = {"window": (1, 3), "padding": (0, 1), "offset_scale": 2.0, "remove_center": True}
     arrays = [a.astype(np.float64) for a in oracle.draw((2, 3, 2), 1, **options)]
