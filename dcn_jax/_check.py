@@ -42,6 +42,15 @@ def per_axis(name: str, value: Any, rank: int, *, minimum: int) -> tuple[int, ..
     return tuple(operator.index(v) for v in values)
 
 
+def per_level(name: str, value: Any, levels: int) -> tuple[int, ...]:
+    """One int of at least 1 for each level."""
+    if not isinstance(value, Sequence) or not all(map(is_int, value)):
+        raise TypeError(f"{name}={value!r} is not made of ints; wanted {levels} ints, one per level")
+    if len(value) != levels or any(v < 1 for v in value):
+        raise ValueError(f"{name}={value!r}; wanted {levels} ints of at least 1, one per level")
+    return tuple(map(operator.index, value))
+
+
 def sizes(name: str, value: Any, rank: int) -> tuple[Any, ...]:
     """One size per spatial axis, each an int of at least 1 or a symbolic dimension."""
     if not isinstance(value, Sequence) or not any(map(is_symbolic_dim, value)):

@@ -1,7 +1,7 @@
 """Reading features between pixels: the bilinear gather at the heart of deformable convolution.
 
 Nothing else in the library interpolates. In n dimensions a point lies in a cell of 2^n pixels, its corners; what it
-reads is their mean, weighted along each axis by how near the point is.
+reads is their mean, weighted along each axis by how near the point is. By two other methods it reads one pixel alone.
 """
 
 import functools
@@ -89,6 +89,11 @@ class Border(NamedTuple):
     padding_mode: tuple[str, ...]
 
 
+# How a point is read: "linear" from the corners of its cell; from a single pixel by "nearest", the nearer one along each
+# axis and half way the even one, or by "floor", the one at or below it.
+METHODS = ("linear", "nearest", "floor")
+
+
 class Positions(NamedTuple):
     """Positions as a whole part and an offset from it, which keeps its fraction however large the map is."""
 
@@ -97,13 +102,13 @@ class Positions(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What points read of a map that is flattened to rows: one array for each of the 2^n corners of their cells."""
+    """What points read of a map that is flattened to rows: one array for each pixel, so 2^n of them or 1 by `METHODS`."""
 
     row: tuple[jax.Array, ...]  # the one after the last where the corner is not read
     weight: tuple[jax.Array, ...]
 
 
-def locate(points: Positions, scale: jax.Array | None, border: Border) -> Rows:
+def locate(points: Positions, scale: jax.Array | None, border: Border, method: str = "linear") -> Rows:
     """The rows that points read of a map `(*spatial, OG, Cg)`, flattened to rows of Cg channels.
 
     points `(*query, OG, n)`, scale of each point's weights `(*query, OG)`, or None -> arrays `(*query, OG)`.
@@ -121,7 +126,7 @@ def locate(points: Positions, scale: jax.Array | None, border: Border) -> Rows:
         for axis in range(offset.shape[-1])
     ]
     indices, weights = [], []
-    for pixel, share, read in corners(axes, border):
+    for pixel, share, read in corners(axes, border, method):
         index = pixel[0]
         for size, along in zip(border.spatial[1:], pixel[1:], strict=True):
             index = index * int32(size) + along
@@ -130,26 +135,32 @@ def locate(points: Positions, scale: jax.Array | None, border: Border) -> Rows:
     return Rows(tuple(indices), tuple(weights))
 
 
-@jax.custom_jvp
-def sum_rows(features: jax.Array, at: Rows) -> jax.Array:
-    """Σ over corners of weight · (row of features, or zero outside): `(R, Cg)`, corners `(*query,)` -> `(*query, Cg)`."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def sum_rows(features: jax.Array, at: Rows, span: tuple[Size, Size] | None = None) -> jax.Array:
+    """Σ over corners of weight · (row of features, or zero outside): `(R, Cg)`, corners `(*query,)` -> `(*query, Cg)`.
+
+    With a `span`, its first row and how many they are, the rows that are read are those of `features[first : first + count]`,
+    without a copy of them, and no more is touched by the derivative.
+    """
     features = features.astype(_numerics.wide(features.dtype, at.weight[0].dtype))
-    read = [w[..., None].astype(features.dtype) * _take(features, i) for i, w in zip(*at, strict=True)]
+    read = [w[..., None].astype(features.dtype) * _take(features, i, span) for i, w in zip(*at, strict=True)]
     return functools.reduce(operator.add, read)
 
 
-def _sum_rows_jvp(primals, tangents):
+def _sum_rows_jvp(span, primals, tangents):
     """The derivative JAX would find, written so that its transpose is quick: no rows are kept, and one scatter adds all."""
     (features, at), (features_dot, at_dot) = primals, tangents
-    y = sum_rows(features, at)
+    y = sum_rows(features, at, span)
     index = jnp.stack(at.row)
     # Behind the barrier, or XLA would keep the rows that y has read to save reading them again, which costs more.
     again = zip(lax.optimization_barrier(index), at_dot.weight, strict=True)
-    read = [_spread(w, features) * _take(features, i) for i, w in again if not isinstance(w, SymbolicZero)]
+    read = [_spread(w, features) * _take(features, i, span) for i, w in again if not isinstance(w, SymbolicZero)]
     y_dot = functools.reduce(operator.add, read, jnp.zeros_like(y))
     if not isinstance(features_dot, SymbolicZero):
         # All corners at once: the transpose is one scatter-add, where one a corner would each fill a map with zeros. And it
         # drops what is outside, where `_take` would have all points beyond a border add zeros to the same pixel.
+        if span is not None:
+            features_dot = lax.slice_in_dim(features_dot, span[0], span[0] + span[1])
         read = features_dot.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
         y_dot = y_dot + jnp.sum(jnp.stack(at.weight)[..., None].astype(features.dtype) * read, axis=0)
     return y, y_dot
@@ -158,11 +169,15 @@ def _sum_rows_jvp(primals, tangents):
 sum_rows.defjvp(_sum_rows_jvp, symbolic_zeros=True)
 
 
-def _take(features: jax.Array, index: jax.Array) -> jax.Array:
-    """The rows of `features` `(R, Cg)`, zero and without a gradient for the row R, the outside: `(*query, Cg)`."""
+def _take(features: jax.Array, index: jax.Array, span: tuple[Size, Size] | None) -> jax.Array:
+    """The rows of a span of `features` `(R, Cg)`, zero and without a gradient for the one after it: `(*query, Cg)`."""
     # Not by a gather that fills: of 32 channels, its checks took a CPU as long as the rest of the reading.
-    last = int32(features.shape[0]) - 1
-    read = features.at[jnp.minimum(index, last)].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    first, count = span or (0, features.shape[0])
+    last = int32(count) - 1
+    row = jnp.minimum(index, last)
+    read = features.at[row if span is None else row + int32(first)].get(
+        mode="promise_in_bounds", wrap_negative_indices=False
+    )
     return jnp.where((index <= last)[..., None], read, 0)
 
 
@@ -175,13 +190,13 @@ def _spread(weight: jax.Array, features: jax.Array) -> jax.Array:
 
 
 def corners(
-    position: Sequence[Positions], border: Border
+    position: Sequence[Positions], border: Border, method: str = "linear"
 ) -> Iterator[tuple[tuple[jax.Array, ...], jax.Array, jax.Array]]:
-    """The pixels around points: for each corner of their cells (its index along each axis, its weight, whether it is read).
+    """The pixels that points read: for each corner (its index along each axis, its weight, whether it is read).
 
     `position` holds one for each spatial axis. Elementwise, so that it also serves inside a kernel.
     """
-    axes = [_neighbours(p, size, mode) for p, size, mode in zip(position, *border, strict=True)]
+    axes = [_neighbours(p, size, mode, method) for p, size, mode in zip(position, *border, strict=True)]
     for corner in itertools.product(*axes):
         pixel, weights, reads = zip(*corner, strict=True)
         yield pixel, functools.reduce(operator.mul, weights), functools.reduce(operator.and_, reads)
@@ -191,8 +206,8 @@ def corners(
 _FAR = 2.0**30
 
 
-def _neighbours(position: Positions, size: Size, mode: str):
-    """The two pixels beside a position on an axis, each (its index in the map, its weight, whether it is read)."""
+def _neighbours(position: Positions, size: Size, mode: str, method: str):
+    """The pixels that a position on an axis reads, each (its index in the map, its weight, whether it is read)."""
     regular, offset = position
     # Before floor, where inf - floor(inf) would be NaN. By comparisons and not jnp.clip, because the minimum and maximum
     # of a GPU drop a NaN. Here it stays, makes the weights NaN, and is not near.
@@ -203,8 +218,13 @@ def _neighbours(position: Positions, size: Size, mode: str):
     size = int32(size)
     far = jnp.where(offset < 0, -2, size) if mode == "edge" else -2  # outside; the border, where there is one
     pixel = jnp.where(near, regular + below.astype(jnp.int32), far)
+    if method == "linear":
+        chosen = ((pixel, 1 - fraction), (pixel + 1, fraction))
+    else:
+        whole = jnp.where(jnp.isnan(offset), offset, jnp.ones_like(offset))  # the weight, which moves with nothing
+        chosen = ((pixel + _step(pixel, fraction, size, mode, method), lax.stop_gradient(whole)),)
     neighbours = []
-    for index, weight in ((pixel, 1 - fraction), (pixel + 1, fraction)):
+    for index, weight in chosen:
         match mode:
             case "zeros":
                 read = (index >= 0) & (index < size)
@@ -214,6 +234,15 @@ def _neighbours(position: Positions, size: Size, mode: str):
                 read = near
         neighbours.append((INTO_MAP[mode](index, size), weight, read))
     return neighbours
+
+
+def _step(pixel: jax.Array, fraction: jax.Array, size: Size, mode: str, method: str) -> jax.Array:
+    """How far the one pixel that is read lies above `pixel`: 0 or 1."""
+    if method == "floor":
+        return jnp.zeros_like(pixel)
+    # Even is meant of the map: where it is mirrored, an index beyond the border may be even and its pixel odd.
+    odd = (pixel if mode == "zeros" else INTO_MAP[mode](pixel, size)) % 2 == 1
+    return ((fraction > 0.5) | ((fraction == 0.5) & odd)).astype(jnp.int32)
 
 
 def _clip(index: jax.Array, size: Size) -> jax.Array:

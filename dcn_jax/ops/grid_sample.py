@@ -1,0 +1,170 @@
+"""Reading a map at normalised positions, with the numbers of `torch.nn.functional.grid_sample`."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dcn_jax import _check, _numerics
+from dcn_jax._mesh import on_any_mesh
+from dcn_jax.geometry import Size, canonical_padding_mode, int32
+from dcn_jax.ops._blocks import count_blocks, derived_in_blocks, in_blocks, zeros_over
+from dcn_jax.sampling import Border, Positions, locate, sum_rows
+
+METHODS = ("linear", "nearest")
+_CURES = {"bilinear": ' (torch\'s "bilinear" is "linear")', "bicubic": ' (torch\'s "bicubic" is not there)'}
+
+# In so many blocks of queries is the derivative taken where they are as many as pixels.
+_BLOCKS = 8
+
+
+def grid_sample(
+    features: jax.Array,
+    grid: jax.Array,
+    *,
+    method: str = "linear",
+    padding_mode: str | Sequence[str] = "zeros",
+    align_corners: bool = False,
+) -> jax.Array:
+    """Read maps at normalised positions by n-linear interpolation, with the numbers of torch's `grid_sample`.
+
+        out(q) = features at the pixel   (g + 1) / 2 · (size - 1)     with align_corners, so that ±1 are the outermost pixel centres,
+                                         ((g + 1) · size - 1) / 2     without, so that ±1 are the edges of the map
+
+    for each coordinate g of grid(q), and the size of the map along its axis. Between pixels it is
+    the linear interpolation of `linear_sample`, beyond the border of the map what `padding_mode`
+    says.
+
+    Differentiable in both arguments to any order, in both modes. At whole pixels the derivative
+    with respect to the grid is the right-hand one (torch takes 0 where "border" and "reflection"
+    clip). A coordinate of ±inf or 1e30 reads zero (with "edge" the border) with a zero gradient,
+    and a NaN makes NaN at its own query alone.
+
+    | torch | here |
+    |---|---|
+    | input (N, C, H, W), grid (N, Ho, Wo, 2) | features (N, H, W, C), grid (N, Ho, Wo, 2): only the channels move |
+    | mode="bilinear", "nearest" | method="linear", "nearest" |
+    | padding_mode="zeros", "border" | padding_mode="zeros", "edge" |
+    | padding_mode="reflection" | padding_mode="reflect" with align_corners=True, "symmetric" without |
+
+    Args:
+        features: `(*batch, *spatial, C)`, channels last, of n = 1, 2 or 3 spatial axes (`grid`
+            says which); any number of batch axes, none included; floating-point or complex.
+        grid: `(*batch, *query, n)`, with the same batch axes, which do not broadcast, and any
+            query axes; inside the map from -1 to 1. The last axis is ordered as torch's, the last
+            spatial axis first: (x,), (x, y), (x, y, z). Any float dtype; pixels are computed in
+            float32 or wider.
+        method: "linear", or "nearest" for the nearest pixel along each axis, half way the even one
+            (no gradient for `grid`).
+        padding_mode: "zeros", "edge", "wrap", "reflect" or "symmetric" (`linear_sample`); one for
+            all axes, or one per spatial axis, in the order of `features`.
+        align_corners: what -1 and 1 stand for, as in the formula.
+
+    Returns:
+        `(*batch, *query, C)`, in the dtype of `features`.
+
+    Raises:
+        ValueError: a shape or an option does not fit, or is torch's; the message names it and says
+            what to write.
+        TypeError: an argument is of the wrong kind.
+
+    Source: Jaderberg et al., Spatial Transformer Networks (arXiv 1506.02025);
+    torch.nn.functional.grid_sample.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> image = jnp.arange(12.0).reshape(3, 4, 1)
+        >>> corners = jnp.array([[-1.0, -1.0], [1.0, -1.0], [0.0, 0.0]])  # (x, y)
+        >>> grid_sample(image, corners, align_corners=True)[:, 0]
+        Array([0. , 3. , 5.5], dtype=float32)
+        >>> grid_sample(image, corners)[:, 0]
+        Array([0.  , 0.75, 5.5 ], dtype=float32)
+    """
+    spec, features, grid = _check_call(features, grid, method, padding_mode, align_corners)
+    batch = features.ndim - len(spec.border.spatial) - 1
+    return on_any_mesh(
+        functools.partial(_sample_flat, spec),
+        (features, grid),
+        batched=(features, grid),
+        batch=batch,
+        whole=grid.ndim - batch,
+    )
+
+
+class _Spec(NamedTuple):
+    """Everything about a call except its arrays."""
+
+    border: Border
+    method: str
+    align_corners: bool
+
+
+def _check_call(features, grid, method, padding_mode, align_corners) -> tuple[_Spec, jax.Array, jax.Array]:
+    features = _check.array("features", features, jnp.inexact)
+    grid = _check.array("grid", grid, jnp.floating)
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not known; wanted one of {METHODS}{_CURES.get(method, '')}")
+    if not isinstance(align_corners, bool):
+        raise TypeError(f"align_corners={align_corners!r} is a {type(align_corners).__name__}; wanted True or False")
+    rank = grid.shape[-1] if grid.ndim else 0
+    if rank not in (1, 2, 3):
+        problem = f"grid has shape {grid.shape}; wanted (*batch, *query, n) with n = 1, 2 or 3 coordinates, x first"
+        if any(grid.ndim > n and grid.shape[-n - 1] == n for n in (2, 3)):
+            problem += "; it looks channels-first: move its axis of coordinates last"
+        raise ValueError(problem)
+    batch, spatial = features.shape[: -rank - 1], features.shape[-rank - 1 : -1]
+    if features.ndim < rank + 1 or 0 in spatial:
+        raise ValueError(
+            f"features has shape {features.shape}; wanted (*batch, *spatial, C), channels last, with {rank} spatial axes, as "
+            f"many as grid, whose shape is {grid.shape}, has coordinates, none of them empty"
+        )
+    if grid.ndim < len(batch) + 1 or grid.shape[: len(batch)] != batch:
+        raise ValueError(
+            f"grid has shape {grid.shape}; wanted (*batch, *query, {rank}) with the batch axes of features, {batch}: features "
+            f"has shape {features.shape}, that is (*batch, *spatial, C), channels last, with {rank} spatial axes. One grid for "
+            "all images: jnp.broadcast_to(grid, (*batch, *query, n)), or jax.vmap with in_axes=(0, None)"
+        )
+    border = Border(spatial, canonical_padding_mode(padding_mode, rank))
+    return _Spec(border, method, align_corners), features, grid
+
+
+def _sample_flat(spec: _Spec, features: jax.Array, grid: jax.Array) -> jax.Array:
+    """Bring the arrays to one batch axis and one of queries, and the result back."""
+    spatial, channels, dtype = spec.border.spatial, features.shape[-1], features.dtype
+    batch = features.shape[: -len(spatial) - 1]
+    query = grid.shape[len(batch) : -1]
+    # A gradient is summed in the dtype that is read: hence in the wider one already here.
+    position = _numerics.wide(grid.dtype, jnp.finfo(dtype).dtype)
+    rows = features.reshape(math.prod(batch), math.prod(spatial), channels).astype(_numerics.wide(dtype, grid.dtype))
+    y = _sample(spec, rows, grid.reshape(math.prod(batch), math.prod(query), len(spatial)).astype(position))
+    return y.reshape(*batch, *query, channels).astype(dtype)
+
+
+@derived_in_blocks
+def _sample(spec: _Spec, rows: jax.Array, grid: jax.Array, *, derivative: bool) -> jax.Array:
+    """`(B, R, C)`, `(B, Q, n)` -> `(B, Q, C)`."""
+
+    def read(grid, fresh):
+        points = _to_pixels(grid, spec.border.spatial, spec.align_corners)
+        at = locate(Positions(jnp.int32(0), points[..., None, :]), None, spec.border, spec.method)
+        at = jax.tree.map(lambda array: array[..., 0], at)  # (B, q)
+        if fresh is not None:
+            at = at._replace(row=tuple(jnp.where(fresh, row, int32(rows.shape[1])) for row in at.row))
+        return jax.vmap(sum_rows)(rows, at)
+
+    zeros = zeros_over((*grid.shape[:2], rows.shape[-1]), rows.dtype, rows, grid)
+    blocks = count_blocks(grid.shape[1], rows.shape[1], _BLOCKS) if derivative else 1
+    return in_blocks(read, grid, zeros, blocks)
+
+
+def _to_pixels(grid: jax.Array, spatial: Sequence[Size], align_corners: bool) -> jax.Array:
+    """Positions in [-1, 1], last spatial axis first, in pixels, first spatial axis first."""
+    axes = []
+    for g, size in zip(jnp.moveaxis(grid[..., ::-1], -1, 0), spatial, strict=True):
+        size = jnp.asarray(int32(size), g.dtype)
+        pixel = (g + 1) / 2 * (size - 1) if align_corners else ((g + 1) * size - 1) / 2
+        axes.append(jnp.where(jnp.isinf(g), g, pixel))  # where a map of one pixel would make it inf * 0
+    return jnp.stack(axes, axis=-1)

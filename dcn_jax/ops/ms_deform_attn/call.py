@@ -1,0 +1,132 @@
+"""A call of the op, checked: its arrays, and everything else about it."""
+
+import itertools
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.export import is_symbolic_dim
+
+from dcn_jax import _check
+from dcn_jax.geometry import Size
+
+METHODS = ("linear", "nearest", "discrete")
+
+
+class Arrays(NamedTuple):
+    """The arrays of a call; the points of all levels, T of them, lie one after another."""
+
+    value: jax.Array  # (*batch, S, M, D)
+    locations: jax.Array  # (*batch, Q, M, T, n), in [0, 1], last spatial axis first
+    weights: jax.Array  # (*batch, Q, M, T)
+
+
+class Level(NamedTuple):
+    """One of the maps that lie in `value` one after another."""
+
+    spatial: tuple[Size, ...]
+    pixels: slice  # of the S pixels of `value`
+    points: slice  # of the T points
+
+
+class Spec(NamedTuple):
+    """Everything about a call except its arrays; hashable, so that it can be a static argument."""
+
+    spatial_shapes: tuple[tuple[Size, ...], ...]
+    points_per_level: tuple[int, ...]
+    method: str
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """Where each level's pixels and points lie."""
+        pixels = map(math.prod, self.spatial_shapes)
+        return tuple(map(Level, self.spatial_shapes, _spans(pixels), _spans(self.points_per_level)))
+
+
+def check_call(value, spatial_shapes, locations, weights, *, points_per_level, method) -> tuple[Spec, Arrays]:
+    """Check the arguments of `ms_deform_attn`.
+
+    Raises:
+        ValueError: a shape or an option does not fit; the message names it.
+        TypeError: an argument is of the wrong kind.
+    """
+    value = _check.array("value", value, jnp.inexact)
+    locations = _check.array("sampling_locations", locations, jnp.floating)
+    weights = _check.array("attention_weights", weights, jnp.floating)
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not known; wanted one of {METHODS}")
+    if value.ndim < 3:
+        raise ValueError(f"value has shape {value.shape}; wanted (*batch, S, M, D): pixels, heads, channels of a head")
+    shapes = _check_spatial_shapes(spatial_shapes, value)
+    points = _check_points(points_per_level, locations, len(shapes))
+    *batch, _, heads, _ = value.shape
+    each = (sum(points),) if points_per_level is not None else (len(shapes), points[0])
+    wanted = f"(*batch, Q, M, {'T' if points_per_level is not None else 'L, P'}, n)"
+    rank, axes = len(shapes[0]), len(batch)
+    queries = locations.shape[axes : axes + 1]
+    if locations.shape != (*batch, *queries, heads, *each, rank) or locations.ndim != axes + 3 + len(each):
+        raise ValueError(
+            f"sampling_locations has shape {locations.shape}; wanted {wanted} with the batch axes {tuple(batch)} and the "
+            f"{heads} heads of value, {each} points and n = {rank}, as many coordinates as each of spatial_shapes has sizes"
+        )
+    if weights.shape != locations.shape[:-1]:
+        raise ValueError(
+            f"attention_weights has shape {weights.shape}; wanted {locations.shape[:-1]}: one weight for each of "
+            f"sampling_locations, whose shape is {locations.shape}"
+        )
+    flat = (*batch, *queries, heads, sum(points))
+    return Spec(shapes, points, method), Arrays(value, locations.reshape(*flat, rank), weights.reshape(flat))
+
+
+def _check_spatial_shapes(given: Any, value: jax.Array) -> tuple[tuple[Size, ...], ...]:
+    """`spatial_shapes` as tuples of ints, once it is known to fit `value`."""
+    wanted = "wanted the sizes of each level, ((H1, W1), …), as ints that are known when the function is traced"
+    if isinstance(given, jax.Array):
+        raise TypeError(f"spatial_shapes is a {type(given).__name__}; {wanted}: a tuple, or a NumPy array")
+    if isinstance(given, np.ndarray):
+        given = given.tolist()
+    if not isinstance(given, Sequence) or not all(isinstance(shape, Sequence | np.ndarray) for shape in given):
+        raise TypeError(f"spatial_shapes={given!r} is no sequence of sequences; {wanted}")
+    shapes = tuple(tuple(shape) for shape in given)
+    if not all(is_symbolic_dim(size) or _check.is_int(size) for shape in shapes for size in shape):
+        raise TypeError(f"spatial_shapes={given!r} is not made of ints; {wanted}")
+    shapes = tuple(tuple(s if is_symbolic_dim(s) else operator.index(s) for s in shape) for shape in shapes)
+    ranks = {len(shape) for shape in shapes}
+    if not (ranks <= {1, 2, 3} and len(ranks) == 1) or any(
+        isinstance(s, int) and s < 1 for shape in shapes for s in shape
+    ):
+        raise ValueError(
+            f"spatial_shapes={shapes}; wanted 1, 2 or 3 sizes of at least 1 for each level, as many for each"
+        )
+    pixels = sum(map(math.prod, shapes))
+    if value.shape[-3] != pixels:
+        problem = (
+            f"value has shape {value.shape}; wanted (*batch, {pixels}, M, D): the pixels of all levels one after another, as "
+            f"spatial_shapes={shapes} has them"
+        )
+        if value.shape[-2] == pixels:
+            problem += "; it looks heads-first: swap its axes -3 and -2"
+        raise ValueError(problem)
+    return shapes
+
+
+def _check_points(points_per_level: Any, locations: jax.Array, levels: int) -> tuple[int, ...]:
+    """How many points each level has."""
+    if points_per_level is not None:
+        return _check.per_level("points_per_level", points_per_level, levels)
+    if locations.ndim < 5 or locations.shape[-3] != levels:
+        raise ValueError(
+            f"sampling_locations has shape {locations.shape}; wanted (*batch, Q, M, {levels}, P, n): as many points on each of "
+            f"the {levels} levels of spatial_shapes; for a number that differs, pass points_per_level and (*batch, Q, M, T, n)"
+        )
+    return (locations.shape[-2],) * levels
+
+
+def _spans(lengths) -> list[slice]:
+    """Where things of these lengths lie, one after another."""
+    ends = list(itertools.accumulate(lengths))
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
