@@ -54,6 +54,7 @@ def test_a_fresh_layer(framework, kind):
         assert 0.9 / 5 < jnp.abs(p).max() <= 1 / 5
 
 
+@pytest.mark.slow
 @kinds
 @pytest.mark.parametrize(
     "options",
@@ -84,6 +85,7 @@ def test_any_geometry(kind, options):
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), *grads)
 
 
+@pytest.mark.slow
 @frameworks
 @kinds
 def test_a_strided_layer_is_the_whole_one_at_every_second_place(framework, kind):

@@ -184,7 +184,9 @@ GEOMETRIES = {
 }
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize(
+    "name", [name if name == "SAME, stride 2" else pytest.param(name, marks=pytest.mark.slow) for name in GEOMETRIES]
+)
 def test_an_exported_layer_takes_any_size(make, name):
     """Batch, height and width unknown, written down and read again; "SAME" for all platforms at once."""
     layer = make(4, 6, (3, 3), max_offset=(2.0, None), **GEOMETRIES[name])
@@ -199,6 +201,7 @@ def test_an_exported_layer_takes_any_size(make, name):
         assert_close(loaded.call(x), quick_jit(layer.apply)(params, x), 1e-5)
 
 
+@pytest.mark.slow
 def test_an_exported_layer_takes_offsets_and_flow_of_any_size(make):
     """Two arrays of unknown sizes, the same in both."""
     layer = make(4, 6, (3, 3))

@@ -61,6 +61,7 @@ def test_training_lowers_the_loss(data):
 # The command
 
 
+@pytest.mark.slow
 def test_a_short_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     out = Path("new/folder")

@@ -13,6 +13,7 @@ program = importlib.import_module("08_flow_guided_alignment")
 pytestmark = pytest.mark.lenient
 
 
+@pytest.mark.slow
 def test_flow_aligns_and_learning_aligns_better(run):
     none, flow, learned = (float(line.rsplit(" ", 1)[1]) for line in run("08_flow_guided_alignment", steps=12))
     assert flow < 0.5 * none

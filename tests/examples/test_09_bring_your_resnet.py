@@ -15,6 +15,7 @@ def numbers(line):
     return [float(number) for number in re.findall(r"\d+(?:\.\d+)?(?:e[-+]\d+)?", line)]
 
 
+@pytest.mark.slow
 def test_a_resnet_becomes_deformable_learns_and_is_run_elsewhere(run):
     deformed, before, after, exported = run("09_bring_your_resnet", steps=20)
     layers, difference, largest = numbers(deformed)

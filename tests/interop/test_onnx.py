@@ -83,7 +83,13 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize(("shape", "options"), LAYERS.values(), ids=LAYERS.keys())
+ALWAYS = ("modulated", "groups", "strides, dilations", "bounded on one axis")  # the others are slow together
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [pytest.param(*LAYERS[name], id=name, marks=[] if name in ALWAYS else [pytest.mark.slow]) for name in LAYERS],
+)
 def test_a_layer_over_open_sizes(shape, options):
     model = layer(*shape, **options)
     proto = checked(model, SHAPE)
@@ -229,6 +235,7 @@ def test_a_sequence_of_layers():
     assert "layers.4.layers.0/DeformConv" in [node.name for node in proto.graph.node]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("block", "num_classes"), [(BasicBlock, 5), (Bottleneck, None)])
 def test_a_small_resnet(block, num_classes):
     stages = ("conv3", "conv5")

@@ -19,6 +19,7 @@ def abstract(dtype=jnp.float32, **options):
     return nnx.eval_shape(lambda: resnet50(param_dtype=dtype, deform_stages=DEFORM, rngs=nnx.Rngs(0), **options))
 
 
+@pytest.mark.slow
 def test_pytorch_s_weights_give_its_numbers(x64):
     """Those of make_interop.py, remade from their names; batch statistics far from 0 and 1 among them."""
     model = from_torch(abstract(jnp.float64), interop.state("resnet50"))

@@ -269,6 +269,7 @@ def test_training_steps():
     jax.tree.map(np.testing.assert_array_equal, quick_jit(run)(state), state)
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_gradients_nor_statistics():
     """Each block is computed anew, and its batch norms still keep what they saw."""
     results, anew = [], []

@@ -31,7 +31,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("plain", "no batch", "one tap") else []) for n in CASES]
+)
 def test_values_and_gradients(name, x64):
     shape, groups, options = CASES[name]
     arrays = [a.astype(np.float64) for a in oracle.draw(shape, groups, **options)]
@@ -55,7 +57,10 @@ def test_torch_computes_the_same(number, x64):
         assert_close(gradient, TORCH[f"{number}.d_{name}"], 1e-11)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 4e-3), ("float16", 5e-4)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [("float32", 1e-6), ("bfloat16", 4e-3), pytest.param("float16", 5e-4, marks=pytest.mark.slow)],
+)
 def test_dtypes(dtype, tolerance):
     """x sets the dtype of the result; the offsets keep theirs, and the sums are not rounded on the way."""
     x, offset, mask = map(jnp.asarray, oracle.draw((2, 5, 6, 4), 2, remove_center=True, offset_scale=2.0))
@@ -146,6 +151,7 @@ def test_vmap_over_images():
     np.testing.assert_allclose(quick_jit(jax.vmap(dcnv3))(*arrays), compiled(dcnv3)(*arrays), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_sizes_may_be_symbolic():
     n, h, w = symbolic_shape("n, h, w")
     shapes = [jax.ShapeDtypeStruct((n, h, w, c), jnp.float32) for c in (4, 36, 18)]

@@ -24,7 +24,7 @@ def cut(array, keep):
 @pytest.mark.parametrize(
     ("offset_keeps", "mask_keeps"),
     [
-        pytest.param((None, None), (None, None), id="one for all", marks=pytest.mark.quick),
+        pytest.param((None, None), (None, None), id="one for all"),
         pytest.param((1, 1), (True, True), id="the offsets alone"),
         pytest.param((True, True), (None, True), id="the mask alone, along the first axis"),
         pytest.param((True, 1), (1, True), id="each along another axis"),

@@ -29,6 +29,7 @@ def with_gradients(features, grid, cotangent):
     return y, pull(cotangent)
 
 
+@pytest.mark.slow
 def test_derivatives_against_finite_differences(x64):
     """In both modes and to order 2, in several blocks."""
     f = jax.jit(lambda *arguments: jnp.sin(grid_sample(*arguments)))

@@ -108,6 +108,7 @@ def test_shard_map_and_explicit_sharding():
     jax.tree.map(functools.partial(assert_close, tolerance=1e-5), results, wanted)
 
 
+@pytest.mark.slow
 def test_symbolic_batch_and_queries():
     b, q = export.symbolic_shape("b, q")
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((b, 16, 2, 2), (b, q, 2, 2, 2, 2), (b, q, 2, 2, 2))]
