@@ -80,7 +80,7 @@ _TILES = {
         "forward": Tile(64, 32, 128),
         "forward, wide": Tile(64, 32, 128),
         "backward_x": Tile(32, 32, 32),
-        "backward_points": Tile(64, 32, 64),
+        "backward_points": Tile(64, 32, 32),
         "backward_kernel": Tile(32, 64, 128),
     },
 }
