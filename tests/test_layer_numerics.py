@@ -120,7 +120,13 @@ def test_a_rolled_panorama_gives_a_rolled_result(make, options):
 
 @pytest.mark.parametrize("padding", ["CIRCULAR", "REFLECT"])
 @pytest.mark.parametrize(
-    "options", [{}, {"strides": 2}, {"kernel_dilation": 2}, {"strides": (1, 2), "kernel_dilation": (2, 1)}]
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"strides": 2}, marks=pytest.mark.slow),
+        pytest.param({"kernel_dilation": 2}, marks=pytest.mark.slow),
+        {"strides": (1, 2), "kernel_dilation": (2, 1)},
+    ],
 )
 def test_without_offsets_it_is_flax_s_own_convolution(make, framework, padding, options):
     """And what the branch emits is what Flax's would, of the same padding."""
@@ -145,7 +151,16 @@ MODES = {"zeros": "constant", "edge": "edge", "wrap": "wrap", "reflect": "reflec
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("padding", ["SAME", ((1, 2), (3, 0)), ((-1, 3), (2, -2)), "VALID"], ids=str)
+@pytest.mark.parametrize(
+    "padding",
+    [
+        "SAME",
+        pytest.param(((1, 2), (3, 0)), marks=pytest.mark.slow),
+        ((-1, 3), (2, -2)),
+        pytest.param("VALID", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_the_branch_reads_its_map_beyond_the_border_as_numpy_pads_it(make, mode, padding):
     """One axis of the mode and one of "edge", so that no axis is left to the convolution's own padding; stride 2."""
     options = {"strides": (1, 2), "kernel_dilation": (1, 2)}

@@ -30,6 +30,7 @@ def test_a_resnet_becomes_deformable_learns_and_is_run_elsewhere(run):
     assert difference < 1e-5 * largest
 
 
+@pytest.mark.slow
 def test_weights_have_torchvisions_names_and_axes():
     state = program.draw_weights()
     assert state["conv1.weight"].shape == (program.WIDTH, 3, 7, 7)

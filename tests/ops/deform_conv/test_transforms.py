@@ -73,7 +73,7 @@ def test_gradients_of_a_vmap_of_a_vmap(op):
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(draw((1, 4, 2), (2,), 2, whole=0, offset_groups=2), id="1-D"),
+        pytest.param(draw((1, 4, 2), (2,), 2, whole=0, offset_groups=2), id="1-D", marks=pytest.mark.slow),
         pytest.param(SMOOTH, id="2-D", marks=pytest.mark.slow),
         pytest.param(draw((2, 2, 2, 1), (1, 2, 2), 1, whole=0), id="3-D", marks=[needs("rank 3"), pytest.mark.slow]),
     ],

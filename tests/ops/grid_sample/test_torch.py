@@ -25,7 +25,9 @@ def test_the_cases_cover_what_they_should():
         assert {options[option] for options in OPTIONS} == values
 
 
-@pytest.mark.parametrize("number", range(len(OPTIONS)))
+@pytest.mark.parametrize(
+    "number", [pytest.param(n, marks=[pytest.mark.slow] if n % 3 else []) for n in range(len(OPTIONS))]
+)
 def test_equals_torch(x64, number):
     case = family.read("grid_sample", number, NAMES)
     results = family.compute(functools.partial(grid_sample, **OPTIONS[number]), case, np.float64)
