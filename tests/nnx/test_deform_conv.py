@@ -277,7 +277,10 @@ def test_scan_over_frames_with_flow(layer):
 # ---- meshes of explicit axes
 
 
-@pytest.mark.parametrize("options", [{}, {"padding_mode": "wrap", "max_offset": (1.0, None)}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"padding_mode": "wrap", "max_offset": (1.0, None)}, pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow)],
+)
 def test_out_sharding_is_that_of_the_result(options):
     """As in Flax's Conv; by default the result lies as the input does. The numbers are those without a mesh."""
     layer = DeformConv(3, 4, (2, 2), offset_kernel_init=nnx.initializers.normal(0.3), **options, rngs=nnx.Rngs(0))

@@ -25,7 +25,10 @@ def test_the_cases_are_at_least_60_and_cover_what_they_should():
         assert {len(set(g[option])) == 1 for g in geometries} == {True, False}  # the same on both axes, and not
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float64", marks=pytest.mark.needs("float64")), "float32"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param("float64", marks=pytest.mark.needs("float64")), pytest.param("float32", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("number", range(len(IDS)), ids=IDS)
 def test_equals_torchvision(op, number, dtype):
     with jax.enable_x64(dtype == "float64"):
