@@ -279,7 +279,11 @@ def test_scan_over_frames_with_flow(layer):
 
 @pytest.mark.parametrize(
     "options",
-    [{"padding_mode": "wrap", "max_offset": (1.0, None)}, pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow)],
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"padding_mode": "wrap", "max_offset": (1.0, None)},
+        pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
+    ],
 )
 def test_out_sharding_is_that_of_the_result(options):
     """As in Flax's Conv; by default the result lies as the input does. The numbers are those without a mesh."""
