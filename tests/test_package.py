@@ -65,7 +65,7 @@ def test_options_are_keywords(public):
         assert parameter.kind is wanted, f"{public.__name__}({name})"
 
 
-@pytest.mark.parametrize("name", ["DeformConv", "DCNv3", "DCNv4"])
+@pytest.mark.parametrize("name", ["DeformConv", "DCNv3", "DCNv4", "MSDeformAttn"])
 @pytest.mark.parametrize("module", ["linen", "nnx"])
 def test_layers_are_documented(module, name):
     layer = getattr(importlib.import_module(f"dcn_jax.{module}"), name)

@@ -3,5 +3,6 @@
 from dcn_jax.nnx._dcn import DCNv3, DCNv4
 from dcn_jax.nnx._deform_conv import DeformConv
 from dcn_jax.nnx._deformify import deformify
+from dcn_jax.nnx._ms_deform_attn import MSDeformAttn
 
-__all__ = ["DCNv3", "DCNv4", "DeformConv", "deformify"]
+__all__ = ["DCNv3", "DCNv4", "DeformConv", "MSDeformAttn", "deformify"]

@@ -61,7 +61,8 @@ def check_call(value, spatial_shapes, locations, weights, *, points_per_level, m
         raise ValueError(f"method={method!r} is not known; wanted one of {METHODS}")
     if value.ndim < 3:
         raise ValueError(f"value has shape {value.shape}; wanted (*batch, S, M, D): pixels, heads, channels of a head")
-    shapes = _check_spatial_shapes(spatial_shapes, value)
+    shapes = check_spatial_shapes(spatial_shapes)
+    _check_pixels(value, shapes)
     points = _check_points(points_per_level, locations, len(shapes))
     *batch, _, heads, _ = value.shape
     each = (sum(points),) if points_per_level is not None else (len(shapes), points[0])
@@ -82,8 +83,13 @@ def check_call(value, spatial_shapes, locations, weights, *, points_per_level, m
     return Spec(shapes, points, method), Arrays(value, locations.reshape(*flat, rank), weights.reshape(flat))
 
 
-def _check_spatial_shapes(given: Any, value: jax.Array) -> tuple[tuple[Size, ...], ...]:
-    """`spatial_shapes` as tuples of ints, once it is known to fit `value`."""
+def check_spatial_shapes(given: Any) -> tuple[tuple[Size, ...], ...]:
+    """`spatial_shapes` as tuples of ints.
+
+    Raises:
+        ValueError: a size is below 1, or they are not 1, 2 or 3 for each level.
+        TypeError: it is not made of ints.
+    """
     wanted = "wanted the sizes of each level, ((H1, W1), …), as ints that are known when the function is traced"
     if isinstance(given, jax.Array):
         raise TypeError(f"spatial_shapes is a {type(given).__name__}; {wanted}: a tuple, or a NumPy array")
@@ -102,6 +108,11 @@ def _check_spatial_shapes(given: Any, value: jax.Array) -> tuple[tuple[Size, ...
         raise ValueError(
             f"spatial_shapes={shapes}; wanted 1, 2 or 3 sizes of at least 1 for each level, as many for each"
         )
+    return shapes
+
+
+def _check_pixels(value: jax.Array, shapes: tuple[tuple[Size, ...], ...]) -> None:
+    """Raise where `value` has not the pixels of all levels."""
     pixels = sum(map(math.prod, shapes))
     if value.shape[-3] != pixels:
         problem = (
@@ -111,7 +122,6 @@ def _check_spatial_shapes(given: Any, value: jax.Array) -> tuple[tuple[Size, ...
         if value.shape[-2] == pixels:
             problem += "; it looks heads-first: swap its axes -3 and -2"
         raise ValueError(problem)
-    return shapes
 
 
 def _check_points(points_per_level: Any, locations: jax.Array, levels: int) -> tuple[int, ...]:

@@ -1,0 +1,136 @@
+"""`MSDeformAttn` for `flax.linen`: owns the parameters, and leaves the rest to `dcn_jax.ms_deform_attn`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dcn_jax import _extras, _ms_deform_attn
+
+try:
+    import flax.linen as nn
+except ModuleNotFoundError as error:
+    raise _extras.missing("dcn_jax.linen", "flax") from error
+
+
+class MSDeformAttn(nn.Module):
+    """Deformable DETR's attention: each query looks at a few points of maps of several scales, around its own.
+
+        Δ = sampling_offsets(query);  a = softmax(attention_weights(query));  v = value_proj(value)
+        out = output_proj(Σ_l Σ_p  a_lp · v_l(reference_l + Δ_lp · step_l))
+
+    The sum is `dcn_jax.ms_deform_attn`, by each of M heads at points of its own; the softmax is over all L · P points of
+    a head. Where a reference is a point, step is 1 / (width_l, height_l): Δ is in pixels of the level. Where it is a box,
+    (x, y, width, height), step is (width, height) / (2 P): the published start then lies within the box.
+
+    It adds nothing: neither position embeddings to `query`, nor the residual and dropout that mmcv's layer has inside.
+    At the start each head looks along a direction of its own, its p-th point p pixels away, and all count alike.
+
+    Parameters, by the published layer's names: `sampling_offsets`, `attention_weights`, `value_proj`, `output_proj`,
+    each with `kernel` and `bias`. Locations and weights are computed in float32 or wider. The layer sows them, as
+    `sampling_locations` `(*batch, Q, M, L, P, 2)`, in [0, 1] inside a map, and `sampling_weights` `(*batch, Q, M, L, P)`,
+    into "intermediates". (The name `attention_weights` is the projection's.)
+
+    Attributes:
+        embed_dim: E, channels of `query`, `value` and the result.
+        num_heads: M, groups of channels that each look at points of their own.
+        num_levels: L, how many maps there are.
+        num_points: P, points of a head on each level. One for each level, `(P1, …)`, where they differ (RT-DETRv2,
+            D-FINE); the points then lie one after another, and what is sown is `(*batch, Q, M, P1 + P2 + …[, 2])`.
+        method: how a map is read, "linear", "nearest" or "discrete", as in `dcn_jax.ms_deform_attn`.
+        dtype: of the computation; by default that of the input and parameters, promoted.
+        param_dtype: of the parameters.
+        precision: of the products of the four projections.
+        kernel_init: initializer of the kernels of `value_proj` and `output_proj`.
+        bias_init: initializer of their biases.
+        offset_kernel_init: initializer of `sampling_offsets/kernel`.
+        offset_bias_init: initializer of `sampling_offsets/bias`; by default the directions.
+        attention_kernel_init: initializer of `attention_weights/kernel`.
+        attention_bias_init: initializer of `attention_weights/bias`.
+        implementation: of the op: "xla", or None for the fastest that is sound.
+
+    Source: Zhu et al., Deformable DETR (arXiv 2010.04159), and its published code.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from dcn_jax.linen import MSDeformAttn
+        >>> layer = MSDeformAttn(embed_dim=32, num_heads=4, num_levels=2, num_points=3)
+        >>> levels = (8, 12), (4, 6)
+        >>> query, value = jnp.ones((2, 10, 32)), jnp.ones((2, 8 * 12 + 4 * 6, 32))
+        >>> points = jnp.full((2, 10, 2, 2), 0.5)  # the middle of both maps, as (x, y)
+        >>> y, variables = layer.init_with_output(jax.random.key(0), query, points, value, levels)
+        >>> y.shape
+        (2, 10, 32)
+        >>> jax.tree.map(jnp.shape, variables["params"]["sampling_offsets"])
+        {'bias': (48,), 'kernel': (32, 48)}
+    """
+
+    embed_dim: int = 256
+    num_heads: int = 8
+    num_levels: int = 4
+    num_points: int | Sequence[int] = 4
+    method: str = "linear"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    offset_kernel_init: nn.initializers.Initializer = nn.initializers.zeros
+    offset_bias_init: nn.initializers.Initializer | None = None
+    attention_kernel_init: nn.initializers.Initializer = nn.initializers.zeros
+    attention_bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        query: jax.Array,
+        reference_points: jax.Array,
+        value: jax.Array,
+        spatial_shapes: Sequence[Sequence[int]],
+        padding_mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Let each query look at the maps: `(*batch, Q, embed_dim)`.
+
+        Args:
+            query: `(*batch, Q, embed_dim)`, position embeddings already added.
+            reference_points: `(*batch, Q, num_levels, 2)`, points (x, y), or `(*batch, Q, num_levels, 4)`, boxes (x, y, width,
+                height) by their centres; in [0, 1] inside a map. The axis of levels may be 1, batch axes 1 or missing.
+            value: `(*batch, S, embed_dim)`, the pixels of all levels one after another.
+            spatial_shapes: the maps' sizes, `((H1, W1), …)`, known when the function is traced; S is the sum of their products.
+            padding_mask: `(*batch, S)` of bools, True where a pixel is padding: its projected value is zero.
+
+        Raises:
+            ValueError: an option or argument does not fit; the message names it.
+            TypeError: an option or argument is of the wrong kind.
+        """
+        _ms_deform_attn.check_options(self)
+        call = _ms_deform_attn.check_call(self, query, reference_points, value, spatial_shapes, padding_mask)
+        points, wide = _ms_deform_attn.points(self), _ms_deform_attn.branch_dtype(self)
+        offset_inits = self.offset_kernel_init, self.offset_bias_init or _ms_deform_attn.directions(self)
+        attention_inits = self.attention_kernel_init, self.attention_bias_init
+        offset = self._dense("sampling_offsets", 2 * points, wide, *offset_inits)(call.query)
+        logits = self._dense("attention_weights", points, wide, *attention_inits)(call.query)
+        locations = _ms_deform_attn.locations(self, offset, call)
+        weights = _ms_deform_attn.weights(self, logits)
+        self.sow("intermediates", "sampling_locations", locations)
+        self.sow("intermediates", "sampling_weights", weights)
+
+        inits = self.kernel_init, self.bias_init
+        projected = self._dense("value_proj", self.embed_dim, self.dtype, *inits)(call.value)
+        y = _ms_deform_attn.attend(self, projected, call, locations, weights)
+        return self._dense("output_proj", self.embed_dim, self.dtype, *inits)(y)
+
+    @nn.nowrap
+    def _dense(self, name: str, features: int, dtype: Any, kernel_init: Any, bias_init: Any) -> nn.Dense:
+        return nn.Dense(
+            features,
+            dtype=dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            name=name,
+        )

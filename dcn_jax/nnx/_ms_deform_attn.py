@@ -1,0 +1,152 @@
+"""`MSDeformAttn` for `flax.nnx`: owns the parameters, and leaves the rest to `dcn_jax.ms_deform_attn`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dcn_jax import _extras, _ms_deform_attn
+
+try:
+    from flax import nnx
+except ModuleNotFoundError as error:
+    raise _extras.missing("dcn_jax.nnx", "flax") from error
+
+
+class MSDeformAttn(nnx.Module):
+    """Deformable DETR's attention: each query looks at a few points of maps of several scales, around its own.
+
+        Δ = sampling_offsets(query);  a = softmax(attention_weights(query));  v = value_proj(value)
+        out = output_proj(Σ_l Σ_p  a_lp · v_l(reference_l + Δ_lp · step_l))
+
+    The sum is `dcn_jax.ms_deform_attn`, by each of M heads at points of its own; the softmax is over all L · P points of
+    a head. Where a reference is a point, step is 1 / (width_l, height_l): Δ is in pixels of the level. Where it is a box,
+    (x, y, width, height), step is (width, height) / (2 P): the published start then lies within the box.
+
+    It adds nothing: neither position embeddings to `query`, nor the residual and dropout that mmcv's layer has inside.
+    At the start each head looks along a direction of its own, its p-th point p pixels away, and all count alike.
+
+    Parameters, by the published layer's names: `sampling_offsets`, `attention_weights`, `value_proj`, `output_proj`,
+    each with `kernel` and `bias`. Locations and weights are computed in float32 or wider. The layer sows them, as
+    `sampling_locations` `(*batch, Q, M, L, P, 2)`, in [0, 1] inside a map, and `sampling_weights` `(*batch, Q, M, L, P)`,
+    into "intermediates". (The name `attention_weights` is the projection's.)
+
+    Args:
+        embed_dim: E, channels of `query`, `value` and the result.
+        num_heads: M, groups of channels that each look at points of their own.
+        num_levels: L, how many maps there are.
+        num_points: P, points of a head on each level. One for each level, `(P1, …)`, where they differ (RT-DETRv2,
+            D-FINE); the points then lie one after another, and what is sown is `(*batch, Q, M, P1 + P2 + …[, 2])`.
+        method: how a map is read, "linear", "nearest" or "discrete", as in `dcn_jax.ms_deform_attn`.
+        dtype: of the computation; by default that of the input and parameters, promoted.
+        param_dtype: of the parameters.
+        precision: of the products of the four projections.
+        kernel_init: initializer of the kernels of `value_proj` and `output_proj`.
+        bias_init: initializer of their biases.
+        offset_kernel_init: initializer of `sampling_offsets.kernel`.
+        offset_bias_init: initializer of `sampling_offsets.bias`; by default the directions.
+        attention_kernel_init: initializer of `attention_weights.kernel`.
+        attention_bias_init: initializer of `attention_weights.bias`.
+        implementation: of the op: "xla", or None for the fastest that is sound.
+        rngs: where the initializers' random keys come from.
+
+    Raises:
+        ValueError: an option does not fit; the message names it.
+        TypeError: an option is of the wrong kind.
+
+    Source: Zhu et al., Deformable DETR (arXiv 2010.04159), and its published code.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from dcn_jax.nnx import MSDeformAttn
+        >>> layer = MSDeformAttn(embed_dim=32, num_heads=4, num_levels=2, num_points=3, rngs=nnx.Rngs(0))
+        >>> levels = (8, 12), (4, 6)
+        >>> query, value = jnp.ones((2, 10, 32)), jnp.ones((2, 8 * 12 + 4 * 6, 32))
+        >>> points = jnp.full((2, 10, 2, 2), 0.5)  # the middle of both maps, as (x, y)
+        >>> layer(query, points, value, levels).shape
+        (2, 10, 32)
+        >>> layer.sampling_offsets.kernel.shape
+        (32, 48)
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int | Sequence[int] = 4,
+        *,
+        method: str = "linear",
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: nnx.Initializer = nnx.initializers.xavier_uniform(),
+        bias_init: nnx.Initializer = nnx.initializers.zeros_init(),
+        offset_kernel_init: nnx.Initializer = nnx.initializers.zeros_init(),
+        offset_bias_init: nnx.Initializer | None = None,
+        attention_kernel_init: nnx.Initializer = nnx.initializers.zeros_init(),
+        attention_bias_init: nnx.Initializer = nnx.initializers.zeros_init(),
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_levels = num_levels
+        self.num_points = tuple(num_points) if isinstance(num_points, Sequence) else num_points
+        self.method = method
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.implementation = implementation
+        _ms_deform_attn.check_options(self)
+        points, wide = _ms_deform_attn.points(self), _ms_deform_attn.branch_dtype(self)
+        offset_bias_init = offset_bias_init or _ms_deform_attn.directions(self)
+        self.sampling_offsets = self._linear(2 * points, wide, offset_kernel_init, offset_bias_init, rngs)
+        self.attention_weights = self._linear(points, wide, attention_kernel_init, attention_bias_init, rngs)
+        self.value_proj = self._linear(embed_dim, dtype, kernel_init, bias_init, rngs)
+        self.output_proj = self._linear(embed_dim, dtype, kernel_init, bias_init, rngs)
+
+    def __call__(
+        self,
+        query: jax.Array,
+        reference_points: jax.Array,
+        value: jax.Array,
+        spatial_shapes: Sequence[Sequence[int]],
+        padding_mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Let each query look at the maps: `(*batch, Q, embed_dim)`.
+
+        Args:
+            query: `(*batch, Q, embed_dim)`, position embeddings already added.
+            reference_points: `(*batch, Q, num_levels, 2)`, points (x, y), or `(*batch, Q, num_levels, 4)`, boxes (x, y, width,
+                height) by their centres; in [0, 1] inside a map. The axis of levels may be 1, batch axes 1 or missing.
+            value: `(*batch, S, embed_dim)`, the pixels of all levels one after another.
+            spatial_shapes: the maps' sizes, `((H1, W1), …)`, known when the function is traced; S is the sum of their products.
+            padding_mask: `(*batch, S)` of bools, True where a pixel is padding: its projected value is zero.
+
+        Raises:
+            ValueError: an option or argument does not fit; the message names it.
+            TypeError: an option or argument is of the wrong kind.
+        """
+        call = _ms_deform_attn.check_call(self, query, reference_points, value, spatial_shapes, padding_mask)
+        locations = _ms_deform_attn.locations(self, self.sampling_offsets(call.query), call)
+        weights = _ms_deform_attn.weights(self, self.attention_weights(call.query))
+        # Only under nnx.capture, for the reasons that DeformConv gives.
+        if hasattr(self, "__captures__"):
+            self.sow(nnx.Intermediate, "sampling_locations", locations)
+            self.sow(nnx.Intermediate, "sampling_weights", weights)
+        return self.output_proj(_ms_deform_attn.attend(self, self.value_proj(call.value), call, locations, weights))
+
+    def _linear(self, features: int, dtype: Any, kernel_init: Any, bias_init: Any, rngs: nnx.Rngs) -> nnx.Linear:
+        return nnx.Linear(
+            self.embed_dim,
+            features,
+            dtype=dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            rngs=rngs,
+        )
