@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from dcn_jax.nnx import DeformConv
+from dcn_jax.nnx import DCNv3, DCNv4, DeformConv, MSDeformAttn
+from dcn_jax.nnx._dcn import Branch
 
 
 class Layout(NamedTuple):
@@ -40,12 +41,35 @@ LAYOUTS = {
 
 # What an array is called in PyTorch, by the variable's name here.
 _NAMES = {"kernel": "weight", "bias": "bias"}
+_BLEND = {name: name for name in ("center_feature_scale_proj_weight", "center_feature_scale_proj_bias")}
 NAMES = {
     nnx.Conv: _NAMES,
     nnx.Linear: _NAMES,
     DeformConv: _NAMES,
     nnx.BatchNorm: {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"},
+    nnx.LayerNorm: {"scale": "weight", "bias": "bias"},
+    DCNv3: _BLEND,
+    DCNv4: _BLEND,
 }
+
+# What a module's state in PyTorch holds beside, and nobody needs: counts of batches; RT-DETRv2's 1 / P of each point.
+_NOT_NEEDED = {nnx.BatchNorm: ("num_batches_tracked",), MSDeformAttn: ("n_points_scale", "num_points_scale")}
+
+
+def not_needed(module: Any) -> tuple[str, ...]:
+    """Names in PyTorch's state of a module that hold nothing learnt."""
+    return next((names for kind, names in _NOT_NEEDED.items() if isinstance(module, kind)), ())
+
+
+def module_key(owner: Any, key: Any) -> str:
+    """What the module at `key` of its owner is called in PyTorch; nothing where its contents are the owner's there."""
+    if isinstance(owner, nnx.Sequential) and key == "layers":
+        return ""
+    if isinstance(owner, Branch):
+        # There it is a Sequential, its second one too: of the norm and a transposition, before it or behind.
+        norm = "1.0" if isinstance(owner.norm, nnx.BatchNorm) else "1.1"
+        return {"conv": "0", "norm": norm, "act": "2"}.get(key, str(key))
+    return str(key)
 
 
 def find_layout(layer: str, names: Iterable[str]) -> Layout:

@@ -15,6 +15,8 @@ from dcn_jax.interop._layouts import (
     dilation_problems,
     find_layout,
     joined,
+    module_key,
+    not_needed,
     padding_problems,
     torch_axes,
 )
@@ -41,12 +43,15 @@ def from_torch(model: Model, state: Mapping[str, np.ndarray], *, prefix: str = "
     | "charlesshang" | as "mmcv", the branch called `conv_offset_mask.*` |
     | "legacy" | as "mmcv", the branch of `conv2` being its neighbour `conv2_offset.*` |
 
+    `DCNv3`, `DCNv4` and `MSDeformAttn` have the published names (`dw_conv.0` and `dw_conv.1.1` for `dw_conv.conv` and
+    `dw_conv.norm`); HF's, mmcv's and RT-DETRv2's attention have the same.
+
     The names say nothing of padding, of `mask_scale` or `max_offset`: make the layer with what it had. PyTorch has no
     "SAME" at a stride above 1, and pads less on the left than XLA would, so such a layer is refused.
 
     Args:
-        model: an `nnx.Module` of `nnx.Conv`, `nnx.Linear`, `nnx.BatchNorm` and `dcn_jax.nnx.DeformConv`, or one of them. It
-            may be abstract (`nnx.eval_shape`), which saves initializing it.
+        model: an `nnx.Module` of `nnx.Conv`, `nnx.Linear`, `nnx.BatchNorm`, `nnx.LayerNorm` and the layers of `dcn_jax.nnx`,
+            or one of them. It may be abstract (`nnx.eval_shape`), which saves initializing it.
         state: a PyTorch module's state, by name, as NumPy arrays (`{k: v.numpy() for k, v in module.state_dict().items()}`,
             or `read_checkpoint`). They are brought to the dtypes of the model.
         prefix: the name of the module in `state` that `model` stands for ("backbone."); names without it are left to
@@ -60,7 +65,7 @@ def from_torch(model: Model, state: Mapping[str, np.ndarray], *, prefix: str = "
             that PyTorch does not have. The message lists all of it, and the model is left as it was.
         TypeError: `model` is no `nnx.Module`.
 
-    Source: torchvision's and mmcv's modules, for names and orders.
+    Source: torchvision's and mmcv's modules, and the published ones, for names and orders.
 
     Example:
         >>> import numpy as np
@@ -77,8 +82,8 @@ def from_torch(model: Model, state: Mapping[str, np.ndarray], *, prefix: str = "
         ((3, 3, 4, 8), (3, 3, 4, 27))
     """
     prefix = prefix.removesuffix(".")
-    slots, problems, norms = _slots(model, prefix, lambda name: find_layout(name, state))
-    known = {name for each in slots for name in each.names} | {joined(norm, "num_batches_tracked") for norm in norms}
+    slots, problems, spare = _slots(model, prefix, lambda name: find_layout(name, state))
+    known = {name for each in slots for name in each.names} | spare
     unexpected = [name for name in state if name.startswith(f"{prefix}." * bool(prefix)) and name not in known]
     fill(slots, state, unexpected=unexpected, problems=problems)
     return model
@@ -100,7 +105,7 @@ def to_torch(model: nnx.Module, *, layout: str = "mmcv") -> dict[str, np.ndarray
         ValueError: `layout` is not known, or PyTorch has no counterpart for something in the model, which is named.
         TypeError: `model` is no `nnx.Module`.
 
-    Source: torchvision's and mmcv's modules, for names and orders.
+    Source: torchvision's and mmcv's modules, and the published ones, for names and orders.
 
     Example:
         >>> from flax import nnx
@@ -122,8 +127,8 @@ def to_torch(model: nnx.Module, *, layout: str = "mmcv") -> dict[str, np.ndarray
     return read(slots)
 
 
-def _slots(model: Any, prefix: str, layout_of: Callable[[str], Layout]) -> tuple[list[Slot], list[str], list[str]]:
-    """The slots of a model, what of it has no counterpart in PyTorch, and the names of its batch norms."""
+def _slots(model: Any, prefix: str, layout_of: Callable[[str], Layout]) -> tuple[list[Slot], list[str], set[str]]:
+    """The slots of a model, what of it has no counterpart in PyTorch, and names in PyTorch that are not needed."""
     learnt = dict(variables(model))
     nodes = dict(nnx.iter_graph(model))
     names = {path: _module_name(path, nodes, prefix) for path in nodes}
@@ -149,13 +154,12 @@ def _slots(model: Any, prefix: str, layout_of: Callable[[str], Layout]) -> tuple
             problems += padding_problems(names[path], node)
         if isinstance(node, DeformConv):
             problems += dilation_problems(names[path], node, layouts[path])
-    return slots, problems, [names[path] for path, node in nodes.items() if isinstance(node, nnx.BatchNorm)]
+    return slots, problems, {joined(names[path], own) for path, node in nodes.items() for own in not_needed(node)}
 
 
 def _module_name(path: tuple, nodes: Mapping[tuple, Any], prefix: str) -> str:
     """PyTorch's name of the module at a path."""
-    in_sequence = [key == "layers" and isinstance(nodes.get(path[:i]), nnx.Sequential) for i, key in enumerate(path)]
-    return joined(prefix, *(str(key) for key, skip in zip(path, in_sequence, strict=True) if not skip))
+    return joined(prefix, *(module_key(nodes.get(path[:i]), key) for i, key in enumerate(path)))
 
 
 def _modules(

@@ -105,7 +105,7 @@ class DCNv3(nnx.Module):
         _dcn.check_options(self)
         weights, rows = _dcn.weights(self), _dcn.square("kernel_size", kernel_size)
         size = rows if dw_kernel_size is None else _dcn.square("dw_kernel_size", dw_kernel_size)
-        self.dw_conv = _Branch(self, size, rngs)
+        self.dw_conv = Branch(self, size, rngs)
         self.offset = _zero_dense(self, 2 * weights, rngs)
         self.mask = _zero_dense(self, weights, rngs)
         self.input_proj = _projection(self, rngs)
@@ -254,7 +254,7 @@ class DCNv4(nnx.Module):
         return y if self.output_proj is None else self.output_proj(y)
 
 
-class _Branch(nnx.Module):
+class Branch(nnx.Module):
     """What DCNv3 makes offsets and weights of: a depthwise convolution, a norm and an activation."""
 
     def __init__(self, layer: Any, size: tuple[int, ...], rngs: nnx.Rngs):

@@ -36,8 +36,8 @@ class MSDeformAttn(nnx.Module):
         embed_dim: E, channels of `query`, `value` and the result.
         num_heads: M, groups of channels that each look at points of their own.
         num_levels: L, how many maps there are.
-        num_points: P, points of a head on each level. One for each level, `(P1, …)`, where they differ (RT-DETRv2,
-            D-FINE); the points then lie one after another, and what is sown is `(*batch, Q, M, P1 + P2 + …[, 2])`.
+        num_points: P, points of a head on each level. One for each level, `(P1, …)`, where they differ (RT-DETRv2); the
+            points then lie one after another, and what is sown is `(*batch, Q, M, P1 + P2 + …[, 2])`.
         method: how a map is read, "linear", "nearest" or "discrete", as in `dcn_jax.ms_deform_attn`.
         dtype: of the computation; by default that of the input and parameters, promoted.
         param_dtype: of the parameters.

@@ -283,11 +283,11 @@ def test_paddle_s_branch_has_no_dilation():
 
 def test_what_has_no_counterpart_is_named():
     model = nnx.Module()
-    model.norm = nnx.LayerNorm(3, rngs=nnx.Rngs(0))
+    model.norm = nnx.InstanceNorm(3, rngs=nnx.Rngs(0))
     model.kept = nnx.data({"scales": [nnx.Param(jnp.ones(2))]})
     with pytest.raises(ValueError, match="no counterpart in PyTorch") as caught:
         to_torch(model)
-    for line in (r"norm.scale \(3,\): of LayerNorm", r"norm.bias \(3,\)", r"kept.scales.0 \(2,\): of list"):
+    for line in (r"norm.scale \(3,\): of InstanceNorm", r"norm.bias \(3,\)", r"kept.scales.0 \(2,\): of list"):
         assert re.search(line, str(caught.value)), line
     with pytest.raises(ValueError, match=r"other \(3\)"):
         from_torch(model, {})
