@@ -70,7 +70,7 @@ def cpu_aims(rows: list[dict]) -> list[Aim]:
         ("forward_backward", 1.8, 3.0, 25, 0.75),
     ):
         label, five, kinds = spoken(mode), select(rows, FIVE, mode), select(rows, KINDS, mode)
-        to_plain, to_peer = ratios(five, "ms", "dense_ms"), ratios(five, "peer_ms", "ms")
+        to_plain, to_peer = ratios(five, "ms", "dense_ms"), ratios(five, "torchvision_ms", "ms")
         lean = ratios(select(rows, (*FIVE, *GROUPS), mode), "scratch_bytes", "columns_bytes")
         half = {row["workload"]: row["ms"] for row in select(rows, FIVE, mode, "bfloat16")}
         to_half = [half[row["workload"]] / row["ms"] for row in five if row["workload"] in half]
@@ -99,7 +99,7 @@ def gpu_aims(rows: list[dict]) -> list[Aim]:
         limit = 5e-3 if any(row.get("tf32") for row in exact) else 1e-5
         aims.append(Aim(f"{spoken(mode)}, float32", "relative error, worst", worst(errors), limit))
         for dtype, limit in (("float32", single), ("float16", half)):
-            least = min(ratios(select(rows, GPU, mode, dtype, "pallas"), "peer_ms", "ms"), default=None)
+            least = min(ratios(select(rows, GPU, mode, dtype, "pallas"), "torchvision_ms", "ms"), default=None)
             aims.append(Aim(f"{spoken(mode)}, {dtype}", "torchvision / ours, least", least, limit, at_most=False))
         ours = select(rows, GPU, mode, "bfloat16", "pallas")
         label = f"{spoken(mode)}, bfloat16"

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.floor import floor_ms, measure_rates
-from benchmarks.peer_process import Peer
-from benchmarks.programs import Program, make_program, parity, with_gradients
-from benchmarks.rows import EMPTY, STACK, reason
+from benchmarks.peers.process import PEERS, Peer
+from benchmarks.programs import Program, add_cotangent, deviation, make_program, parity, with_gradients
+from benchmarks.rows import EMPTY, STACK, fastest, reason
 from benchmarks.suites import Comparison
 from benchmarks.workloads import WORKLOADS, Workload
 
+SLOW = 6  # times the fastest run of a comparison: from here on a peer runs in fewer rounds
 VISITS = 3  # to each comparison, its rounds spread over them
 GPU_CACHE = 200e6  # bytes that rotated inputs exceed: four times an H100's L2
 
@@ -29,7 +30,7 @@ class Settings(NamedTuple):
     implementations: tuple[str, ...]
     repeats: int
     tf32: bool
-    peer: Peer | None
+    peers: dict[str, Peer]
 
     @property
     def precision(self) -> str | None:
@@ -38,7 +39,7 @@ class Settings(NamedTuple):
 
 
 class Case(NamedTuple):
-    """Whose run it is; the program is an implementation, "dense" or "peer"."""
+    """Whose run it is; the program is an implementation, "dense" or a peer."""
 
     workload: str
     dtype: str
@@ -58,22 +59,25 @@ class Measurement:
         self.rows, self.runs = rows, runs
         self.times: dict[Case, list[float]] = {case: [] for case in runs}
 
-    def take_turns(self, rounds: Sequence[int], peer_every: int, advance: Callable[[], None]) -> None:
-        """Time each run once a round, the peer's only in some, and update the rows' medians."""
-        calls = {}
+    def take_turns(self, rounds: Sequence[int], slow_every: int, advance: Callable[[], None]) -> None:
+        """Time each run once a round, slow peers' only in some, and update the rows' medians."""
+        took = {}
         for case, run in self.runs.items():
             run(1)
-            calls[case] = calls_for(run(1))
+            took[case] = run(1)
+        slow = {case for case in took if case.program in PEERS and took[case] > SLOW * min(took.values())}
         for turn in rounds:
             there_and_back = -1 if turn % 2 else 1  # no run always follows the same other
             for case in list(self.runs)[::there_and_back]:
-                if case.program != "peer" or turn % peer_every == 0:
-                    self.times[case].append(self.runs[case](calls[case]))
+                if turn % (slow_every if case in slow else 1) == 0:
+                    self.times[case].append(self.runs[case](calls_for(took[case])))
             advance()
         medians = {case: statistics.median(times) for case, times in self.times.items() if times}
         for row in self.rows:
-            programs = {"ms": row["implementation"], "dense_ms": "dense", "peer_ms": "peer"}
+            programs = {"ms": row["implementation"], "dense_ms": "dense", **{f"{peer}_ms": peer for peer in PEERS}}
             row |= {key: medians.get(Case(row["workload"], row["dtype"], p)) for key, p in programs.items()}
+            if peer := fastest(row, PEERS):
+                row |= {"peer": peer, **{f"peer_{key}": row.get(f"{peer}_{key}") for key in ("ms", "peak_bytes")}}
 
 
 def calls_for(milliseconds: float) -> int:
@@ -114,13 +118,6 @@ def prepare_workload(
     dense = make_program(plain, [arguments[:2] for arguments in inputs], mode)
     runs: dict[Case, Run] = {Case(name, dtype, "dense"): dense.run}
 
-    answer: dict[str, Any] = {"error": "not asked for"}
-    if settings.peer and with_peer:
-        label = f"{name}, {dtype}, {mode}"
-        answer = settings.peer.prepare(work, dtype, mode, len(inputs), label)
-        if "error" not in answer:
-            runs[Case(name, dtype, "peer")] = functools.partial(settings.peer.run, label)
-
     row = EMPTY | {
         "workload": name,
         "dtype": dtype,
@@ -128,8 +125,6 @@ def prepare_workload(
         "dense_compile_s": dense.compile_s,
         "dense_scratch_bytes": dense.scratch_bytes,
         "dense_peak_bytes": dense.peak_bytes,
-        "peer_peak_bytes": answer.get("peak_bytes"),
-        "peer_error": answer.get("error"),
         "columns_bytes": work.columns * jnp.dtype(dtype).itemsize,
         "tf32": settings.tf32,
         "device": settings.device_name,
@@ -137,6 +132,10 @@ def prepare_workload(
     }
     if mode == "forward":
         row["floor_ms"] = floor_ms(work, dtype, measure_rates(settings.device, dtype, settings.precision))
+    for peer in settings.peers.values() if with_peer else ():
+        facts, more = prepare_peer(peer, name, dtype, mode, inputs, settings)
+        row |= {f"{peer.name}_{key}": value for key, value in facts.items()}
+        runs |= more
     rows = [row | {"implementation": implementation} for implementation in settings.implementations]
     for row in rows:
         program = prepare_ours(row, inputs, settings)
@@ -162,6 +161,25 @@ def prepare_ours(row: dict, inputs: list[list[jax.Array]], settings: Settings) -
     if settings.device == "gpu":
         row["parity"] = parity(row["workload"], row["mode"], program)
     return program
+
+
+def prepare_peer(
+    peer: Peer, name: str, dtype: str, mode: str, inputs: list[list[jax.Array]], settings: Settings
+) -> tuple[dict[str, Any], dict[Case, Run]]:
+    """What there is to tell of a peer, and its run if its results are ours."""
+    work, first = WORKLOADS[name], inputs[:1]
+    (arguments,) = first if mode == "forward" else add_cotangent(work.deform_conv, first)
+    label = f"{name}, {dtype}, {mode}"
+    answer = peer.prepare(work, arguments, dtype, mode, len(inputs), label)
+    facts: dict[str, Any] = {key: answer.get(key) for key in ("error", "peak_bytes")}
+    if facts["error"]:
+        return facts, {}
+    # At a whole pixel two derivatives are right, and rounding puts a few positions there.
+    error = facts["parity"] = deviation(name, mode, arguments, answer["results"], 1 if mode == "forward" else 0.999)
+    rounded = dtype != "float32" or (settings.device == "gpu" and settings.tf32)
+    if error > (0.1 if rounded else 1e-4):
+        return facts | {"error": f"{peer.name} computes something else: its results are off by {error:.0e}"}, {}
+    return facts, {Case(name, dtype, peer.name): functools.partial(peer.run, label)}
 
 
 def make_inputs(work: Workload, dtype: str, device: str) -> list[list[jax.Array]]:

@@ -1,5 +1,6 @@
 """The picture: each time as a share of the plain convolution's."""
 
+from benchmarks.peers.process import PEERS
 from benchmarks.rows import ratio, spoken
 
 
@@ -14,8 +15,9 @@ def plot(rows: list[dict], path: str) -> None:
     for row in rows:
         place = row["workload"], row["mode"]
         series.setdefault(f"dcn_jax {row['implementation']}, {row['dtype']}", {})[place] = ratio(row, "ms", "dense_ms")
-        if row["peer_ms"]:
-            series.setdefault(f"torchvision, {row['dtype']}", {})[place] = ratio(row, "peer_ms", "dense_ms")
+        for peer in PEERS:
+            if row.get(f"{peer}_ms"):
+                series.setdefault(f"{peer}, {row['dtype']}", {})[place] = ratio(row, f"{peer}_ms", "dense_ms")
 
     thickness = 0.8 / len(series)
     canvas = Figure(figsize=(2 + 4 * len(modes), 1.5 + 0.12 * len(workloads) * (1 + len(series))), layout="constrained")

@@ -41,9 +41,10 @@ def amount(heading: str, key: str, form: str = "{:.2f}", unit: float = 1) -> Col
 FIGURES = (
     amount("ms", "ms"),
     speed("ours /\nplain", "ms", "dense_ms"),
-    speed("peer /\nours", "peer_ms", "ms", "{:.1f}"),
+    speed("peer /\nours", "peer_ms", "ms", "{:.2f}"),
     quotient("scratch /\ncolumns", "scratch_bytes", "columns_bytes", "{:.3f}"),
     amount("error", "parity", "{:.0e}"),
+    Column("peer", lambda row: row.get("peer") or "–"),
     amount("plain\nms", "dense_ms"),
     amount("peer\nms", "peer_ms"),
     quotient("ours /\nfloor", "ms", "floor_ms", "{:.1f}"),

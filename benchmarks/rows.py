@@ -2,11 +2,13 @@
 
 import math
 import statistics
+from collections.abc import Iterable
 from typing import Any
 
 STACK = "stack12"  # in place of a workload: 12 layers, which are compiled and not run
 
-# Times are of one call. "dense" is the plain convolution, "peer" is torchvision's op.
+# Times are of one call. "dense" is the plain convolution, "peer" the fastest of the peers; each of these
+# has keys of its own beside: torchvision_ms, torchvision_error, torchvision_parity, torchvision_peak_bytes.
 EMPTY: dict[str, Any] = {
     "workload": None,  # its name in workloads.py, or STACK
     "implementation": None,
@@ -14,6 +16,7 @@ EMPTY: dict[str, Any] = {
     "mode": None,  # "forward" or "forward_backward"
     "ms": None,
     "dense_ms": None,
+    "peer": None,
     "peer_ms": None,
     "compile_s": None,
     "scratch_bytes": None,
@@ -27,7 +30,6 @@ EMPTY: dict[str, Any] = {
     "columns_bytes": None,  # of the im2col columns, which neither of ours makes
     "tf32": None,  # whether the GPU may round the factors of float32 products
     "error": None,  # why this implementation has no figures
-    "peer_error": None,
     "device": None,
     "jax": None,
 }
@@ -41,6 +43,12 @@ def ratio(row: dict, above: str, below: str) -> float | None:
 def ratios(rows: list[dict], above: str, below: str) -> list[float]:
     """The ratio of each row that has one."""
     return [r for row in rows if (r := ratio(row, above, below)) is not None]
+
+
+def fastest(row: dict, peers: Iterable[str]) -> str | None:
+    """Which of the peers takes the least time, or None where none was measured."""
+    measured = [peer for peer in peers if row.get(f"{peer}_ms")]
+    return min(measured, key=lambda peer: row[f"{peer}_ms"], default=None)
 
 
 def geometric_mean(values: list[float]) -> float | None:

@@ -1,17 +1,19 @@
-"""Time `deform_conv` beside the plain convolution, and beside torchvision's op.
+"""Time `deform_conv` beside the plain convolution, and beside other libraries' op.
 
     python -m benchmarks.run --quick --workload small    # a first look
 
-Every figure is the median of many runs. Ours, the plain convolution's and
-torchvision's take turns, so that a machine that slows down slows them all, and
-each workload is visited three times, so that a few slow seconds do not decide
-its figure. "forward_backward" computes the result and the gradients of x,
-kernel, offset and mask (plain convolution: of x and kernel). torchvision runs
-in a Python of its own (--peer-python), with as many threads.
+Every figure is the median of many runs. Ours, the plain convolution's and the
+peers' take turns, so that a machine that slows down slows them all, and each
+workload is visited three times, so that a few slow seconds do not decide its
+figure. "forward_backward" computes the result and the gradients of x, kernel,
+offset and mask (plain convolution: of x and kernel). The peers are torchvision,
+onnxruntime and OpenVINO, as far as a Python of your choice has them
+(--peer-python): each runs in a process of its own, with as many threads, and
+counts only if its results are ours. The last two are for inference on a CPU.
 
 A terminal of 80 columns shows what matters most; a wider one shows more, and
 --json writes all. In the table,
-  plain    is the plain convolution, and peer is torchvision's op;
+  plain    is the plain convolution, and peer the fastest of the peers;
   scratch  is the memory beside arguments and results, columns that of the
            im2col columns, which neither of ours makes;
   error    (on a GPU) is the largest of result and gradients, against the XLA
@@ -39,7 +41,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.aims import AIMS, aims_table
 from benchmarks.measure import Measurement, Settings, compile_stack, prepare, visits
-from benchmarks.peer_process import Peer, peer_problem, threads
+from benchmarks.peers.process import PEERS, peer_problem, start_peers, threads
 from benchmarks.plot import plot
 from benchmarks.programs import MODES
 from benchmarks.report import print_results
@@ -77,7 +79,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = p.add_argument_group("how to time it").add_argument
     add("--device", choices=("cpu", "gpu"), metavar="NAME", help="cpu, gpu (default: JAX's own choice)")
-    peer_help = "a Python that has torchvision, to time its op too (default: with --device gpu this one, if it has it)"
+    peer_help = (
+        f"a Python that has {', '.join(PEERS)}, or some (default: with --device gpu this one, if it has torchvision)"
+    )
     add("--peer-python", metavar="PATH", help=peer_help)
     add("--repeats", type=int, default=20, metavar="N", help="rounds of runs (default: 20)")
     add("--quick", action="store_true", help="2 rounds, for a first look")
@@ -138,7 +142,7 @@ def problem_of(args: argparse.Namespace) -> str | None:
     if args.plot and Path(args.plot).suffix not in PICTURES:
         return f"--plot {args.plot}: wanted a name that ends in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}"
     if args.peer_python and (problem := peer_problem(args.peer_python)):
-        return f"--peer-python {args.peer_python}: {problem}; name a Python that has torchvision"
+        return f"--peer-python {args.peer_python}: {problem}; name a Python that has one"
     return None
 
 
@@ -149,7 +153,7 @@ def comparisons_of(args: argparse.Namespace) -> tuple[Comparison, ...]:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """What all measurements share; starts torchvision's process, if there is to be one."""
+    """What all measurements share; starts the peers' processes, if there are to be some."""
     gpu = args.device == "gpu"
     return Settings(
         device=args.device,
@@ -157,7 +161,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         implementations=tuple(args.implementation or (IMPLEMENTATIONS if gpu else ("xla",))),
         repeats=2 if args.quick else args.repeats,
         tf32=not args.no_tf32,
-        peer=Peer(args.peer_python, args.device, not args.no_tf32) if args.peer_python else None,
+        peers=start_peers(args.peer_python, args.device, not args.no_tf32) if args.peer_python else {},
     )
 
 
@@ -211,12 +215,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
 
     settings = settings_of(args)
     try:
-        peer = f"; {settings.peer.version}" if settings.peer else ""
-        console.print(f"{settings.device_name}; jax {jax.__version__}{peer}", highlight=False)
+        versions = [f"jax {jax.__version__}", *(peer.version or peer.problem for peer in settings.peers.values())]
+        console.print(f"{settings.device_name}; {', '.join(versions)}", highlight=False)
         rows = measure(args, settings, start + 60 * args.minutes, console)
     finally:
-        if settings.peer:
-            settings.peer.close()
+        for peer in settings.peers.values():
+            peer.close()
 
     print_results(rows, console)
     if args.suite in AIMS:

@@ -23,6 +23,8 @@ class Workload(NamedTuple):
     offset_groups: int = 1
     modulated: bool = True
 
+    op = "deform_conv"
+
     def __str__(self) -> str:
         """Sizes, channels in and out, window, and the options that are not the usual ones."""
         *sizes, channels = self.x
@@ -47,6 +49,21 @@ class Workload(NamedTuple):
     def columns(self) -> int:
         """Elements of the im2col columns: output positions x taps x channels."""
         return self.x[0] * math.prod(self.out_spatial) * math.prod(self.window) * self.x[-1]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the op is told beside its arrays."""
+        return {
+            "strides": self.strides,
+            "padding": self.padding,
+            "kernel_dilation": self.dilation,
+            "feature_group_count": self.groups,
+        }
+
+    @property
+    def two_axes(self) -> bool:
+        """Whether peers have an op for it."""
+        return len(self.window) == 2
 
     @property
     def flops(self) -> int:
@@ -76,16 +93,7 @@ class Workload(NamedTuple):
     def deform_conv(self, x, kernel, offset, mask=None, *, implementation=None, precision=None):
         """The deformable convolution of this workload."""
         return dcn_jax.deform_conv(
-            x,
-            kernel,
-            offset,
-            mask,
-            strides=self.strides,
-            padding=self.padding,
-            kernel_dilation=self.dilation,
-            feature_group_count=self.groups,
-            implementation=implementation,
-            precision=precision,
+            x, kernel, offset, mask, **self.options, implementation=implementation, precision=precision
         )
 
     def dense(self, x, kernel, *, precision=None):

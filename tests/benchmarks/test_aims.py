@@ -16,7 +16,7 @@ def _row(workload, mode, ms, dtype="float32", implementation="xla", **more):
 
 def test_aims_on_a_cpu():
     rows = [
-        _row(name, "forward", ms, dense_ms=10.0, peer_ms=200.0, scratch_bytes=3, columns_bytes=10)
+        _row(name, "forward", ms, dense_ms=10.0, torchvision_ms=200.0, scratch_bytes=3, columns_bytes=10)
         for name, ms in zip(FIVE, (10.0, 10.0, 10.0, 10.0, 20.0), strict=True)
     ]
     rows += [_row("small", "forward", 40.0, "bfloat16")]
@@ -40,7 +40,7 @@ def test_aims_on_a_cpu():
 
 
 def test_aims_on_a_gpu():
-    more = {"dense_ms": 1.0, "peer_ms": 20.0, "floor_ms": 0.5, "scratch_bytes": 1, "columns_bytes": 100}
+    more = {"dense_ms": 1.0, "torchvision_ms": 20.0, "floor_ms": 0.5, "scratch_bytes": 1, "columns_bytes": 100}
     rows = [_row("gpu-conv3", "forward", 2.0, dtype, "pallas", **more) for dtype in ("float32", "float16", "bfloat16")]
     aims = {aim.name: (aim.value, aim.verdict) for aim in gpu_aims(rows)}
     assert aims["forward, float32: torchvision / ours, least"] == (10.0, "reached")

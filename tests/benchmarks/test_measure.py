@@ -4,7 +4,7 @@ from benchmarks.measure import Case, Measurement, Settings, prepare_workload, vi
 
 
 def test_on_a_gpu_the_inputs_are_rotated_and_both_implementations_timed(tiny):
-    settings = Settings("gpu", "a stand-in", ("xla", "pallas"), 1, True, None)
+    settings = Settings("gpu", "a stand-in", ("xla", "pallas"), 1, True, {})
     rows, runs = prepare_workload("tiny", "bfloat16", "forward_backward", False, settings)
     assert [row["implementation"] for row in rows] == ["xla", "pallas"]
     program = runs[Case("tiny", "bfloat16", "xla")].__self__
@@ -23,23 +23,26 @@ def test_runs_take_turns_and_the_median_counts():
 
         return call
 
-    cases = {program: Case("w", "float32", program) for program in ("dense", "xla", "peer")}
+    programs = "dense", "xla", "onnxruntime", "torchvision"
+    cases = {program: Case("w", "float32", program) for program in programs}
     # Two runs warm each visit up; then one outlier, which the median ignores.
-    took = {"dense": [900.0] + 6 * [20.0], "xla": [900.0] + 6 * [20.0], "peer": [900.0, 20.0, 20.0]}
-    took = {program: [50.0, 50.0, *times, 50.0, 50.0, *(8 * [20.0])] for program, times in took.items()}
-    took["peer"].insert(3, 20.0)  # four even rounds in the first visit, three in the second
+    took = {program: [50.0, 50.0, 900.0, *(6 * [20.0]), 50.0, 50.0, *(8 * [20.0])] for program in programs}
+    took["torchvision"] = [500.0, 500.0, 900.0, *(3 * [250.0]), 500.0, 500.0, *(3 * [250.0])]  # in even rounds only
     runs = {case: run(case, iter(took[program])) for program, case in cases.items()}
     row = {"workload": "w", "dtype": "float32", "implementation": "xla"}
     measurement = Measurement([row], runs)
     for rounds in (range(7), range(7, 14)):
         measurement.take_turns(rounds, 2, lambda: None)
-    assert (row["ms"], row["dense_ms"], row["peer_ms"]) == (20.0, 20.0, 20.0)
+    assert (row["ms"], row["dense_ms"], row["torchvision_ms"], row["onnxruntime_ms"]) == (20.0, 20.0, 250.0, 20.0)
+    assert (row["peer"], row["peer_ms"]) == ("onnxruntime", 20.0)
     assert {case.program: len(times) for case, times in measurement.times.items()} == {
         "dense": 14,
         "xla": 14,
-        "peer": 7,
+        "onnxruntime": 14,
+        "torchvision": 7,
     }
-    assert order[6:11] == ["dense", "xla", "peer", "xla", "dense"]  # the peer in every other round
+    # there and back, and what is many times slower in every other round
+    assert order[8:15] == [*programs, "onnxruntime", "xla", "dense"]
 
 
 def test_every_comparison_is_visited_again():

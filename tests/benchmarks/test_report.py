@@ -15,6 +15,7 @@ from benchmarks.workloads import GPU, WORKLOADS
 MEASURED = {
     "ms": 1234.56,
     "dense_ms": 123.45,
+    "peer": "torchvision",
     "peer_ms": 12345.67,
     "compile_s": 12.34,
     "scratch_bytes": 123e6,
@@ -38,7 +39,7 @@ def rows_of(workloads, dtypes=("float32",), implementations=("xla",), modes=MODE
 
 SUITES = {
     "one": rows_of(["small"]),
-    "one, no peer": rows_of(["small"], peer_ms=None, peer_peak_bytes=None, parity=None),
+    "one, no peer": rows_of(["small"], peer=None, peer_ms=None, peer_peak_bytes=None, parity=None),
     "cpu": rows_of(WORKLOADS, parity=None, peer_peak_bytes=None),
     "reach": rows_of(WORKLOADS, DTYPES[:2]),
     "gpu": rows_of(GPU, DTYPES, ("xla", "pallas")),
@@ -73,7 +74,7 @@ def test_what_matters_most_fits_in_80_columns(suite, least):
 
 def test_a_narrow_terminal_says_what_a_wider_one_shows():
     narrow = " ".join(printed(SUITES["cpu"], 80).split())
-    assert "A wider terminal shows more: peer ms, ours / floor, compile s" in narrow
+    assert "A wider terminal shows more: peer, plain ms, peer ms, ours / floor, compile s" in narrow
     assert narrow.index("scratch /") < narrow.index("A wider terminal")
     wide = printed(SUITES["gpu"], 180)
     assert "A wider terminal" not in wide
