@@ -7,10 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import measure
 from benchmarks.measure import Settings, prepare_workload
 from benchmarks.peers.process import Peer
-from benchmarks.programs import deviation
+from benchmarks.programs import add_cotangent, deviation, exact
 from benchmarks.workloads import WORKLOADS, Workload
 
 STRANGE = Workload((2, 7, 6, 4), 6, window=(3, 2), strides=2, dilation=2, groups=2, offset_groups=4)
@@ -59,14 +58,14 @@ def test_a_peer_that_computes_something_else_has_an_error_and_no_time(tiny, wron
 
 
 def test_gradients_are_compared_but_for_a_few_at_the_kinks(tiny):
-    arguments = measure.add_cotangent(tiny.deform_conv, [tiny.arrays(0, "float32")])[0]
-    exact = jax.tree.leaves(measure.with_gradients(tiny.deform_conv)(*arguments))
-    kink = [np.array(a) for a in exact]
+    arguments = add_cotangent(tiny.deform_conv, [tiny.arrays(0, "float32")])[0]
+    right = jax.tree.leaves(exact("tiny", "forward_backward")(*arguments))
+    kink = [np.array(a) for a in right]
     kink[3][0, 0, 0, 0] += 1  # one of 360
-    assert deviation("tiny", "forward_backward", arguments, exact) < 1e-5
+    assert deviation("tiny", "forward_backward", arguments, right) < 1e-5
     assert deviation("tiny", "forward_backward", arguments, kink) > 1e-2
     assert deviation("tiny", "forward_backward", arguments, kink, 0.99) < 1e-5
-    assert deviation("tiny", "forward_backward", arguments, [*exact[:3], -exact[3], exact[4]], 0.99) > 1e-2
+    assert deviation("tiny", "forward_backward", arguments, [*right[:3], -right[3], right[4]], 0.99) > 1e-2
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import run
 from benchmarks.measure import Measurement
-from benchmarks.programs import add_cotangent, with_gradients
+from benchmarks.programs import add_cotangent, exact
 from benchmarks.workloads import WORKLOADS
 
 KEYS = {"workload", "implementation", "dtype", "mode", "ms", "dense_ms", "peer_ms", "compile_s", "scratch_bytes"}
@@ -41,14 +41,9 @@ def test_rows_of_both_modes_and_a_picture(tiny, tmp_path, capsys):
     (tmp_path / "python").write_text(FAKE_PEER)
     (tmp_path / "python").chmod(0o755)
     inputs = [tiny.arrays(0, "float32")]
-    results = {
-        "forward": [tiny.deform_conv(*inputs[0])],
-        "forward_backward": jax.tree.leaves(
-            with_gradients(tiny.deform_conv)(*add_cotangent(tiny.deform_conv, inputs)[0])
-        ),
-    }
-    for mode, arrays in results.items():
-        np.savez(tmp_path / f"{mode}.npz", *map(channels_first, arrays))
+    for mode, (arguments,) in {"forward": inputs, "forward_backward": add_cotangent(tiny.deform_conv, inputs)}.items():
+        results = jax.tree.leaves(exact("tiny", mode)(*arguments))
+        np.savez(tmp_path / f"{mode}.npz", *map(channels_first, results))
     rows = run.main(
         [
             *("--workload", "tiny", "tiny-1d", "--quick", "--peer-python", str(tmp_path / "python")),
