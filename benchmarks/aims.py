@@ -8,8 +8,10 @@ from typing import NamedTuple
 from rich.table import Table
 
 from benchmarks.report import STYLE
-from benchmarks.rows import STACK, geometric_mean, ratios, show, spoken
-from benchmarks.workloads import BATCHES, FIVE, GPU, GROUPS, KINDS, MAPS, WORKLOADS
+from benchmarks.rows import counted, fastest, geometric_mean, ratios, show, spoken
+from benchmarks.workloads import BATCHES, FIVE, GPU, GROUPS, KINDS, MAPS, TEN, WORKLOADS
+
+ENGINES = ("onnxruntime", "openvino")  # they have no gradients
 
 
 class Aim(NamedTuple):
@@ -85,9 +87,49 @@ def cpu_aims(rows: list[dict]) -> list[Aim]:
             Aim(label, f"an image's ms, batch 1 to 64, most / least {of_plain(batches)}", spread(batches), 1.5),
             Aim(label, f"a position's ms, map 14² to 224², most / least {of_plain(maps)}", spread(maps), 1.5),
         ]
-    stack = [row for row in rows if row["workload"] == STACK]
-    aims.append(Aim("compiling 12 layers", "ours / plain", worst(ratios(stack, "compile_s", "dense_compile_s")), 2))
+    return [*aims, compiling(rows, "stack12", 2)]
+
+
+def ahead_aims(rows: list[dict]) -> list[Aim]:
+    """What the XLA path should reach on a CPU beside engines that only infer, from the rows of the suite "ahead"."""
+    behind = sorted(
+        (row["ms"] / row[f"{engine}_ms"], row["workload"])
+        for row in select(rows, TEN, "forward")
+        if (engine := fastest(row, ENGINES))
+    )
+    to_engine, last = [value for value, _ in behind], behind[-1][1] if behind else "none"
+    batches, maps = select(rows, BATCHES, "forward"), select(rows, MAPS, "forward")
+    forward, both = "forward", spoken("forward_backward")
+
+    def to_plain(*names):
+        return ratios(select(rows, names, "forward_backward"), "ms", "dense_ms")
+
+    aims = [
+        Aim(
+            forward, f"ours / faster of {' and '.join(ENGINES)}, mean of {len(behind)}", geometric_mean(to_engine), 1.0
+        ),
+        Aim(forward, f"the same, worst of {len(behind)}: {last}", worst(to_engine), 1.25),
+        Aim(forward, f"an image's ms, batch 1 to 64, most / least {of_plain(batches)}", spread(batches), 1.5),
+        Aim(forward, f"a position's ms, map 14² to 224², most / least {of_plain(maps)}", spread(maps), 1.9),
+        Aim(both, f"ours / plain, mean of {len(to_plain(*FIVE))}", geometric_mean(to_plain(*FIVE)), 1.5),
+        Aim(both, f"ours / plain, {WORKLOADS['small']}", worst(to_plain("small")), 2.5),
+        Aim(both, f"ours / plain, {WORKLOADS['thin']}", worst(to_plain("thin")), 3.0),
+        compiling(rows, "stack1", 6),
+        compiling(rows, "stack12", 10),
+    ]
+    for dtype, limits in (("float32", (0.30, 0.75)), ("bfloat16", (0.60, 1.2))):
+        for mode, limit in zip(("forward", "forward_backward"), limits, strict=True):
+            lean = ratios(select(rows, TEN, mode, dtype), "scratch_bytes", "columns_bytes")
+            figure = f"{spoken(mode)}, {dtype}, worst of {len(lean)}"
+            aims.append(Aim("scratch / columns", figure, worst(lean), limit))
     return aims
+
+
+def compiling(rows: list[dict], stack: str, limit: float) -> Aim:
+    """The time to trace, lower and compile layers with gradients, beside the plain convolution's."""
+    found = [row for row in rows if row["workload"] == stack]
+    value = worst(ratios(found, "compile_s", "dense_compile_s"))
+    return Aim("trace, lower, compile, with gradients", f"{counted(stack)}, ours / plain", value, limit)
 
 
 def gpu_aims(rows: list[dict]) -> list[Aim]:
@@ -115,7 +157,7 @@ def gpu_aims(rows: list[dict]) -> list[Aim]:
     return aims
 
 
-AIMS = {"reach": cpu_aims, "gpu": gpu_aims}  # by suite
+AIMS = {"reach": cpu_aims, "ahead": ahead_aims, "gpu": gpu_aims}  # by suite
 
 
 def aims_table(aims: list[Aim]) -> Table:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from benchmarks.floor import floor_ms, measure_rates
 from benchmarks.peers.process import PEERS, Peer
 from benchmarks.programs import Program, add_cotangent, deviation, make_program, parity, with_gradients
-from benchmarks.rows import EMPTY, STACK, fastest, reason
+from benchmarks.rows import EMPTY, STACKS, fastest, reason
 from benchmarks.suites import Comparison
 from benchmarks.workloads import WORKLOADS, Workload
 
@@ -193,8 +193,9 @@ def make_inputs(work: Workload, dtype: str, device: str) -> list[list[jax.Array]
 # What is compiled and not run
 
 
-def compile_stack(settings: Settings) -> dict:
-    """A row with the seconds to trace and compile 12 layers with gradients; nothing runs."""
+def compile_stack(name: str, settings: Settings) -> dict:
+    """A row with the seconds to trace, lower and compile so many layers with gradients; nothing runs."""
+    layers = STACKS[name]
     work = WORKLOADS["conv4-224"]
     x, kernel, offset, mask = work.shapes("float32")
 
@@ -208,14 +209,14 @@ def compile_stack(settings: Settings) -> dict:
 
     stacks = {"compile_s": (ours, (kernel, offset, mask)), "dense_compile_s": (plain, kernel)}
     seconds: dict[str, list[float]] = {key: [] for key in stacks}
-    for _ in range(min(3, settings.repeats)):
+    for _ in range(min(3 if layers > 1 else 9, settings.repeats)):
         for key, (function, layer) in stacks.items():
             jax.clear_caches()
             start = time.perf_counter()
-            jax.jit(with_gradients(function)).lower(x, x, *[layer] * 12).compile()
+            jax.jit(with_gradients(function)).lower(x, x, *[layer] * layers).compile()
             seconds[key].append(time.perf_counter() - start)
     return EMPTY | {
-        "workload": STACK,
+        "workload": name,
         "implementation": "xla",
         "dtype": "float32",
         "mode": "forward_backward",

@@ -7,7 +7,7 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rows import STACK, geometric_mean, ratio, ratios, show, spoken
+from benchmarks.rows import STACKS, counted, geometric_mean, ratio, ratios, show, spoken
 
 # Without lines between columns: at 80 characters, each of them would cost a figure.
 STYLE = {"box": rich.box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
@@ -73,13 +73,13 @@ LABELS = (
 
 def print_results(rows: list[dict], console: Console) -> None:
     """Print the table of the rows, and below it what has no place in it."""
-    measured = [row for row in rows if row["workload"] != STACK]
+    measured = [row for row in rows if row["workload"] not in STACKS]
     if measured:
         print_table(measured, console)
     for row in rows:
-        if row["workload"] == STACK:
+        if row["workload"] in STACKS:
             console.print(
-                f"\ncompiling 12 layers, {spoken(row['mode'])}: {show(row['compile_s'])} s, "
+                f"\ncompiling {counted(row['workload'])}, {spoken(row['mode'])}: {show(row['compile_s'])} s, "
                 f"plain {show(row['dense_compile_s'])} s, ours / plain {show(ratio(row, 'compile_s', 'dense_compile_s'))}",
                 highlight=False,
             )

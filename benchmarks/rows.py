@@ -5,12 +5,12 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-STACK = "stack12"  # in place of a workload: 12 layers, which are compiled and not run
+STACKS = {"stack1": 1, "stack12": 12}  # in place of a workload: so many layers, which are compiled and not run
 
 # Times are of one call. "dense" is the plain convolution, "peer" the fastest of the peers; each of these
 # has keys of its own beside: torchvision_ms, torchvision_error, torchvision_parity, torchvision_peak_bytes.
 EMPTY: dict[str, Any] = {
-    "workload": None,  # its name in workloads.py, or STACK
+    "workload": None,  # its name in workloads.py, or a stack
     "implementation": None,
     "dtype": None,
     "mode": None,  # "forward" or "forward_backward"
@@ -64,6 +64,11 @@ def show(value: float | None, form: str = "{:.2f}") -> str:
 def spoken(mode: str) -> str:
     """The mode's name in a sentence."""
     return mode.replace("_", " + ")
+
+
+def counted(stack: str) -> str:
+    """A stack in words."""
+    return "1 layer" if STACKS[stack] == 1 else f"{STACKS[stack]} layers"
 
 
 def reason(error: Exception) -> str:

@@ -45,8 +45,8 @@ from benchmarks.peers.process import PEERS, peer_problem, start_peers, threads
 from benchmarks.plot import plot
 from benchmarks.programs import MODES
 from benchmarks.report import print_results
-from benchmarks.rows import reason, spoken
-from benchmarks.suites import DTYPES, SUITES, Comparison, singly
+from benchmarks.rows import STACKS, counted, reason, spoken
+from benchmarks.suites import COMPILED, DTYPES, SUITES, Comparison, singly
 from benchmarks.workloads import WORKLOADS
 
 IMPLEMENTATIONS = ("xla", "pallas")
@@ -75,7 +75,9 @@ def make_parser() -> argparse.ArgumentParser:
         choices=IMPLEMENTATIONS,
         help=f"{', '.join(IMPLEMENTATIONS)} (default: xla; both with --device gpu)",
     )
-    what.add_argument("--compile", action="store_true", help="also compile a stack of 12 layers, as suite reach does")
+    what.add_argument(
+        "--compile", action="store_true", help=f"also compile stacks of layers, as suites {' and '.join(COMPILED)} do"
+    )
 
     add = p.add_argument_group("how to time it").add_argument
     add("--device", choices=("cpu", "gpu"), metavar="NAME", help="cpu, gpu (default: JAX's own choice)")
@@ -193,9 +195,9 @@ def measure(args: argparse.Namespace, settings: Settings, deadline: float, conso
                 measurements[number].take_turns(rounds, max(1, settings.repeats // 7), advance)
                 if first:
                     rows += measurements[number].rows  # later visits improve their times
-            if args.compile or args.suite == "reach":
-                progress.update(task, description="compiling 12 layers")
-                rows.append(compile_stack(settings))
+            for stack in STACKS if args.compile or args.suite in COMPILED else ():
+                progress.update(task, description=f"compiling {counted(stack)}")
+                rows.append(compile_stack(stack, settings))
     except KeyboardInterrupt:
         console.print("interrupted: what follows is what was measured until then")
     return rows

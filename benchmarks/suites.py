@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks.workloads import BATCHES, FIVE, GPU, KINDS, MAPS, RESNET
+from benchmarks.workloads import BATCHES, FIVE, GPU, KINDS, MAPS, RESNET, TEN
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -25,11 +25,13 @@ def singly(workloads: Sequence[str], dtypes: tuple[str, ...] = ("float32",)) -> 
     return tuple(Comparison((name,), dtypes) for name in workloads)
 
 
+COMPILED = ("reach", "ahead")  # suites that compile stacks of layers too
 SUITES = {
     "cpu": singly([*FIVE, *(name for name in RESNET if name not in FIVE), "stride2", "dcnv1", *KINDS]),
     "five": singly(FIVE),
     "kinds": singly(KINDS),
     "scaling": (Comparison(BATCHES), Comparison(MAPS)),
     "reach": (*singly(FIVE, ("float32", "bfloat16")), *singly(KINDS), Comparison(BATCHES), Comparison(MAPS)),
+    "ahead": (*singly(TEN, ("float32", "bfloat16")), Comparison(BATCHES), Comparison(MAPS)),
     "gpu": singly(GPU, DTYPES),
 }

@@ -128,7 +128,11 @@ WORKLOADS = {
     "offset-groups4": Workload((4, 28, 28, 128), 128, offset_groups=4),
     "groups4-offset-groups4": Workload((4, 28, 28, 128), 128, groups=4, offset_groups=4),
     "groups32": Workload((4, 28, 28, 128), 128, groups=32),  # as in a ResNeXt
+    "offset-groups8": Workload((1, 64, 64, 64), 64, offset_groups=8),
+    "offset-groups16": Workload((1, 64, 64, 128), 64, offset_groups=16),
     "depthwise": Workload((4, 28, 28, 128), 128, groups=128),
+    # few channels on a large map: each row that is read is short
+    "thin": Workload((1, 256, 256, 16), 16),
     # one and three spatial axes
     "1d": Workload((8, 1024, 128), 128, window=(3,)),
     "3d": Workload((1, 16, 28, 28, 32), 32, window=(3, 3, 3)),
@@ -144,6 +148,7 @@ WORKLOADS = {
 
 # Sets of them
 FIVE = ("conv2-224", "conv3-224", "conv4-224", "conv4-detector", "small")
+TEN = (*FIVE, "groups4", "offset-groups4", "offset-groups8", "offset-groups16", "thin")
 RESNET = ("conv3-224", "conv4-224", "conv5-224", "conv3-detector", "conv4-detector", "conv5-detector")
 GROUPS = ("groups4", "offset-groups4", "groups4-offset-groups4")
 KINDS = (*GROUPS, "groups32", "depthwise", "1d", "3d")

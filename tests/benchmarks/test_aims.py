@@ -5,8 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from benchmarks.aims import aims_table, cpu_aims, gpu_aims
-from benchmarks.rows import STACK
+from benchmarks.aims import ahead_aims, aims_table, cpu_aims, gpu_aims
 from benchmarks.workloads import FIVE
 
 
@@ -21,7 +20,7 @@ def test_aims_on_a_cpu():
     ]
     rows += [_row("small", "forward", 40.0, "bfloat16")]
     rows += [_row("batch1", "forward", 1.0, dense_ms=3.0), _row("batch4", "forward", 2.0, dense_ms=8.0)]
-    rows += [_row(STACK, "forward_backward", None, compile_s=3.0, dense_compile_s=1.0)]
+    rows += [_row("stack12", "forward_backward", None, compile_s=3.0, dense_compile_s=1.0)]
     aims = {aim.name: aim for aim in cpu_aims(rows)}
     expected = {
         "forward: ours / plain, mean of 5": (2**0.2, "reached"),
@@ -30,7 +29,39 @@ def test_aims_on_a_cpu():
         "forward: scratch / columns, worst of 5": (0.3, "reached"),
         "forward: bfloat16 / float32, worst of 1": (2.0, "not reached"),
         "forward: an image's ms, batch 1 to 64, most / least (plain: 1.50)": (2.0, "not reached"),
-        "compiling 12 layers: ours / plain": (3.0, "not reached"),
+        "trace, lower, compile, with gradients: 12 layers, ours / plain": (3.0, "not reached"),
+    }
+    for name, (value, verdict) in expected.items():
+        aim = aims.pop(name)
+        assert aim.value == pytest.approx(value)
+        assert aim.verdict == verdict
+    assert {aim.verdict for aim in aims.values()} == {"not measured"}
+
+
+def test_aims_beside_engines():
+    rows = [
+        _row("small", "forward", 2.0, onnxruntime_ms=4.0, openvino_ms=8.0, torchvision_ms=0.1),
+        _row("groups4", "forward", 2.0, onnxruntime_ms=1.0, openvino_ms=9.0),
+        _row("thin", "forward", 9.0, torchvision_ms=1.0),  # no engine was there
+        _row("small", "forward_backward", 4.0, dense_ms=2.0, scratch_bytes=1, columns_bytes=2),
+        _row("conv2-224", "forward_backward", 1.0, dense_ms=2.0, scratch_bytes=3, columns_bytes=4),
+        _row("thin", "forward_backward", 7.0, dense_ms=2.0),
+        _row("thin", "forward_backward", 7.0, "bfloat16", scratch_bytes=4, columns_bytes=2),
+        _row("map14", "forward", 1.0, dense_ms=1.0),
+        _row("map28", "forward", 8.0, dense_ms=4.0),
+        _row("stack1", "forward_backward", None, compile_s=3.0, dense_compile_s=1.0),
+    ]
+    aims = {aim.name: aim for aim in ahead_aims(rows)}
+    expected = {
+        "forward: ours / faster of onnxruntime and openvino, mean of 2": (1.0, "reached"),
+        "forward: the same, worst of 2: groups4": (2.0, "not reached"),
+        "forward: a position's ms, map 14² to 224², most / least (plain: 1.00)": (2.0, "not reached"),
+        "forward + backward: ours / plain, mean of 2": (1.0, "reached"),
+        "forward + backward: ours / plain, 8×32×32, 32 → 32, 3×3": (2.0, "reached"),
+        "forward + backward: ours / plain, 1×256×256, 16 → 16, 3×3": (3.5, "not reached"),
+        "trace, lower, compile, with gradients: 1 layer, ours / plain": (3.0, "reached"),
+        "scratch / columns: forward + backward, float32, worst of 2": (0.75, "reached"),
+        "scratch / columns: forward + backward, bfloat16, worst of 1": (2.0, "not reached"),
     }
     for name, (value, verdict) in expected.items():
         aim = aims.pop(name)
@@ -51,7 +82,7 @@ def test_aims_on_a_gpu():
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 180])
-@pytest.mark.parametrize("aims", [cpu_aims([]), gpu_aims([])], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("aims", [cpu_aims([]), ahead_aims([]), gpu_aims([])], ids=["cpu", "ahead", "gpu"])
 def test_no_figure_is_cut(aims, width):
     console = Console(width=width, file=io.StringIO())
     console.print(aims_table(aims))
