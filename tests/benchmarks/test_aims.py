@@ -53,9 +53,9 @@ def test_aims_beside_engines():
     ]
     aims = {aim.name: aim for aim in ahead_aims(rows)}
     expected = {
-        "forward: ours / faster of onnxruntime and openvino, mean of 2": (1.0, "reached"),
-        "forward: the same, worst of 2: groups4": (2.0, "not reached"),
-        "forward: a position's ms, map 14² to 224², most / least (plain: 1.00)": (2.0, "not reached"),
+        "forward / faster of onnxruntime, openvino: mean of 2": (1.0, "reached"),
+        "forward / faster of onnxruntime, openvino: worst of 2: groups4": (2.0, "not reached"),
+        "forward, most / least: ms a position, map 14² to 224² (plain: 1.00)": (2.0, "not reached"),
         "forward + backward: ours / plain, mean of 2": (1.0, "reached"),
         "forward + backward: ours / plain, 8×32×32, 32 → 32, 3×3": (2.0, "reached"),
         "forward + backward: ours / plain, 1×256×256, 16 → 16, 3×3": (3.5, "not reached"),
