@@ -9,7 +9,7 @@ from rich.table import Table
 
 from benchmarks.report import STYLE
 from benchmarks.rows import counted, fastest, geometric_mean, ratios, show, spoken
-from benchmarks.workloads import BATCHES, FIVE, GPU, GROUPS, KINDS, MAPS, TEN, WORKLOADS
+from benchmarks.workloads import BATCHES, FAMILY, FIVE, GPU, GROUPS, KINDS, MAPS, TEN, WORKLOADS
 
 ENGINES = ("onnxruntime", "openvino")  # they have no gradients
 
@@ -53,9 +53,14 @@ def worst(values: list[float]) -> float | None:
     return max(values, default=None)
 
 
+def shape_of_x(row: dict) -> tuple[int, ...]:
+    """(batch, *spatial, C)."""
+    return WORKLOADS[row["workload"]].shapes(row["dtype"])[0].shape
+
+
 def spread(rows: list[dict], time: str = "ms") -> float | None:
     """The most time that a position takes over the least, among sizes of one kind."""
-    times = [row[time] / math.prod(WORKLOADS[row["workload"]].x[:-1]) for row in rows]
+    times = [row[time] / math.prod(shape_of_x(row)[:-1]) for row in rows]
     return max(times) / min(times) if len(times) > 1 else None
 
 
@@ -134,6 +139,22 @@ def compiling(rows: list[dict], stack: str, limit: float) -> Aim:
     return Aim("trace, lower, compile, with gradients", f"{counted(stack)}, ours / plain", value, limit)
 
 
+def family_aims(rows: list[dict]) -> list[Aim]:
+    """What the rest of the family should reach on a CPU, from the rows of the suite "family"."""
+    aims = []
+    for op in dict.fromkeys(WORKLOADS[name].op for name in FAMILY):
+        names = [name for name in FAMILY if WORKLOADS[name].op == op]
+        for mode, faster in (("forward", 2), ("forward_backward", 3)):
+            label, found = f"{op}, {spoken(mode)}", select(rows, names, mode)
+            if op.startswith("dcn"):
+                aims.append(Aim(label, "ours / the dense DCNv2, worst", worst(ratios(found, "ms", "dense_ms")), 1))
+            else:
+                least = min(ratios(found, "torch_ms", "ms"), default=None)
+                aims.append(Aim(label, "torch / ours, least", least, faster, at_most=False))
+            aims.append(Aim(label, "scratch / result, worst", worst(ratios(found, "scratch_bytes", "result_bytes")), 3))
+    return aims
+
+
 def gpu_aims(rows: list[dict]) -> list[Aim]:
     """What the fused kernels should reach on an H100, from the rows of the suite "gpu"."""
     aims = []
@@ -152,14 +173,14 @@ def gpu_aims(rows: list[dict]) -> list[Aim]:
             aims.append(Aim(label, "ours / floor, worst", worst(ratios(ours, "ms", "floor_ms")), 3))
             scratch = [row["scratch_bytes"] for row in ours]
         else:  # one float32 copy of x, where its gradient is summed, is allowed on top
-            scratch = [row["scratch_bytes"] - 4 * math.prod(WORKLOADS[row["workload"]].x) for row in ours]
+            scratch = [row["scratch_bytes"] - 4 * math.prod(shape_of_x(row)) for row in ours]
         shares = [size / row["columns_bytes"] for size, row in zip(scratch, ours, strict=True)]
         beyond = "" if mode == "forward" else " beyond x in float32"
         aims.append(Aim(label, f"scratch{beyond} / columns, worst", worst(shares), 0.02))
     return aims
 
 
-AIMS = {"reach": cpu_aims, "ahead": ahead_aims, "gpu": gpu_aims}  # by suite
+AIMS = {"reach": cpu_aims, "ahead": ahead_aims, "family": family_aims, "gpu": gpu_aims}  # by suite
 
 
 def aims_table(aims: list[Aim]) -> Table:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from benchmarks.convolution import Convolution
 from benchmarks.programs import Program
-from benchmarks.workloads import Workload
 
 
 class Rates(NamedTuple):
@@ -42,7 +42,7 @@ def measure_rates(device: str, dtype: str, precision: str | None) -> Rates:
     )
 
 
-def floor_ms(work: Workload, dtype: str, rates: Rates) -> float:
+def floor_ms(work: Convolution, dtype: str, rates: Rates) -> float:
     """The least milliseconds of a forward pass: its products, its corners, or its arguments."""
     itemsize = jnp.dtype(dtype).itemsize
     corners = work.columns * itemsize * 2 ** len(work.window)

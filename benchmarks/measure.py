@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from benchmarks.convolution import Convolution
 from benchmarks.floor import floor_ms, measure_rates
 from benchmarks.peers.process import PEERS, Peer
 from benchmarks.programs import Program, add_cotangent, deviation, make_program, parity, with_gradients
@@ -18,6 +19,7 @@ from benchmarks.suites import Comparison
 from benchmarks.workloads import WORKLOADS, Workload
 
 SLOW = 6  # times the fastest run of a comparison: from here on a peer runs in fewer rounds
+MEMORY_AND_COMPILING = "compile_s", "scratch_bytes", "peak_bytes"
 VISITS = 3  # to each comparison, its rounds spread over them
 GPU_CACHE = 200e6  # bytes that rotated inputs exceed: four times an H100's L2
 
@@ -114,23 +116,22 @@ def prepare_workload(
     """The rows of a workload, without their times, and the runs that will tell these."""
     work = WORKLOADS[name]
     inputs = make_inputs(work, dtype, settings.device)
-    plain = functools.partial(work.dense, precision=settings.precision)
-    dense = make_program(plain, [arguments[:2] for arguments in inputs], mode)
-    runs: dict[Case, Run] = {Case(name, dtype, "dense"): dense.run}
-
     row = EMPTY | {
         "workload": name,
         "dtype": dtype,
         "mode": mode,
-        "dense_compile_s": dense.compile_s,
-        "dense_scratch_bytes": dense.scratch_bytes,
-        "dense_peak_bytes": dense.peak_bytes,
-        "columns_bytes": work.columns * jnp.dtype(dtype).itemsize,
+        **work.sizes(dtype),
         "tf32": settings.tf32,
         "device": settings.device_name,
         "jax": jax.__version__,
     }
-    if mode == "forward":
+    runs: dict[Case, Run] = {}
+    if beside := work.beside(inputs):
+        function, arrays = beside
+        dense = make_program(functools.partial(function, precision=settings.precision), arrays, mode)
+        row |= {f"dense_{key}": getattr(dense, key) for key in MEMORY_AND_COMPILING}
+        runs[Case(name, dtype, "dense")] = dense.run
+    if mode == "forward" and isinstance(work, Convolution):
         row["floor_ms"] = floor_ms(work, dtype, measure_rates(settings.device, dtype, settings.precision))
     for peer in settings.peers.values() if with_peer else ():
         facts, more = prepare_peer(peer, name, dtype, mode, inputs, settings)
@@ -147,7 +148,7 @@ def prepare_workload(
 def prepare_ours(row: dict, inputs: list[list[jax.Array]], settings: Settings) -> Program | None:
     """Compile the row's implementation and note what that tells; if it cannot run, note why."""
     function = functools.partial(
-        WORKLOADS[row["workload"]].deform_conv,
+        WORKLOADS[row["workload"]].call,
         implementation=row["implementation"],
         precision=settings.precision,
     )
@@ -157,7 +158,7 @@ def prepare_ours(row: dict, inputs: list[list[jax.Array]], settings: Settings) -
     except Exception as error:  # whatever it is, it goes into the row and the others go on
         row["error"] = f"not available: {reason(error)}"
         return None
-    row |= {key: getattr(program, key) for key in ("compile_s", "scratch_bytes", "peak_bytes")}
+    row |= {key: getattr(program, key) for key in MEMORY_AND_COMPILING}
     if settings.device == "gpu":
         row["parity"] = parity(row["workload"], row["mode"], program)
     return program
@@ -168,7 +169,7 @@ def prepare_peer(
 ) -> tuple[dict[str, Any], dict[Case, Run]]:
     """What there is to tell of a peer, and its run if its results are ours."""
     work, first = WORKLOADS[name], inputs[:1]
-    (arguments,) = first if mode == "forward" else add_cotangent(work.deform_conv, first)
+    (arguments,) = first if mode == "forward" else add_cotangent(work.call, first)
     label = f"{name}, {dtype}, {mode}"
     answer = peer.prepare(work, arguments, dtype, mode, len(inputs), label)
     facts: dict[str, Any] = {key: answer.get(key) for key in ("error", "peak_bytes")}
@@ -196,12 +197,12 @@ def make_inputs(work: Workload, dtype: str, device: str) -> list[list[jax.Array]
 def compile_stack(name: str, settings: Settings) -> dict:
     """A row with the seconds to trace, lower and compile so many layers with gradients; nothing runs."""
     layers = STACKS[name]
-    work = WORKLOADS["conv4-224"]
+    work = Convolution((4, 14, 14, 256), 256)
     x, kernel, offset, mask = work.shapes("float32")
 
     def ours(x, *layers):
         for kernel, offset, mask in layers:
-            x = work.deform_conv(x, kernel, offset, mask, implementation="xla")
+            x = work.call(x, kernel, offset, mask, implementation="xla")
         return x
 
     def plain(x, *kernels):

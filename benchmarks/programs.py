@@ -68,7 +68,7 @@ def make_program(function: Callable, inputs: Sequence[Sequence[jax.Array]], mode
 @functools.cache
 def exact(name: str, mode: str) -> Callable:
     """The XLA implementation in full float32 products, compiled."""
-    function = functools.partial(WORKLOADS[name].deform_conv, implementation="xla", precision="highest")
+    function = functools.partial(WORKLOADS[name].call, implementation="xla", precision="highest")
     return jax.jit(function if mode == "forward" else with_gradients(function))
 
 

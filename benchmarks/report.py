@@ -43,6 +43,7 @@ FIGURES = (
     speed("ours /\nplain", "ms", "dense_ms"),
     speed("peer /\nours", "peer_ms", "ms", "{:.2f}"),
     quotient("scratch /\ncolumns", "scratch_bytes", "columns_bytes", "{:.3f}"),
+    quotient("scratch /\nresult", "scratch_bytes", "result_bytes"),
     amount("error", "parity", "{:.0e}"),
     Column("peer", lambda row: row.get("peer") or "–"),
     amount("plain\nms", "dense_ms"),

@@ -7,7 +7,7 @@ from typing import Any
 
 STACKS = {"stack1": 1, "stack12": 12}  # in place of a workload: so many layers, which are compiled and not run
 
-# Times are of one call. "dense" is the plain convolution, "peer" the fastest of the peers; each of these
+# Times are of one call. "dense" is the plain convolution (of a dcnv3 or dcnv4 the dense DCNv2), "peer" the fastest of the peers; each of these
 # has keys of its own beside: torchvision_ms, torchvision_error, torchvision_parity, torchvision_peak_bytes.
 EMPTY: dict[str, Any] = {
     "workload": None,  # its name in workloads.py, or a stack
@@ -27,7 +27,8 @@ EMPTY: dict[str, Any] = {
     "dense_peak_bytes": None,
     "peer_peak_bytes": None,
     "floor_ms": None,  # what a forward pass takes at the least, see floor.py
-    "columns_bytes": None,  # of the im2col columns, which neither of ours makes
+    "columns_bytes": None,  # of a convolution's im2col columns, which neither of ours makes
+    "result_bytes": None,  # of the result, of other ops
     "tf32": None,  # whether the GPU may round the factors of float32 products
     "error": None,  # why this implementation has no figures
     "device": None,

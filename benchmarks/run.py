@@ -157,13 +157,14 @@ def comparisons_of(args: argparse.Namespace) -> tuple[Comparison, ...]:
 def settings_of(args: argparse.Namespace) -> Settings:
     """What all measurements share; starts the peers' processes, if there are to be some."""
     gpu = args.device == "gpu"
+    ops = {WORKLOADS[name].op for comparison in comparisons_of(args) for name in comparison.workloads}
     return Settings(
         device=args.device,
         device_name=f"CPU, {threads()} threads" if args.device == "cpu" else jax.devices()[0].device_kind,
         implementations=tuple(args.implementation or (IMPLEMENTATIONS if gpu else ("xla",))),
         repeats=2 if args.quick else args.repeats,
         tf32=not args.no_tf32,
-        peers=start_peers(args.peer_python, args.device, not args.no_tf32) if args.peer_python else {},
+        peers=start_peers(args.peer_python, ops, args.device, not args.no_tf32) if args.peer_python else {},
     )
 
 

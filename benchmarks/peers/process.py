@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.convolution import Convolution
 from benchmarks.peers.onnx_model import write_model
 from benchmarks.programs import WARM_UP
 from benchmarks.workloads import Workload
@@ -26,14 +27,19 @@ class Kind(NamedTuple):
 
 
 PEERS = {
+    "torch": Kind(("grid_sample", "ms_deform_attn")),
     "torchvision": Kind(("deform_conv",)),
     "onnxruntime": Kind(("deform_conv",), gradients=False),
     "openvino": Kind(("deform_conv",), gradients=False),
 }
 
-# Peers have channels first: the axes of ours in their order, of the result and of each argument
-MAP, KERNEL = (0, 3, 1, 2), (3, 2, 0, 1)
-LAYOUTS = {"deform_conv": (MAP, MAP, KERNEL, MAP, MAP)}
+# Peers have maps with channels first: the axes of ours in their order, of the result and of each argument
+MAP, KERNEL, GRID = (0, 3, 1, 2), (3, 2, 0, 1), (0, 1, 2, 3)
+LAYOUTS = {
+    "deform_conv": (MAP, MAP, KERNEL, MAP, MAP),
+    "grid_sample": (MAP, MAP, GRID),
+    "ms_deform_attn": tuple(tuple(range(axes)) for axes in (3, 4, 6, 5)),  # as ours
+}
 
 
 class Peer:
@@ -73,7 +79,7 @@ class Peer:
         """Why the peer has no figure of this, or None."""
         if work.op not in self.kind.ops:
             return f"{self.name} has no {work.op}"
-        if not work.two_axes:
+        if isinstance(work, Convolution) and len(work.window) != 2:
             return f"{self.name}'s op has two spatial axes"
         if not self.kind.gradients and (dtype, mode, self.device) != ("float32", "forward", "cpu"):
             return f"{self.name} is asked for inference in float32 on a CPU"
@@ -141,6 +147,7 @@ def peer_problem(python: str) -> str | None:
     return None if importable(python) else f"has none of {', '.join(PEERS)}"
 
 
-def start_peers(python: str, device: str, allow_tf32: bool) -> dict[str, Peer]:
-    """Each peer that a Python has, in a process of its own."""
-    return {name: Peer(name, python, device, allow_tf32) for name in importable(python)}
+def start_peers(python: str, ops: set[str], device: str, allow_tf32: bool) -> dict[str, Peer]:
+    """Each peer that a Python has and that has one of the ops, in a process of its own."""
+    names = [name for name in importable(python) if ops.intersection(PEERS[name].ops)]
+    return {name: Peer(name, python, device, allow_tf32) for name in names}

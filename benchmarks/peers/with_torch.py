@@ -1,4 +1,4 @@
-"""torchvision's op, on a CPU or a GPU, with or without gradients."""
+"""torchvision's op and torch's own, on a CPU or a GPU, with or without gradients."""
 
 import functools
 
@@ -14,7 +14,26 @@ def deform_conv(x, kernel, offset, mask=None, *, strides, padding, kernel_dilati
     )
 
 
-OPS = {"deform_conv": deform_conv}
+def grid_sample(x, grid, *, align_corners):
+    """The op of torch."""
+    return torch.nn.functional.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=align_corners)
+
+
+def ms_deform_attn(value, locations, weights, *, spatial_shapes):
+    """Deformable DETR's attention by `grid_sample`, level after level, as its authors publish it for a CPU."""
+    batch, _, heads, channels = value.shape
+    levels = value.split([height * width for height, width in spatial_shapes], dim=1)
+    read = []
+    for level, (size, pixels) in enumerate(zip(spatial_shapes, levels, strict=True)):
+        maps = pixels.permute(0, 2, 3, 1).reshape(batch * heads, channels, *size)
+        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)  # (N M, Q, P, 2)
+        read.append(grid_sample(maps, grid, align_corners=False))  # (N M, D, Q, P)
+    weights = weights.transpose(1, 2).flatten(0, 1).flatten(-2)[:, None]  # (N M, 1, Q, L P)
+    y = (torch.stack(read, dim=-2).flatten(-2) * weights).sum(-1)  # (N M, D, Q)
+    return y.reshape(batch, heads * channels, -1).transpose(1, 2)
+
+
+OPS = {"deform_conv": deform_conv, "grid_sample": grid_sample, "ms_deform_attn": ms_deform_attn}
 
 
 def prepare(arrays, *, op, options, mode, dtype, device, copies, threads, allow_tf32, **_):

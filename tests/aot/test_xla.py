@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dcn_jax
-from benchmarks.workloads import Workload
+from benchmarks.convolution import Convolution
 from tests.support import aot
 from tests.support.cases import draw
 from tests.support.programs import collectives
@@ -73,8 +73,8 @@ def test_scratch(kind, name, mode):
 def test_batch_sharded_gradients_are_summed_once(kind, count, offset_groups):
     """Under plain `jit`: one sum over the devices for the gradient of the kernel, after the loop, and nothing else."""
     mesh = Mesh(np.array(device_of(kind, count)), ("data",))
-    workload = Workload((8, 32, 32, 64), 64, offset_groups=offset_groups)
-    op = functools.partial(workload.deform_conv, implementation="xla")
+    workload = Convolution((8, 32, 32, 64), 64, offset_groups=offset_groups)
+    op = functools.partial(workload.call, implementation="xla")
     x, kernel, offset, mask = (
         jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))
         for shape, spec in zip(workload.shapes(jnp.float32), (P("data"), P(), P("data"), P("data")), strict=True)

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from benchmarks.aims import ahead_aims, aims_table, cpu_aims, gpu_aims
+from benchmarks.aims import ahead_aims, aims_table, cpu_aims, family_aims, gpu_aims
 from benchmarks.workloads import FIVE
 
 
@@ -70,6 +70,21 @@ def test_aims_beside_engines():
     assert {aim.verdict for aim in aims.values()} == {"not measured"}
 
 
+def test_aims_of_the_family():
+    rows = [
+        _row("detr-encoder", "forward", 10.0, torch_ms=50.0, scratch_bytes=4, result_bytes=2),
+        _row("detr-decoder", "forward", 10.0, torch_ms=15.0, scratch_bytes=1, result_bytes=2),
+        _row("dcnv3-56", "forward_backward", 2.0, dense_ms=4.0),
+        _row("dcnv3-7", "forward_backward", 3.0, dense_ms=4.0),
+    ]
+    aims = {aim.name: (aim.value, aim.verdict) for aim in family_aims(rows)}
+    assert aims.pop("ms_deform_attn, forward: torch / ours, least") == (1.5, "not reached")
+    assert aims.pop("ms_deform_attn, forward: scratch / result, worst") == (2.0, "reached")
+    assert aims.pop("dcnv3, forward + backward: ours / the dense DCNv2, worst") == (0.75, "reached")
+    assert {verdict for _, verdict in aims.values()} == {"not measured"}
+    assert len(aims) == 13  # of 4 ops in 2 modes
+
+
 def test_aims_on_a_gpu():
     more = {"dense_ms": 1.0, "torchvision_ms": 20.0, "floor_ms": 0.5, "scratch_bytes": 1, "columns_bytes": 100}
     rows = [_row("gpu-conv3", "forward", 2.0, dtype, "pallas", **more) for dtype in ("float32", "float16", "bfloat16")]
@@ -82,7 +97,9 @@ def test_aims_on_a_gpu():
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 180])
-@pytest.mark.parametrize("aims", [cpu_aims([]), ahead_aims([]), gpu_aims([])], ids=["cpu", "ahead", "gpu"])
+@pytest.mark.parametrize(
+    "aims", [cpu_aims([]), ahead_aims([]), family_aims([]), gpu_aims([])], ids=["cpu", "ahead", "family", "gpu"]
+)
 def test_no_figure_is_cut(aims, width):
     console = Console(width=width, file=io.StringIO())
     console.print(aims_table(aims))

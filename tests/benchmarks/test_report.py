@@ -10,7 +10,7 @@ from benchmarks.programs import MODES
 from benchmarks.report import FIGURES, print_results
 from benchmarks.rows import EMPTY
 from benchmarks.suites import DTYPES
-from benchmarks.workloads import GPU, WORKLOADS
+from benchmarks.workloads import FAMILY, GPU, WORKLOADS
 
 MEASURED = {
     "ms": 1234.56,
@@ -42,6 +42,7 @@ SUITES = {
     "one, no peer": rows_of(["small"], peer=None, peer_ms=None, peer_peak_bytes=None, parity=None),
     "cpu": rows_of(WORKLOADS, parity=None, peer_peak_bytes=None),
     "reach": rows_of(WORKLOADS, DTYPES[:2]),
+    "family": rows_of(FAMILY, peer="torch", columns_bytes=None, result_bytes=100e6, floor_ms=None),
     "gpu": rows_of(GPU, DTYPES, ("xla", "pallas")),
     "no pallas": [*rows_of(GPU), *rows_of(GPU, implementations=("pallas",), error=f"not available: {CUT}")],
     "nothing": rows_of(GPU, ms=None, error="not available: it is out"),
@@ -78,7 +79,11 @@ def test_a_narrow_terminal_says_what_a_wider_one_shows():
     assert narrow.index("scratch /") < narrow.index("A wider terminal")
     wide = printed(SUITES["gpu"], 180)
     assert "A wider terminal" not in wide
-    assert all(wide.count(f" {line}") for column in FIGURES for line in column.heading.split("\n"))
+    shown = [column for column in FIGURES if column.heading != "scratch /\nresult"]
+    assert all(wide.count(f" {line}") for column in shown for line in column.heading.split("\n"))
+    family = printed(SUITES["family"], 180)
+    assert " result " in family
+    assert " columns " not in family
 
 
 def test_what_all_rows_share_is_in_the_title():

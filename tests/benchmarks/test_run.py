@@ -41,7 +41,7 @@ def test_rows_of_both_modes_and_a_picture(tiny, tmp_path, capsys):
     (tmp_path / "python").write_text(FAKE_PEER)
     (tmp_path / "python").chmod(0o755)
     inputs = [tiny.arrays(0, "float32")]
-    for mode, (arguments,) in {"forward": inputs, "forward_backward": add_cotangent(tiny.deform_conv, inputs)}.items():
+    for mode, (arguments,) in {"forward": inputs, "forward_backward": add_cotangent(tiny.call, inputs)}.items():
         results = jax.tree.leaves(exact("tiny", mode)(*arguments))
         np.savez(tmp_path / f"{mode}.npz", *map(channels_first, results))
     rows = run.main(
@@ -108,7 +108,7 @@ def test_a_python_without_a_peer_is_refused_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run.main(["--peer-python", str(tmp_path / "python")])
     said = capsys.readouterr().err
-    assert "has none of torchvision, onnxruntime, openvino; name a Python that has one" in said
+    assert "has none of torch, torchvision, onnxruntime, openvino; name a Python that has one" in said
     assert said.count("\n") == 1
 
 

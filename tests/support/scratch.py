@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from benchmarks.workloads import Workload
+from benchmarks.convolution import Convolution
 from tests.support.running import value_and_gradients
 
 # Of the columns, P · K · C float32 numbers
@@ -13,16 +13,16 @@ LIMITS = {"forward": 0.30, "forward + backward": 0.75}
 
 # A ResNet-50's conv4 in a detector, batch 8: its channels together, convolved in groups, and read in groups
 DETECTOR = {
-    "dense": Workload((8, 50, 76, 256), 256),
-    "groups": Workload((8, 50, 76, 256), 256, groups=4),
-    "offset groups": Workload((8, 50, 76, 256), 256, offset_groups=4),
+    "dense": Convolution((8, 50, 76, 256), 256),
+    "groups": Convolution((8, 50, 76, 256), 256, groups=4),
+    "offset groups": Convolution((8, 50, 76, 256), 256, offset_groups=4),
 }
 
 
 def share(compile, workload, mode):
     """Bytes of scratch over those of the columns; `compile(f, *shapes)` gives a compiled program. Nothing runs."""
     shapes = workload.shapes(jnp.float32)
-    forward = functools.partial(workload.deform_conv, implementation="xla")
+    forward = functools.partial(workload.call, implementation="xla")
     if mode == "forward":
         program = compile(forward, *shapes)
     else:
