@@ -43,14 +43,15 @@ def points(layer: Any) -> int:
 
 
 def branch_dtype(layer: Any) -> Any:
-    """What locations and weights are computed in: the layer's dtype, but float32 or wider; None goes by the arrays."""
+    """The dtype of locations and weights: the layer's, float32 or wider; None goes by the arrays."""
     return None if layer.dtype is None else wide(layer.dtype)
 
 
 def directions(layer: Any) -> Callable[..., jax.Array]:
     """The published initializer of the offsets' bias: each head has a direction.
 
-    Head m looks along (cos, sin) of m turns of 2π / M, put on a square; point p of a level is p + 1 pixels away.
+    Head m looks along (cos, sin) of m turns of 2π / M, put on a square; point p of a level is p + 1
+    steps away.
     """
     angles = 2 * np.pi / layer.num_heads * np.arange(layer.num_heads)
     directions = np.stack([np.cos(angles), np.sin(angles)], axis=-1)  # (M, 2)
@@ -142,9 +143,9 @@ def _check_padding_mask(given: Any, value: jax.Array) -> jax.Array:
 
 
 def locations(layer: Any, offset: jax.Array, call: Call) -> jax.Array:
-    """Where each point reads, `(*batch, Q, M, L, P, 2)`: its reference point, and its offset `(*batch, Q, M · T · 2)`.
+    """Where each point reads, from offsets `(*batch, Q, M · T · 2)`: `(*batch, Q, M, L, P, 2)`.
 
-    An offset is in pixels of its level from a point, and in P-ths of half a box's width and height from a box.
+    The step of an offset is a pixel of the level, or 1 / P of half a box's width and height.
     """
     dtype = wide(offset.dtype, call.reference_points.dtype)
     offset, reference = offset.astype(dtype), call.reference_points.astype(dtype)
@@ -160,7 +161,7 @@ def locations(layer: Any, offset: jax.Array, call: Call) -> jax.Array:
 
 
 def _each_point(layer: Any, per_level: jax.Array) -> jax.Array:
-    """What belongs to a level, for each of its points: `(…, L, 2)` -> `(…, 1, L, 1, 2)`, or `(…, 1, T, 2)`."""
+    """What a level has, for each of its points: `(…, L, 2)` -> `(…, 1, L, 1, 2)` or `(…, 1, T, 2)`."""
     if _check.is_int(layer.num_points):
         return per_level[..., None, :, None, :]
     counts = np.array(points_per_level(layer))
@@ -168,7 +169,7 @@ def _each_point(layer: Any, per_level: jax.Array) -> jax.Array:
 
 
 def weights(layer: Any, logits: jax.Array) -> jax.Array:
-    """How much each point counts, `(*batch, Q, M, L, P)`: a softmax over all points of a head, from `(*batch, Q, M · T)`."""
+    """A softmax over all points of a head: `(*batch, Q, M · T)` -> `(*batch, Q, M, L, P)`."""
     each = jax.nn.softmax(logits.reshape(*logits.shape[:-1], layer.num_heads, -1), axis=-1)
     return each.reshape(*logits.shape[:-1], *_points_shape(layer))
 
@@ -181,7 +182,7 @@ def _points_shape(layer: Any) -> tuple[int, ...]:
 
 
 def attend(layer: Any, value: jax.Array, call: Call, locations: jax.Array, weights: jax.Array) -> jax.Array:
-    """The sum over the points, of projected values `(*batch, S, E)` that are zero where they are padding: `(*batch, Q, E)`."""
+    """The sum over the points, of `value` `(*batch, S, E)`, projected, without padding: `(*batch, Q, E)`."""
     if call.padding_mask is not None:
         value = jnp.where(call.padding_mask[..., None], jnp.zeros((), value.dtype), value)
     return ms_deform_attn(

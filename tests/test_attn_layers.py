@@ -1,4 +1,4 @@
-"""MSDeformAttn, linen and nnx alike: torch's numbers, the published start, padding, precision, and errors."""
+"""MSDeformAttn, linen and nnx alike: torch's numbers, the published start, padding, errors."""
 
 import re
 
@@ -46,7 +46,7 @@ def test_torch_computes_the_same_with_the_same_gradients(framework, case, x64):
 
 @frameworks
 def test_a_fresh_layer_is_the_published_one(framework):
-    """Projections of Xavier's; no kernels in the branches; head m looks along a direction, its point p pixels away."""
+    """Projections of Xavier's, branches of zeros but for a direction for each head."""
     init, _, _ = make(framework, embed_dim=64, num_heads=8, num_levels=2, num_points=4)
     params = quick_jit(init)()
     for name in ("sampling_offsets", "attention_weights"):

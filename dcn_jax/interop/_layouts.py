@@ -52,7 +52,8 @@ NAMES = {
     DCNv4: _BLEND,
 }
 
-# What a module's state in PyTorch holds beside, and nobody needs: counts of batches; RT-DETRv2's 1 / P of each point.
+# What a module's state in PyTorch holds beside, and nobody needs: counts of batches; RT-DETRv2's
+# 1 / P of each point.
 _NOT_NEEDED = {nnx.BatchNorm: ("num_batches_tracked",), MSDeformAttn: ("n_points_scale", "num_points_scale")}
 
 
@@ -62,11 +63,12 @@ def not_needed(module: Any) -> tuple[str, ...]:
 
 
 def module_key(owner: Any, key: Any) -> str:
-    """What the module at `key` of its owner is called in PyTorch; nothing where its contents are the owner's there."""
+    """What the module at `key` of its owner is called in PyTorch; "" where there is none between."""
     if isinstance(owner, nnx.Sequential) and key == "layers":
         return ""
     if isinstance(owner, Branch):
-        # There it is a Sequential, its second one too: of the norm and a transposition, before it or behind.
+        # There it is a Sequential, whose second is one too: a norm, and a transposition before it
+        # (a layer norm's) or behind.
         norm = "1.0" if isinstance(owner.norm, nnx.BatchNorm) else "1.1"
         return {"conv": "0", "norm": norm, "act": "2"}.get(key, str(key))
     return str(key)

@@ -1,4 +1,4 @@
-"""`MSDeformAttn` for `flax.linen`: owns the parameters, and leaves the rest to `dcn_jax.ms_deform_attn`."""
+"""`MSDeformAttn` for `flax.linen`: owns the parameters, and leaves the rest to the op."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,30 +15,34 @@ except ModuleNotFoundError as error:
 
 
 class MSDeformAttn(nn.Module):
-    """Deformable DETR's attention: each query looks at a few points of maps of several scales, around its own.
+    """Deformable DETR's attention: each query looks at a few points of maps of several scales.
 
         Δ = sampling_offsets(query);  a = softmax(attention_weights(query));  v = value_proj(value)
         out = output_proj(Σ_l Σ_p  a_lp · v_l(reference_l + Δ_lp · step_l))
 
-    The sum is `dcn_jax.ms_deform_attn`, by each of M heads at points of its own; the softmax is over all L · P points of
-    a head. Where a reference is a point, step is 1 / (width_l, height_l): Δ is in pixels of the level. Where it is a box,
-    (x, y, width, height), step is (width, height) / (2 P): the published start then lies within the box.
+    The sum is `dcn_jax.ms_deform_attn`, by each of M heads at points of its own; the softmax is
+    over all L · P points of a head. Where a reference is a point, step is 1 / (width_l, height_l):
+    Δ is in pixels of the level. Where it is a box, (x, y, width, height), step is (width, height)
+    / (2 P). At the start each head looks along a direction of its own, its p-th point p steps away
+    (the last one at the edge of a box), and all points count alike.
 
-    It adds nothing: neither position embeddings to `query`, nor the residual and dropout that mmcv's layer has inside.
-    At the start each head looks along a direction of its own, its p-th point p pixels away, and all count alike.
+    It adds nothing: neither position embeddings to `query`, nor the residual and dropout that
+    mmcv's layer has inside.
 
-    Parameters, by the published layer's names: `sampling_offsets`, `attention_weights`, `value_proj`, `output_proj`,
-    each with `kernel` and `bias`. Locations and weights are computed in float32 or wider. The layer sows them, as
-    `sampling_locations` `(*batch, Q, M, L, P, 2)`, in [0, 1] inside a map, and `sampling_weights` `(*batch, Q, M, L, P)`,
-    into "intermediates". (The name `attention_weights` is the projection's.)
+    Parameters, by the published layer's names: `sampling_offsets`, `attention_weights`,
+    `value_proj`, `output_proj`, each with `kernel` and `bias`. Locations and weights are computed
+    in float32 or wider. The layer sows them into "intermediates", as `sampling_locations` `(*batch,
+    Q, M, L, P, 2)`, in [0, 1] inside a map, and `sampling_weights` `(*batch, Q, M, L, P)`: the name
+    `attention_weights` is the projection's.
 
     Attributes:
         embed_dim: E, channels of `query`, `value` and the result.
         num_heads: M, groups of channels that each look at points of their own.
         num_levels: L, how many maps there are.
-        num_points: P, points of a head on each level. One for each level, `(P1, …)`, where they differ (RT-DETRv2); the
-            points then lie one after another, and what is sown is `(*batch, Q, M, P1 + P2 + …[, 2])`.
-        method: how a map is read, "linear", "nearest" or "discrete", as in `dcn_jax.ms_deform_attn`.
+        num_points: P, points of a head on each level. One for each level, `(P1, …)`, where they
+            differ (RT-DETRv2); the points then lie one after another, and what is sown is
+            `(*batch, Q, M, P1 + P2 + …[, 2])`.
+        method: how a map is read, "linear", "nearest" or "discrete", as in the op.
         dtype: of the computation; by default that of the input and parameters, promoted.
         param_dtype: of the parameters.
         precision: of the products of the four projections.
@@ -96,11 +100,14 @@ class MSDeformAttn(nn.Module):
 
         Args:
             query: `(*batch, Q, embed_dim)`, position embeddings already added.
-            reference_points: `(*batch, Q, num_levels, 2)`, points (x, y), or `(*batch, Q, num_levels, 4)`, boxes (x, y, width,
-                height) by their centres; in [0, 1] inside a map. The axis of levels may be 1, batch axes 1 or missing.
+            reference_points: `(*batch, Q, num_levels, 2)`, points (x, y), or
+                `(*batch, Q, num_levels, 4)`, boxes (x, y, width, height) by their centres; in
+                [0, 1] inside a map. The axis of levels may be 1, batch axes 1 or missing.
             value: `(*batch, S, embed_dim)`, the pixels of all levels one after another.
-            spatial_shapes: the maps' sizes, `((H1, W1), …)`, known when the function is traced; S is the sum of their products.
-            padding_mask: `(*batch, S)` of bools, True where a pixel is padding: its projected value is zero.
+            spatial_shapes: the maps' sizes, `((H1, W1), …)`, known when the function is traced; S
+                is the sum of their products.
+            padding_mask: `(*batch, S)` of bools, True where a pixel is padding: its projected value
+                is zero.
 
         Raises:
             ValueError: an option or argument does not fit; the message names it.

@@ -1,4 +1,4 @@
-"""`from_torch`, `to_torch`, `to_linen` and `from_linen` of DCNv3, DCNv4 and MSDeformAttn, by the published names."""
+"""DCNv3, DCNv4 and MSDeformAttn to and from PyTorch and linen, by the published names."""
 
 import functools
 

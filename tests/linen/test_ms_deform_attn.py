@@ -1,4 +1,4 @@
-"""`dcn_jax.linen.MSDeformAttn` as a linen module: its options, collections, and linen's own transformations."""
+"""`dcn_jax.linen.MSDeformAttn` as a linen module: options, collections, transformations."""
 
 import dataclasses
 import functools

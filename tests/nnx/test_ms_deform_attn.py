@@ -1,4 +1,4 @@
-"""`dcn_jax.nnx.MSDeformAttn` as an nnx module: its options, state, and nnx's own transformations."""
+"""`dcn_jax.nnx.MSDeformAttn` as an nnx module: options, state, transformations."""
 
 import inspect
 

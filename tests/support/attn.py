@@ -1,4 +1,4 @@
-"""The layers MSDeformAttn of both kinds behind one face, and what torch computes of the published one: data/attn.npz."""
+"""MSDeformAttn of linen and nnx behind one face, and what torch computes of it: data/attn.npz."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def options(case):
 
 
 def stored(case, *names):
-    """Arrays of a case by name; those of INPUTS, their gradients `d_…`, `y` and its `cotangent`."""
+    """Arrays of a case by name; INPUTS, their gradients `d_…`, `y` and `cotangent`."""
     return [_FILE[f"{case}.{name}"] for name in names]
 
 
@@ -61,7 +61,7 @@ def draw(coordinates=2, *, batch=(2,), queries=5, embed_dim=8, seed=0):
 
 
 def linen(**made):
-    """(makes the parameters of a fresh layer, a function of parameters and arguments, the same for what is sown)."""
+    """(parameters of a fresh layer, a function of parameters and arguments, what that sows)."""
     layer = dcn_jax.linen.MSDeformAttn(**(SMALL | made))
     shapes = LEVELS[:1] * layer.num_levels
     pixels = layer.num_levels * LEVELS[0][0] * LEVELS[0][1]

@@ -1,10 +1,11 @@
-"""Compute attn.npz: the layer of Deformable DETR on weights that tests/support/seeded.py makes, in float64, with gradients.
+"""Compute attn.npz: Deformable DETR's layer on weights that tests/support/seeded.py makes, in float64.
 
     pip install numpy torch    # written with torch 2.14.1, NumPy 2.4.6
     python -m tests.support.data.make_attn    # from the root of the repository
 
-Written from the published formula over `torch.nn.functional.grid_sample`, under the names of the published modules
-(HF transformers' and mmcv's are the same). Options, inputs, outputs and the gradients of the inputs are stored.
+Written from the published formula over `torch.nn.functional.grid_sample`, under the names of the
+published modules (HF transformers' and mmcv's are the same). Options, inputs, outputs and the
+gradients of the inputs are stored.
 """
 
 import json
@@ -28,7 +29,7 @@ EMBED = 8
 
 
 class Attention(nn.Module):
-    """The layer, without the residual and the dropout that some have inside; True in the mask is padding."""
+    """The layer, without the residual and dropout that some have; True in the mask is padding."""
 
     def __init__(self, heads, points):
         super().__init__()
