@@ -1,5 +1,6 @@
 """MSDeformAttn, linen and nnx alike: torch's numbers, the published start, padding, errors."""
 
+import math
 import re
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from dcn_jax import ms_deform_attn
 from tests.support import attn
+from tests.support.programs import collectives
 from tests.support.running import assert_close, quick_jit
 
 pytestmark = pytest.mark.lenient
@@ -188,6 +190,31 @@ def test_symbolic_sizes():
     image, rest = np.split(value, [height * width], axis=1)
     y = exported.call(query, points, image.reshape(2, height, width, 8), rest)
     assert_close(y, apply(params, query, points, value, attn.LEVELS), 1e-6)
+
+
+@pytest.mark.slow
+def test_a_split_batch_asks_for_the_sums_of_gradients_alone():
+    init, apply, _ = make("nnx")
+    params, inputs = filled(init), attn.draw(batch=(8,))
+    padding = np.zeros(inputs[2].shape[:-1], bool)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = (jax.sharding.NamedSharding(mesh, spec) for spec in (jax.P("data"), jax.P()))
+    arguments = jax.device_put((*inputs, padding), split)
+
+    def forward(params, query, points, value, padding):
+        return apply(params, query, points, value, attn.LEVELS, padding)
+
+    def gradient(*arguments):
+        return jax.grad(lambda *a: (forward(*a, padding=arguments[-1]) ** 2).sum(), (0, 1, 2, 3))(*arguments[:-1])
+
+    def program(f, shardings):
+        return jax.jit(f, out_shardings=shardings).lower(jax.device_put(params, whole), *arguments).compile().as_text()
+
+    assert collectives(program(forward, split)) == []
+    sums = collectives(program(gradient, (whole, split, split, split)))
+    assert {opcode for opcode, _, _ in sums} == {"all-reduce"}
+    summed = sorted(math.prod(shape) for _, shapes, _ in sums for shape in shapes)
+    assert summed == sorted(p.size for p in jax.tree.leaves(params))
 
 
 # ---- errors
