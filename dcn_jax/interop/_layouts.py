@@ -41,13 +41,16 @@ LAYOUTS = {
 
 # What an array is called in PyTorch, by the variable's name here.
 _NAMES = {"kernel": "weight", "bias": "bias"}
+_NORM = {"scale": "weight", "bias": "bias"}
 _BLEND = {name: name for name in ("center_feature_scale_proj_weight", "center_feature_scale_proj_bias")}
 NAMES = {
     nnx.Conv: _NAMES,
     nnx.Linear: _NAMES,
     DeformConv: _NAMES,
-    nnx.BatchNorm: {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"},
-    nnx.LayerNorm: {"scale": "weight", "bias": "bias"},
+    nnx.BatchNorm: {**_NORM, "mean": "running_mean", "var": "running_var"},
+    nnx.LayerNorm: _NORM,
+    nnx.GroupNorm: _NORM,
+    nnx.Embed: {"embedding": "weight"},
     DCNv3: _BLEND,
     DCNv4: _BLEND,
 }

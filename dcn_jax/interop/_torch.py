@@ -50,8 +50,8 @@ def from_torch(model: Model, state: Mapping[str, np.ndarray], *, prefix: str = "
     "SAME" at a stride above 1, and pads less on the left than XLA would, so such a layer is refused.
 
     Args:
-        model: an `nnx.Module` of `nnx.Conv`, `nnx.Linear`, `nnx.BatchNorm`, `nnx.LayerNorm` and the layers of `dcn_jax.nnx`,
-            or one of them. It may be abstract (`nnx.eval_shape`), which saves initializing it.
+        model: an `nnx.Module` of `nnx.Conv`, `nnx.Linear`, `nnx.Embed`, `nnx.BatchNorm`, `nnx.LayerNorm`, `nnx.GroupNorm`
+            and the layers of `dcn_jax.nnx`, or one of them. It may be abstract (`nnx.eval_shape`), which saves initializing it.
         state: a PyTorch module's state, by name, as NumPy arrays (`{k: v.numpy() for k, v in module.state_dict().items()}`,
             or `read_checkpoint`). They are brought to the dtypes of the model.
         prefix: the name of the module in `state` that `model` stands for ("backbone."); names without it are left to

@@ -1,6 +1,7 @@
 """`from_torch` and `to_torch`: PyTorch's own numbers from its weights, exact round trips, and errors that list everything."""
 
 import functools
+import math
 import re
 
 import jax
@@ -279,6 +280,23 @@ def test_paddle_s_branch_has_no_dilation():
         from_torch(dilated(), interop.state("paddle"))
     branch = functools.partial(nnx.Conv, kernel_size=(3, 3), strides=2, padding=1)
     from_torch(dilated(offset_conv_cls=branch), interop.state("paddle"))
+
+
+def test_norms_and_embeddings_keep_their_axes():
+    """As DETR has them: an embedding's rows are not its columns, and a norm's scale is called weight."""
+    rngs = nnx.Rngs(0)
+    model = nnx.Dict(queries=nnx.Embed(5, 3, rngs=rngs), norm=nnx.GroupNorm(4, num_groups=2, rngs=rngs))
+    state = {
+        name: np.arange(1.0, 1 + math.prod(shape), dtype=np.float32).reshape(shape)
+        for name, shape in {"queries.weight": (5, 3), "norm.weight": (4,), "norm.bias": (4,)}.items()
+    }
+    filled = from_torch(model, state)
+    np.testing.assert_array_equal(filled.queries.embedding[...], state["queries.weight"])
+    np.testing.assert_array_equal(filled.norm.scale[...], state["norm.weight"])
+    back = to_torch(filled)
+    assert back.keys() == state.keys()
+    for name, array in state.items():
+        np.testing.assert_array_equal(back[name], array)
 
 
 def test_what_has_no_counterpart_is_named():
