@@ -2,13 +2,13 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rich.table import Table
 
 from benchmarks.report import STYLE
-from benchmarks.rows import counted, fastest, geometric_mean, ratios, show, spoken
+from benchmarks.rows import counted, geometric_mean, ratio, ratios, show, spoken
 from benchmarks.workloads import BATCHES, FAMILY, FIVE, GPU, GROUPS, KINDS, MAPS, TEN, WORKLOADS
 
 ENGINES = ("onnxruntime", "openvino")  # they have no gradients
@@ -51,6 +51,12 @@ def select(
 def worst(values: list[float]) -> float | None:
     """The largest of what was measured."""
     return max(values, default=None)
+
+
+def extreme(choose: Callable, rows: list[dict], above: str, below: str) -> tuple[float | None, str]:
+    """The largest or smallest of the ratios, and whose it is."""
+    found = [(value, row["workload"]) for row in rows if (value := ratio(row, above, below)) is not None]
+    return choose(found, default=(None, "none"))
 
 
 def shape_of_x(row: dict) -> tuple[int, ...]:
@@ -97,12 +103,11 @@ def cpu_aims(rows: list[dict]) -> list[Aim]:
 
 def ahead_aims(rows: list[dict]) -> list[Aim]:
     """What the XLA path should reach on a CPU beside engines that only infer, from the rows of the suite "ahead"."""
-    behind = sorted(
-        (row["ms"] / row[f"{engine}_ms"], row["workload"])
+    engines = [
+        row | {"engine_ms": min(filter(None, (row.get(f"{engine}_ms") for engine in ENGINES)), default=None)}
         for row in select(rows, TEN, "forward")
-        if (engine := fastest(row, ENGINES))
-    )
-    to_engine, last = [value for value, _ in behind], behind[-1][1] if behind else "none"
+    ]
+    to_engine, (most, last) = ratios(engines, "ms", "engine_ms"), extreme(max, engines, "ms", "engine_ms")
     batches, maps = select(rows, BATCHES, "forward"), select(rows, MAPS, "forward")
     beside, flat, both = (
         f"forward / faster of {', '.join(ENGINES)}",
@@ -114,8 +119,8 @@ def ahead_aims(rows: list[dict]) -> list[Aim]:
         return ratios(select(rows, names, "forward_backward"), "ms", "dense_ms")
 
     aims = [
-        Aim(beside, f"mean of {len(behind)}", geometric_mean(to_engine), 1.0),
-        Aim(beside, f"worst of {len(behind)}: {last}", worst(to_engine), 1.25),
+        Aim(beside, f"mean of {len(to_engine)}", geometric_mean(to_engine), 1.0),
+        Aim(beside, f"worst of {len(to_engine)}: {last}", most, 1.25),
         Aim(flat, f"ms an image, batch 1 to 64 {of_plain(batches)}", spread(batches), 1.5),
         Aim(flat, f"ms a position, map 14² to 224² {of_plain(maps)}", spread(maps), 1.9),
         Aim(both, f"ours / plain, mean of {len(to_plain(*FIVE))}", geometric_mean(to_plain(*FIVE)), 1.5),
@@ -147,11 +152,13 @@ def family_aims(rows: list[dict]) -> list[Aim]:
         for mode, faster in (("forward", 2), ("forward_backward", 3)):
             label, found = f"{op}, {spoken(mode)}", select(rows, names, mode)
             if op.startswith("dcn"):
-                aims.append(Aim(label, "ours / the dense DCNv2, worst", worst(ratios(found, "ms", "dense_ms")), 1))
+                most, name = extreme(max, found, "ms", "dense_ms")
+                aims.append(Aim(label, f"ours / the dense DCNv2, worst: {name}", most, 1))
             else:
-                least = min(ratios(found, "torch_ms", "ms"), default=None)
-                aims.append(Aim(label, "torch / ours, least", least, faster, at_most=False))
-            aims.append(Aim(label, "scratch / result, worst", worst(ratios(found, "scratch_bytes", "result_bytes")), 3))
+                least, name = extreme(min, found, "torch_ms", "ms")
+                aims.append(Aim(label, f"torch / ours, least: {name}", least, faster, at_most=False))
+            most, name = extreme(max, found, "scratch_bytes", "result_bytes")
+            aims.append(Aim(label, f"scratch / result, worst: {name}", most, 3))
     return aims
 
 

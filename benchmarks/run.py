@@ -1,4 +1,4 @@
-"""Time `deform_conv` beside the plain convolution, and beside other libraries' op.
+"""Time the ops beside the plain convolution and beside other libraries' ops.
 
     python -m benchmarks.run --quick --workload small    # a first look
 
@@ -10,12 +10,14 @@ offset and mask (plain convolution: of x and kernel). The peers are torchvision,
 onnxruntime and OpenVINO, as far as a Python of your choice has them
 (--peer-python): each runs in a process of its own, with as many threads, and
 counts only if its results are ours. The last two are for inference on a CPU.
+The family (--suite family) stands beside torch, DCNv3 and DCNv4 beside the
+dense DCNv2 of their shape, which is their "plain".
 
 A terminal of 80 columns shows what matters most; a wider one shows more, and
 --json writes all. In the table,
   plain    is the plain convolution, and peer the fastest of the peers;
   scratch  is the memory beside arguments and results, columns that of the
-           im2col columns, which neither of ours makes;
+           im2col columns, which neither of ours makes, result the result's;
   error    (on a GPU) is the largest of result and gradients, against the XLA
            implementation in full float32;
   floor    is the time of a forward pass's products or memory traffic at the

@@ -78,9 +78,9 @@ def test_aims_of_the_family():
         _row("dcnv3-7", "forward_backward", 3.0, dense_ms=4.0),
     ]
     aims = {aim.name: (aim.value, aim.verdict) for aim in family_aims(rows)}
-    assert aims.pop("ms_deform_attn, forward: torch / ours, least") == (1.5, "not reached")
-    assert aims.pop("ms_deform_attn, forward: scratch / result, worst") == (2.0, "reached")
-    assert aims.pop("dcnv3, forward + backward: ours / the dense DCNv2, worst") == (0.75, "reached")
+    assert aims.pop("ms_deform_attn, forward: torch / ours, least: detr-decoder") == (1.5, "not reached")
+    assert aims.pop("ms_deform_attn, forward: scratch / result, worst: detr-encoder") == (2.0, "reached")
+    assert aims.pop("dcnv3, forward + backward: ours / the dense DCNv2, worst: dcnv3-7") == (0.75, "reached")
     assert {verdict for _, verdict in aims.values()} == {"not measured"}
     assert len(aims) == 13  # of 4 ops in 2 modes
 
