@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.convolution import Convolution
 from benchmarks.measure import Settings, prepare_workload
-from benchmarks.peers.process import Peer
+from benchmarks.peers.process import Peer, start_peers
 from benchmarks.programs import add_cotangent, deviation, exact
 from benchmarks.workloads import WORKLOADS
 
@@ -55,13 +55,13 @@ class StandIn:
         return 1.0
 
 
-@pytest.mark.parametrize(("wrong", "error"), [(0, None), (0.01, "torchvision computes something else: ")])
-def test_a_peer_that_computes_something_else_has_an_error_and_no_time(tiny, wrong, error):
-    peer = StandIn(lambda *a: tiny.call(*a) + wrong)
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 0), ("float32", 0.01), ("bfloat16", 0.01), ("bfloat16", 1)])
+def test_a_peer_that_computes_something_else_has_an_error_and_no_time(tiny, dtype, error):
+    peer, wrong = StandIn(lambda *a: tiny.call(*a) + error), (dtype, error) in (("float32", 0.01), ("bfloat16", 1))
     settings = Settings("cpu", "a stand-in", ("xla",), 1, True, {"torchvision": peer})
-    (row,), runs = prepare_workload("tiny", "float32", "forward", True, settings)
-    assert (row["torchvision_parity"] > 1e-4) == bool(wrong)
-    assert (row["torchvision_error"] or "").startswith(error or "")
+    (row,), runs = prepare_workload("tiny", dtype, "forward", True, settings)
+    assert (row["torchvision_parity"] > 1e-4) == bool(error)
+    assert (row["torchvision_error"] or "").startswith("torchvision computes something else: " if wrong else "")
     assert {case.program for case in runs} == {"dense", "xla"} | (set() if wrong else {"torchvision"})
 
 
@@ -87,6 +87,10 @@ def test_gradients_are_compared_but_for_a_few_at_the_kinks(tiny):
 def test_what_a_peer_is_not_asked(start, work, dtype, mode, sentence):
     peer = start("onnxruntime")
     assert peer.prepare(work, [], dtype, mode, 1, "name") == {"error": sentence}
+
+
+def test_only_peers_that_have_the_op_are_started():
+    assert start_peers(sys.executable, {"an op that nobody has"}, "cpu", allow_tf32=False) == {}
 
 
 def test_a_peer_that_cannot_be_imported_says_so(tmp_path, monkeypatch, start):

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import run
 from benchmarks.measure import Measurement
 from benchmarks.programs import add_cotangent, exact
+from benchmarks.rows import EMPTY
 from benchmarks.workloads import WORKLOADS
 
 KEYS = {"workload", "implementation", "dtype", "mode", "ms", "dense_ms", "peer_ms", "compile_s", "scratch_bytes"}
@@ -144,6 +145,15 @@ def test_every_workload_is_visited_again(tiny, monkeypatch):
     monkeypatch.setattr(Measurement, "take_turns", noted)
     run.main(["--workload", "tiny", "tiny-1d", "--mode", "forward", "--repeats", "4"])
     assert visits == [(name, rounds) for rounds in ([0], [1], [2, 3]) for name in ("tiny", "tiny-1d")]
+
+
+@pytest.mark.parametrize("suite", ["reach", "ahead"])
+def test_suites_that_compile_stacks_too(tiny, monkeypatch, suite):
+    monkeypatch.setitem(run.SUITES, suite, run.singly(["tiny"]))
+    stack = EMPTY | {"mode": "forward_backward", "device": "a stand-in"}
+    monkeypatch.setattr(run, "compile_stack", lambda name, settings: stack | {"workload": name})
+    rows = run.main(["--suite", suite, "--quick", "--mode", "forward"])
+    assert [row["workload"] for row in rows] == ["tiny", "stack1", "stack12"]
 
 
 @pytest.mark.parametrize("option", ["--help", "--list"])
