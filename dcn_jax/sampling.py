@@ -152,10 +152,14 @@ def _sum_rows_jvp(span, primals, tangents):
     (features, at), (features_dot, at_dot) = primals, tangents
     y = sum_rows(features, at, span)
     index = jnp.stack(at.row)
-    # Behind the barrier, or XLA would keep the rows that y has read to save reading them again, which costs more.
-    again = zip(lax.optimization_barrier(index), at_dot.weight, strict=True)
-    read = [_spread(w, features) * _take(features, i, span) for i, w in again if not isinstance(w, SymbolicZero)]
-    y_dot = functools.reduce(operator.add, read, jnp.zeros_like(y))
+    moving = [i for i, w in enumerate(at_dot.weight) if not isinstance(w, SymbolicZero)]
+    y_dot = jnp.zeros_like(y)
+    if moving:
+        # Behind the barrier, or XLA would keep the rows that y has read to save reading them again, which costs more. And
+        # all corners at once: of a product for each, XLA's CPU backend would compile each.
+        again = lax.optimization_barrier(jnp.stack([at.row[i] for i in moving]))
+        spread = _spread(jnp.stack([at_dot.weight[i] for i in moving]), features)
+        y_dot = jnp.sum(spread * _take(features, again, span), axis=0)
     if not isinstance(features_dot, SymbolicZero):
         # All corners at once: the transpose is one scatter-add, where one a corner would each fill a map with zeros. And it
         # drops what is outside, where `_take` would have all points beyond a border add zeros to the same pixel.
