@@ -1,0 +1,55 @@
+"""A computation that is traced for one platform alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcn_jax._by_platform import Computation, by_platform
+
+PARTS = (("default", 1), ("cpu", 2), ("tpu", 3))
+
+
+def computation(traced):
+    """x³ · y times the number of parts, which `traced` collects: so each use shows its own number."""
+
+    def compute(parts, x, y):
+        traced.append(parts)
+        return parts * x**3 * y
+
+    def gradients(parts, active, bar, x, y):
+        return [jax.vjp(lambda *arrays: compute(parts, *arrays), x, y)[1](bar)[i] for i in active]
+
+    return Computation(compute, gradients, lambda x, y: x + y, PARTS, PARTS)
+
+
+@pytest.mark.parametrize(
+    ("platforms", "parts"), [(["cpu"], {2}), (["cuda"], {1}), (["tpu"], {3}), (["cpu", "tpu"], {2, 3})]
+)
+def test_only_the_platforms_that_are_lowered_for_are_traced(platforms, parts):
+    traced = []
+    call = jax.jit(lambda x: jax.vjp(lambda x: by_platform(computation(traced), x, x), x)[1](x))
+    x = jax.ShapeDtypeStruct((3,), jnp.float32)
+    jax.export.export(call, platforms=platforms)(x)
+    assert set(traced) == parts
+
+
+def test_derivatives_of_every_order_and_maps():
+    x, y = jnp.array([1.0, 2.0, 3.0]), jnp.array([2.0, 3.0, 4.0])
+    f = lambda x, y: by_platform(computation([]), x, y)  # noqa: E731
+    g = lambda x, y: 2 * x**3 * y  # noqa: E731
+    for derive in (
+        lambda f: f(x, y),
+        lambda f: jax.jvp(f, (x, y), (y, x))[1],
+        lambda f: jax.grad(lambda x: jnp.sum(jax.grad(lambda y: jnp.sum(f(x, y) ** 2))(y) ** 2))(x),
+        lambda f: jax.hessian(lambda x: jnp.sum(f(x, y)))(x),
+        lambda f: jax.vmap(jax.grad(f), in_axes=(0, None))(x, y[0]),
+    ):
+        np.testing.assert_allclose(jax.jit(lambda f=f, derive=derive: derive(f))(), derive(g), rtol=1e-5)
+
+
+def test_settings_are_those_of_the_call_and_not_of_the_lowering():
+    product = Computation(lambda _, x, y: x @ y, lambda *_: [], lambda x, y: x @ y, PARTS, PARTS)
+    with jax.default_matmul_precision("highest"):
+        traced = jax.jit(lambda x: by_platform(product, x, x)).trace(jnp.ones((2, 2)))
+    assert "HIGHEST" in traced.lower().as_text()
