@@ -8,7 +8,7 @@ def plot(rows: list[dict], path: str) -> None:
     """Draw each time over the plain convolution's as a bar from 1, one panel a mode."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if row["ms"] is not None]
+    rows = [row for row in rows if ratio(row, "ms", "dense_ms") is not None]
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     workloads = list(dict.fromkeys(row["workload"] for row in rows))
     series: dict[str, dict] = {}  # label to {(workload, mode): ratio}

@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         console.print("", aims_table(AIMS[args.suite](rows)), sep="\n")
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
-    if args.plot and any(row["ms"] is not None for row in rows):
+    if args.plot and any(row["ms"] and row["dense_ms"] for row in rows):
         plot(rows, args.plot)
     return rows
 

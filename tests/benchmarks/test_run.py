@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import run
+from benchmarks.family import GridSample
 from benchmarks.measure import Measurement
 from benchmarks.programs import add_cotangent, exact
 from benchmarks.rows import EMPTY
@@ -68,6 +69,16 @@ def test_rows_of_both_modes_and_a_picture(tiny, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "geometric mean" in printed
     assert "a stand-in" in printed
+
+
+def test_a_picture_leaves_out_what_has_no_plain_counterpart(monkeypatch, tmp_path, tiny):
+    monkeypatch.setitem(WORKLOADS, "tiny-grid", GridSample((1, 4, 5, 2)))
+    picture = tmp_path / "bars.png"
+    command = ["--mode", "forward", "--quick", "--plot", str(picture), "--workload"]
+    run.main([*command, "tiny-grid"])
+    assert not picture.exists()
+    run.main([*command, "tiny", "tiny-grid"])
+    assert picture.exists()
 
 
 def test_an_implementation_that_is_not_there_has_a_row_that_says_why(tiny, capsys):
