@@ -21,10 +21,10 @@ class Computation(NamedTuple):
     compute: Callable  # (parts, *arrays) -> array
     gradients: Callable  # (parts, active, cotangent, *arrays) -> those of the arrays whose numbers are active
     result_type: Callable  # (*arrays) -> an array of the type of the result
-    parts: tuple[tuple[str, int], ...]  # platform by platform; "default" is any that is not named
-    derivative_parts: tuple[tuple[str, int], ...]
+    parts: tuple[tuple[str, Any], ...]  # platform by platform; "default" is any that is not named
+    derivative_parts: tuple[tuple[str, Any], ...]
 
-    def __call__(self, parts: int, arrays: Sequence[Any]) -> list[Any]:
+    def __call__(self, parts: Any, arrays: Sequence[Any]) -> list[Any]:
         return [self.compute(parts, *arrays)]
 
 
@@ -45,8 +45,8 @@ class _Call(NamedTuple):
     """What is known of a call beside its arrays."""
 
     of: Callable  # (parts, arrays) -> arrays
-    parts: tuple[tuple[str, int], ...]
-    derivative_parts: tuple[tuple[str, int], ...]
+    parts: tuple[tuple[str, Any], ...]
+    derivative_parts: tuple[tuple[str, Any], ...]
     results: tuple[Any, ...]  # their types
     matmul_precision: str | None  # as set where the call is made; where it is lowered they may be others
     x64: bool
@@ -61,7 +61,7 @@ class _Tangents(NamedTuple):
     of: Callable
     active: tuple[int, ...]
 
-    def __call__(self, parts: int, arrays: Sequence[Any]) -> list[Any]:
+    def __call__(self, parts: Any, arrays: Sequence[Any]) -> list[Any]:
         count = len(arrays) - len(self.active)
         primals, tangents = arrays[:count], arrays[count:]
 
@@ -78,7 +78,7 @@ class _Transpose(NamedTuple):
     of: Callable
     linear: tuple[Any, ...]  # the type of each array that it is linear in; None for the others
 
-    def __call__(self, parts: int, arrays: Sequence[Any]) -> list[Any]:
+    def __call__(self, parts: Any, arrays: Sequence[Any]) -> list[Any]:
         types = [kind for kind in self.linear if kind is not None]
         count = len(self.linear) - len(types)
         fixed, cotangents = arrays[:count], arrays[count:]
@@ -101,7 +101,7 @@ class _Mapped(NamedTuple):
     size: Any
     spmd_axis_name: Any
 
-    def __call__(self, parts: int, arrays: Sequence[Any]) -> list[Any]:
+    def __call__(self, parts: Any, arrays: Sequence[Any]) -> list[Any]:
         of_one = functools.partial(self.of, parts)
         options = {"axis_size": self.size, "spmd_axis_name": self.spmd_axis_name}
         return jax.vmap(of_one, in_axes=(list(self.axes),), **options)(list(arrays))
@@ -122,7 +122,7 @@ def _run(*arrays, call: _Call):
     return call.of(_parts(call, jax.default_backend()), arrays)
 
 
-def _parts(call: _Call, platform: str) -> int:
+def _parts(call: _Call, platform: str) -> Any:
     parts = dict(call.parts)
     return parts.get(platform, parts["default"])
 
