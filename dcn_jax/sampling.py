@@ -136,21 +136,26 @@ def locate(points: Positions, scale: jax.Array | None, border: Border, method: s
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def sum_rows(features: jax.Array, at: Rows, span: tuple[Size, Size] | None = None) -> jax.Array:
+def sum_rows(
+    features: jax.Array, at: Rows, span: tuple[Size, Size] | None = None, summed: jax.Array | None = None
+) -> jax.Array:
     """Σ over corners of weight · (row of features, or zero outside): `(R, Cg)`, corners `(*query,)` -> `(*query, Cg)`.
 
     With a `span`, its first row and how many they are, the rows that are read are those of `features[first : first + count]`,
-    without a copy of them, and no more is touched by the derivative.
+    without a copy of them, and no more is touched by the derivative. With `summed`, `features` in a wider dtype, the
+    derivative is that with respect to it, and `features` has none.
     """
-    features = features.astype(_numerics.wide(features.dtype, at.weight[0].dtype))
-    read = [w[..., None].astype(features.dtype) * _take(features, i, span) for i, w in zip(*at, strict=True)]
+    dtype = _numerics.wide(features.dtype, at.weight[0].dtype)
+    read = [
+        w[..., None].astype(dtype) * _read(features, i, span, summed).astype(dtype) for i, w in zip(*at, strict=True)
+    ]
     return functools.reduce(operator.add, read)
 
 
 def _sum_rows_jvp(span, primals, tangents):
     """The derivative JAX would find, written so that its transpose is quick: no rows are kept, and one scatter adds all."""
-    (features, at), (features_dot, at_dot) = primals, tangents
-    y = sum_rows(features, at, span)
+    (features, at, summed), (features_dot, at_dot, summed_dot) = primals, tangents
+    y = sum_rows(features, at, span, summed)
     index = jnp.stack(at.row)
     moving = [i for i, w in enumerate(at_dot.weight) if not isinstance(w, SymbolicZero)]
     y_dot = jnp.zeros_like(y)
@@ -158,19 +163,35 @@ def _sum_rows_jvp(span, primals, tangents):
         # Behind the barrier, or XLA would keep the rows that y has read to save reading them again, which costs more. And
         # all corners at once: of a product for each, XLA's CPU backend would compile each.
         again = lax.optimization_barrier(jnp.stack([at.row[i] for i in moving]))
-        spread = _spread(jnp.stack([at_dot.weight[i] for i in moving]), features)
-        y_dot = jnp.sum(spread * _take(features, again, span), axis=0)
+        spread = _spread(jnp.stack([at_dot.weight[i] for i in moving]), y)
+        y_dot = jnp.sum(spread * _read(features, again, span, summed).astype(y.dtype), axis=0)
+    features_dot = features_dot if summed is None else summed_dot
     if not isinstance(features_dot, SymbolicZero):
         # All corners at once: the transpose is one scatter-add, where one a corner would each fill a map with zeros. And it
         # drops what is outside, where `_take` would have all points beyond a border add zeros to the same pixel.
         if span is not None:
             features_dot = lax.slice_in_dim(features_dot, span[0], span[0] + span[1])
         read = features_dot.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-        y_dot = y_dot + jnp.sum(jnp.stack(at.weight)[..., None].astype(features.dtype) * read, axis=0)
+        y_dot = y_dot + jnp.sum(jnp.stack(at.weight)[..., None].astype(y.dtype) * read, axis=0)
     return y, y_dot
 
 
 sum_rows.defjvp(_sum_rows_jvp, symbolic_zeros=True)
+
+
+def _read(features: jax.Array, index: jax.Array, span: tuple[Size, Size] | None, summed: jax.Array | None) -> jax.Array:
+    """`_take`, in the dtype of `summed` and with its derivative where it is given."""
+    return _take(features, index, span) if summed is None else _take_narrow(span, features, summed, index)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _take_narrow(span, features, summed, index):
+    return _take(features, index, span).astype(summed.dtype)
+
+
+@_take_narrow.defjvp
+def _take_narrow_jvp(span, primals, tangents):
+    return _take_narrow(span, *primals), _take(tangents[1], primals[2], span)
 
 
 def _take(features: jax.Array, index: jax.Array, span: tuple[Size, Size] | None) -> jax.Array:
@@ -200,7 +221,7 @@ def corners(
 
     `position` holds one for each spatial axis. Elementwise, so that it also serves inside a kernel.
     """
-    axes = [_neighbours(p, size, mode, method) for p, size, mode in zip(position, *border, strict=True)]
+    axes = [neighbours(p, size, mode, method) for p, size, mode in zip(position, *border, strict=True)]
     for corner in itertools.product(*axes):
         pixel, weights, reads = zip(*corner, strict=True)
         yield pixel, functools.reduce(operator.mul, weights), functools.reduce(operator.and_, reads)
@@ -210,7 +231,7 @@ def corners(
 _FAR = 2.0**30
 
 
-def _neighbours(position: Positions, size: Size, mode: str, method: str):
+def neighbours(position: Positions, size: Size, mode: str, method: str):
     """The pixels that a position on an axis reads, each (its index in the map, its weight, whether it is read)."""
     regular, offset = position
     # Before floor, where inf - floor(inf) would be NaN. By comparisons and not jnp.clip, because the minimum and maximum

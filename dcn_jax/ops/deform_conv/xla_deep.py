@@ -1,0 +1,82 @@
+"""A step of the sum on a CPU: all taps of a block of positions are read, and make one deep product."""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dcn_jax._numerics import wide
+from dcn_jax.geometry import Size, int32, regular_taps
+from dcn_jax.ops.deform_conv import xla_tap
+from dcn_jax.ops.deform_conv.call import Spec
+from dcn_jax.ops.deform_conv.xla_cut import Cut, Operands, sizes
+from dcn_jax.sampling import Border, Positions, locate
+
+
+def product(spec: Spec, cut: Cut, block: jax.Array, wholes: Operands) -> jax.Array:
+    """What all taps add to a block: `(G, B * size, F / G)`."""
+    groups, (taps, channels, features) = spec.feature_groups, wholes.matrices.shape
+    images, size, *_ = sizes(spec, cut, wholes)
+    depth = taps * channels
+    samples = _samples(spec, cut, size, wholes._replace(matrices=None), block).reshape(groups, images * size, depth)
+    matrices = wholes.matrices.astype(spec.dtype)
+    einsum: Any = partial(jnp.einsum, precision=spec.precision, preferred_element_type=spec.accumulate)
+    if groups == 1:
+        return einsum("nc,cf->nf", samples[0], matrices.reshape(depth, features))[None]
+    return einsum("gnc,cgf->gnf", samples, matrices.reshape(depth, groups, features // groups))
+
+
+def _read_block(spec: Spec, cut: Cut, size: Size, wholes: Operands, block: jax.Array) -> jax.Array:
+    """The samples of a block, of all taps, each group's together: `(G, B, size, K, channels read at one point …)`.
+
+    No axis is 1 long, for XLA's CPU backend would copy the samples.
+    """
+    window, batch_axes = spec.window, wholes.rows.ndim - 2
+    taps, groups = window.taps, math.lcm(spec.offset_groups, spec.feature_groups)
+
+    def take(array):  # (*B, P, OG, K * …) -> (*B, size, K, OG, …)
+        array = lax.dynamic_slice_in_dim(array, block * int32(size), size, batch_axes, allow_negative_indices=False)
+        array = array.reshape(*array.shape[: batch_axes + 1], spec.offset_groups, taps, array.shape[-1] // taps)
+        array = jnp.repeat(array, groups // spec.offset_groups, batch_axes + 1)
+        return array.swapaxes(batch_axes + 1, batch_axes + 2)
+
+    def by_group(rows):  # (*B, H * W * OG, Cg) -> (*B, H * W * groups, C / groups)
+        width = spec.offset_groups * rows.shape[-1] // groups
+        return rows.reshape(*rows.shape[:-2], math.prod(window.spatial) * groups, width)
+
+    first = xla_tap.first_positions(cut, block, size, window)
+    regular = first[:, None, None] + regular_taps(window).reshape(1, taps, 1, window.rank)  # (size, K, 1, n)
+    offset = take(wholes.offset).astype(wide(wholes.offset.dtype, jnp.finfo(spec.accumulate).dtype))
+    points = Positions(lax.expand_dims(regular, range(batch_axes)), offset)
+    scale = None if wholes.modulation is None else take(wholes.modulation)[..., 0]
+    at = locate(points, scale, Border(window.spatial, window.padding_mode))
+    summed = None if wholes.summed is None else by_group(wholes.summed)
+    samples = xla_tap.read_images(by_group(wholes.rows), summed, at)
+    # (B, size, K, groups, …), groups of features outside
+    several = spec.feature_groups, groups // spec.feature_groups
+    samples = samples.reshape(*samples.shape[:3], *several, samples.shape[-1]).astype(spec.dtype)
+    samples = samples.transpose(3, 0, 1, 2, 4, 5)
+    return jnp.squeeze(samples, [axis for axis, n in zip((0, 4), several, strict=True) if n == 1])
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _samples(spec: Spec, cut: Cut, size: Size, wholes: Operands, block: jax.Array) -> jax.Array:
+    """`_read_block`, as an array of its own in the shape it has."""
+    # XLA's CPU backend would join the reshaping for the product to the reading, find for each channel anew to which tap and
+    # group it belongs, and take three times as long. It does not reach into a branch; an optimization barrier it drops.
+    read = partial(_read_block, spec, cut, size)
+    wanted = jax.eval_shape(read, wholes, block)
+
+    def zeros(wholes, block):
+        del block
+        return jnp.zeros_like(wholes.rows, wanted.dtype, wanted.shape)
+
+    return lax.cond(block >= 0, read, zeros, wholes, block)
+
+
+@_samples.defjvp
+def _samples_jvp(spec, cut, size, primals, tangents):
+    return _samples(spec, cut, size, *primals), jax.jvp(partial(_read_block, spec, cut, size), primals, tangents)[1]

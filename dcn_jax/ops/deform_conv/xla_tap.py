@@ -1,0 +1,104 @@
+"""A step of the sum: one tap of a block of positions."""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dcn_jax._numerics import wide
+from dcn_jax.geometry import Size, Window, int32, regular_positions, regular_taps
+from dcn_jax.ops.deform_conv.call import Spec
+from dcn_jax.ops.deform_conv.xla_cut import Cut, Operands, batch_of, depthwise, sizes
+from dcn_jax.sampling import Border, Positions, Rows, locate, sum_rows
+
+
+def product(spec: Spec, cut: Cut, block: jax.Array, tap: jax.Array, wholes: Operands) -> jax.Array:
+    """What a tap adds to a block: `(B * size, F)`; by offset groups, `(B * size, OG, F / OG)`, where channels are apart."""
+    points, scale = locate_tap(spec, cut, block, tap, wholes)
+    border = Border(spec.window.spatial, spec.window.padding_mode)
+    samples = read_images(wholes.rows, wholes.summed, locate(points, scale, border))
+    return multiply(spec, samples.reshape(math.prod(samples.shape[:2]), *samples.shape[2:]), matrix_of(wholes, tap))
+
+
+def locate_tap(spec: Spec, cut: Cut, block, tap, wholes: Operands) -> tuple[Positions, jax.Array | None]:
+    """Where a tap reads for the positions of a block, `(*B, size, OG, n)`, and its modulations `(*B, size, OG)`."""
+    window, (_, size, *_) = spec.window, sizes(spec, cut, wholes)
+    batch_axes = len(batch_of(wholes))
+    take = partial(_take, batch_axes=batch_axes, size=size, window=window)
+    regular = lax.expand_dims(_regular(cut, block, tap, size, window), range(batch_axes))
+    offset = take(wholes.offset, block, tap).astype(wide(wholes.offset.dtype, jnp.finfo(spec.accumulate).dtype))
+    scale = None if wholes.modulation is None else take(wholes.modulation, block, tap)[..., 0]
+    return Positions(regular, offset), scale
+
+
+def matrix_of(wholes: Operands, tap: jax.Array) -> jax.Array:
+    """A tap's matrix: `(C / groups, F)`."""
+    return lax.dynamic_index_in_dim(wholes.matrices, tap, keepdims=False, allow_negative_indices=False)
+
+
+def _take(array: jax.Array, block, tap, *, batch_axes: int, size: Size, window: Window) -> jax.Array:
+    """What one block and tap need of whole blocks: `(*B, blocks * size, OG, K * …)` -> `(*B, size, OG, …)`."""
+    batch, several = array.shape[:batch_axes], array.shape[batch_axes + 1 : -1]
+    width, zero = array.shape[-1] // window.taps, jnp.zeros_like(tap)
+    start = [*[zero] * batch_axes, block * int32(size), *[zero] * len(several), tap * width]
+    step = lax.dynamic_slice(array, start, (*batch, size, *several, width), allow_negative_indices=False)
+    return step.reshape(*batch, size, *(several or (1,)), width)
+
+
+def _regular(cut: Cut, block, tap, size: Size, window: Window) -> jax.Array:
+    """Where a tap reads for the positions of a block, before its offset: `(size, 1, n)`, in int32."""
+    reach = lax.dynamic_index_in_dim(regular_taps(window), tap, allow_negative_indices=False)  # (1, n)
+    return (first_positions(cut, block, size, window) + reach)[:, None]
+
+
+def first_positions(cut: Cut, block, size: Size, window: Window) -> jax.Array:
+    """Where the first tap of each position of a block reads, before its offset: `(size, n)`, in int32."""
+    positions = regular_positions(window).reshape(math.prod(window.out_spatial), window.rank)
+    start = [block * int32(size), jnp.zeros_like(block)]
+    positions = pad(positions, 0, cut.blocks * size)
+    return lax.dynamic_slice(positions, start, (size, window.rank), allow_negative_indices=False)
+
+
+def pad(array: jax.Array, axis: int, length: Size) -> jax.Array:
+    """`array` with zeros appended along an axis, which is then `length` long."""
+    return jnp.pad(array, [(0, length - n if a == axis else 0) for a, n in enumerate(array.shape)])
+
+
+def read_images(rows: jax.Array, summed: jax.Array | None, at: Rows) -> jax.Array:
+    """The samples of maps `(*B, R, Cg)` at rows `(*B, …)`, some of whose batch axes are to be repeated: `(B, …, Cg)`."""
+    rows, summed, at = one_batch_axis(rows, summed, at)
+    return jax.vmap(lambda rows, summed, at: sum_rows(rows, at, None, summed))(rows, summed, at)
+
+
+def one_batch_axis(rows: jax.Array, summed: jax.Array | None, at: Rows) -> tuple[jax.Array, jax.Array | None, Rows]:
+    """Maps and rows with their batch axes as one, and what is shared repeated."""
+    batch = rows.shape[:-2]
+
+    def one_axis(array, wanted):
+        return jnp.broadcast_to(array, wanted).reshape(math.prod(batch), *wanted[len(batch) :])
+
+    at = jax.tree.map(lambda array: one_axis(array, (*batch, *array.shape[len(batch) :])), at)
+    return one_axis(rows, rows.shape), None if summed is None else one_axis(summed, summed.shape), at
+
+
+def multiply(spec: Spec, samples: jax.Array, matrix: jax.Array) -> jax.Array:
+    """`(N, OG, Cg)` times one tap's matrices `(C / groups, F)`, feature group by feature group: `(N, F)`.
+
+    Where each channel is convolved apart: `(N, OG, F / OG)`.
+    """
+    einsum: Any = partial(jnp.einsum, precision=spec.precision, preferred_element_type=spec.accumulate)
+    samples, matrix = samples.astype(spec.dtype), matrix.astype(spec.dtype)
+    (n, offset_groups, width), (channels, features), groups = samples.shape, matrix.shape, spec.feature_groups
+    if depthwise(spec, width):
+        matrix = matrix.reshape(offset_groups, width, features // groups)
+        return einsum("noc,ocf->nocf", samples, matrix).reshape(n, offset_groups, features // offset_groups)
+    # A flat matrix product: a batched one would make the gradient of the kernel contract two axes at once.
+    samples = samples.reshape(n, offset_groups * width)
+    if groups == 1:
+        return einsum("nc,cf->nf", samples, matrix)
+    samples = samples.reshape(n, groups, channels)
+    matrix = matrix.reshape(channels, groups, features // groups)
+    return einsum("ngc,cgf->ngf", samples, matrix).reshape(n, features)
