@@ -108,12 +108,12 @@ def _sum_taps(spec: Spec, operands: Operands) -> jax.Array:
 def _sum_steps(spec: Spec, cut: Cut, operands: Operands) -> jax.Array:
     """The sum, one step after another: of the samples, no more than a step's are ever kept."""
     images, size, positions, features = sizes(spec, cut, operands)
-    wholes = _whole_blocks(spec, cut, operands)
+    wholes, first = _whole_blocks(spec, cut, operands), xla_tap.first_positions(spec, cut, operands)
     groups = spec.feature_groups
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # where it is differentiated, too, no samples are kept
     def product(step):
-        return _product(spec, cut, step, wholes)
+        return _product(spec, cut, first, step, wholes)
 
     if cut.step == "deep":
         _, y = lax.scan(lambda _, step: (None, product(step)), None, _steps(spec, cut))
@@ -139,13 +139,14 @@ def _pull_steps(spec: Spec, cut: Cut, active: tuple[str, ...], y_bar: jax.Array,
     """
     images, size, _, features = sizes(spec, cut, operands)
     wholes, undo = jax.vjp(functools.partial(_whole_blocks, spec, cut), operands)
+    first = xla_tap.first_positions(spec, cut, operands)
     y_bar = xla_tap.pad(y_bar, 1, cut.blocks * size).reshape(images, cut.blocks, size, features)
     y_bar = jnp.moveaxis(y_bar, 1, 0).reshape(cut.blocks, images * size, features)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def add(sums, step):
         def of_active(moving):
-            return _product(spec, cut, step, wholes._replace(**moving))
+            return _product(spec, cut, first, step, wholes._replace(**moving))
 
         _, pull = jax.vjp(of_active, {name: getattr(wholes, name) for name in active})
         bar = lax.dynamic_index_in_dim(y_bar, step[0], keepdims=False, allow_negative_indices=False)
@@ -159,14 +160,15 @@ def _pull_steps(spec: Spec, cut: Cut, active: tuple[str, ...], y_bar: jax.Array,
     return undo(zeros._replace(**sums))[0]
 
 
-def _product(spec: Spec, cut: Cut, step: tuple[jax.Array, jax.Array], wholes: Operands) -> jax.Array:
+def _product(spec: Spec, cut: Cut, first: jax.Array, step: tuple[jax.Array, jax.Array], wholes: Operands) -> jax.Array:
     """What a step adds to its block, of the shape `_shape`."""
+    block, tap = step
     match cut.step:
         case "deep":
-            return xla_deep.product(spec, cut, step[0], wholes)
+            return xla_deep.product(spec, cut, first, block, wholes)
         case "pairs":
-            return xla_pairs.product(spec, cut, *step, wholes)
-    return xla_tap.product(spec, cut, *step, wholes)
+            return xla_pairs.product(spec, cut, first, block, tap, wholes)
+    return xla_tap.product(spec, cut, first, block, tap, wholes)
 
 
 def _shape(spec: Spec, cut: Cut, operands: Operands) -> tuple[Size, ...]:

@@ -16,12 +16,12 @@ from dcn_jax.ops.deform_conv.xla_cut import Cut, Operands, sizes
 from dcn_jax.sampling import Border, Positions, locate
 
 
-def product(spec: Spec, cut: Cut, block: jax.Array, wholes: Operands) -> jax.Array:
+def product(spec: Spec, cut: Cut, first: jax.Array, block: jax.Array, wholes: Operands) -> jax.Array:
     """What all taps add to a block: `(G, B * size, F / G)`."""
     groups, (taps, channels, features) = spec.feature_groups, wholes.matrices.shape
     images, size, *_ = sizes(spec, cut, wholes)
     depth = taps * channels
-    samples = _samples(spec, cut, size, wholes._replace(matrices=None), block).reshape(groups, images * size, depth)
+    samples = _samples(spec, size, first, wholes._replace(matrices=None), block).reshape(groups, images * size, depth)
     matrices = wholes.matrices.astype(spec.dtype)
     einsum: Any = partial(jnp.einsum, precision=spec.precision, preferred_element_type=spec.accumulate)
     if groups == 1:
@@ -29,7 +29,7 @@ def product(spec: Spec, cut: Cut, block: jax.Array, wholes: Operands) -> jax.Arr
     return einsum("gnc,cgf->gnf", samples, matrices.reshape(depth, groups, features // groups))
 
 
-def _read_block(spec: Spec, cut: Cut, size: Size, wholes: Operands, block: jax.Array) -> jax.Array:
+def _read_block(spec: Spec, size: Size, first: jax.Array, wholes: Operands, block: jax.Array) -> jax.Array:
     """The samples of a block, of all taps, each group's together: `(G, B, size, K, channels read at one point …)`.
 
     No axis is 1 long, for XLA's CPU backend would copy the samples.
@@ -47,7 +47,7 @@ def _read_block(spec: Spec, cut: Cut, size: Size, wholes: Operands, block: jax.A
         width = spec.offset_groups * rows.shape[-1] // groups
         return rows.reshape(*rows.shape[:-2], math.prod(window.spatial) * groups, width)
 
-    first = xla_tap.first_positions(cut, block, size, window)
+    first = xla_tap.take_block(first, block, size)
     regular = first[:, None, None] + regular_taps(window).reshape(1, taps, 1, window.rank)  # (size, K, 1, n)
     offset = take(wholes.offset).astype(wide(wholes.offset.dtype, jnp.finfo(spec.accumulate).dtype))
     points = Positions(lax.expand_dims(regular, range(batch_axes)), offset)
@@ -62,21 +62,21 @@ def _read_block(spec: Spec, cut: Cut, size: Size, wholes: Operands, block: jax.A
     return jnp.squeeze(samples, [axis for axis, n in zip((0, 4), several, strict=True) if n == 1])
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _samples(spec: Spec, cut: Cut, size: Size, wholes: Operands, block: jax.Array) -> jax.Array:
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _samples(spec: Spec, size: Size, first: jax.Array, wholes: Operands, block: jax.Array) -> jax.Array:
     """`_read_block`, as an array of its own in the shape it has."""
     # XLA's CPU backend would join the reshaping for the product to the reading, find for each channel anew to which tap and
     # group it belongs, and take three times as long. It does not reach into a branch; an optimization barrier it drops.
-    read = partial(_read_block, spec, cut, size)
-    wanted = jax.eval_shape(read, wholes, block)
+    read = partial(_read_block, spec, size)
+    wanted = jax.eval_shape(read, first, wholes, block)
 
-    def zeros(wholes, block):
-        del block
+    def zeros(first, wholes, block):
+        del first, block
         return jnp.zeros_like(wholes.rows, wanted.dtype, wanted.shape)
 
-    return lax.cond(block >= 0, read, zeros, wholes, block)
+    return lax.cond(block >= 0, read, zeros, first, wholes, block)
 
 
 @_samples.defjvp
-def _samples_jvp(spec, cut, size, primals, tangents):
-    return _samples(spec, cut, size, *primals), jax.jvp(partial(_read_block, spec, cut, size), primals, tangents)[1]
+def _samples_jvp(spec, size, primals, tangents):
+    return _samples(spec, size, *primals), jax.jvp(partial(_read_block, spec, size), primals, tangents)[1]

@@ -1,0 +1,54 @@
+"""What the compilers make of the loop: a TPU's cycles by its compiler's own estimate, a GPU's kernels in a step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.support import aot
+from tests.support.cycles import estimate, kernels_in_loops
+from tests.support.running import value_and_gradients
+from tests.support.scratch import DETECTOR
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+# Millions of cycles on a TPU v5e and of rows gathered, forward and for the gradients alone; a little above what is found
+LIMITS = {
+    "dense": {"forward": (3.8, 0.55), "gradients": (8.3, 0.55)},
+    "groups": {"forward": (3.9, 1.10), "gradients": (7.2, 2.19)},
+    "offset groups": {"forward": (8.8, 2.20), "gradients": (24.5, 2.20)},
+}
+
+
+def device_of(kind):
+    """A device of a kind; skips the test where its compiler is not installed."""
+    if reason := aot.missing(kind):
+        pytest.skip(reason)
+    return aot.devices(kind)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["forward", "gradients"])
+@pytest.mark.parametrize("name", LIMITS)
+def test_cycles_and_rows(name, mode, dtype):
+    x, kernel, *rest = DETECTOR[name].shapes(DTYPES[dtype])
+    shapes = [x, kernel, *(jax.ShapeDtypeStruct(shape.shape, jnp.float32) for shape in rest)]
+    forward = functools.partial(DETECTOR[name].call, implementation="xla")
+    gradients = jax.grad(lambda *arrays: forward(*arrays).astype(jnp.float32).sum(), argnums=range(len(shapes)))
+    program = aot.compile_for(device_of("TPU v5e"), forward if mode == "forward" else gradients, *shapes)
+    found = estimate(program.as_text())
+    cycles, rows = LIMITS[name][mode]
+    assert 0.5 * cycles < found.cycles / 1e6 <= cycles
+    assert 0.5 * rows < found.gathered / 1e6 <= rows
+    assert (found.scattered > 0) == (mode == "gradients")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_in_a_step(dtype):
+    """On an H100: four forward; fourteen backward."""
+    shapes = DETECTOR["dense"].shapes(DTYPES[dtype])
+    forward = functools.partial(DETECTOR["dense"].call, implementation="xla")
+    step, y = functools.partial(value_and_gradients, forward), jax.eval_shape(forward, *shapes)
+    program = aot.compile_for(device_of("H100"), step, shapes, y).as_text()
+    assert kernels_in_loops(program) <= [4, 14]
