@@ -206,7 +206,7 @@ def _whole_blocks(spec: Spec, cut: Cut, operands: Operands) -> Operands:
     rows, matrices, offset, modulation, summed = operands
     return Operands(
         rows=maps(rows),
-        matrices=matrices,
+        matrices=matrices.astype(spec.accumulate),  # in which their gradient is summed over the steps
         offset=whole(offset),
         modulation=None if modulation is None else whole(modulation),
         summed=None if summed is None else maps(summed),
