@@ -10,15 +10,12 @@ import jax.numpy as jnp
 
 from dcn_jax import _check, _numerics
 from dcn_jax._mesh import on_any_mesh
-from dcn_jax.geometry import Size, canonical_padding_mode, int32
-from dcn_jax.ops._blocks import count_blocks, derived_in_blocks, in_blocks, zeros_over
-from dcn_jax.sampling import Border, Positions, locate, sum_rows
+from dcn_jax.geometry import canonical_padding_mode
+from dcn_jax.ops._reading import Level, Query, sum_readings
+from dcn_jax.sampling import Border
 
 METHODS = ("linear", "nearest")
 _CURES = {"bilinear": ' (torch\'s "bilinear" is "linear")', "bicubic": ' (torch\'s "bicubic" is not there)'}
-
-# In so many blocks of queries is the derivative taken where they are as many as pixels.
-_BLOCKS = 8
 
 
 def grid_sample(
@@ -138,33 +135,19 @@ def _sample_flat(spec: _Spec, features: jax.Array, grid: jax.Array) -> jax.Array
     query = grid.shape[len(batch) : -1]
     # A gradient is summed in the dtype that is read: hence in the wider one already here.
     position = _numerics.wide(grid.dtype, jnp.finfo(dtype).dtype)
-    rows = features.reshape(math.prod(batch), math.prod(spatial), channels).astype(_numerics.wide(dtype, grid.dtype))
-    y = _sample(spec, rows, grid.reshape(math.prod(batch), math.prod(query), len(spatial)).astype(position))
+    rows = features.reshape(math.prod(batch), math.prod(spatial), channels)
+    points = grid.reshape(math.prod(batch), math.prod(query), 1, len(spatial)).astype(position)
+    level = Level(spec.border, spec.method, _from_centres if spec.align_corners else _from_edges, 0, 0, 1)
+    y = sum_readings((level,), rows.astype(_numerics.wide(dtype, grid.dtype)), Query(points, None))
     return y.reshape(*batch, *query, channels).astype(dtype)
 
 
-@derived_in_blocks
-def _sample(spec: _Spec, rows: jax.Array, grid: jax.Array, *, derivative: bool) -> jax.Array:
-    """`(B, R, C)`, `(B, Q, n)` -> `(B, Q, C)`."""
-
-    def read(grid, fresh):
-        points = _to_pixels(grid, spec.border.spatial, spec.align_corners)
-        at = locate(Positions(jnp.int32(0), points[..., None, :]), None, spec.border, spec.method)
-        at = jax.tree.map(lambda array: array[..., 0], at)  # (B, q)
-        if fresh is not None:
-            at = at._replace(row=tuple(jnp.where(fresh, row, int32(rows.shape[1])) for row in at.row))
-        return jax.vmap(sum_rows)(rows, at)
-
-    zeros = zeros_over((*grid.shape[:2], rows.shape[-1]), rows.dtype, rows, grid)
-    blocks = count_blocks(grid.shape[1], rows.shape[1], _BLOCKS) if derivative else 1
-    return in_blocks(read, grid, zeros, blocks)
+def _from_centres(position: jax.Array, size: jax.Array) -> jax.Array:
+    """Pixels of positions that are -1 and 1 at the centres of the outermost pixels."""
+    # At ±inf, a map of one pixel would make it inf * 0.
+    return jnp.where(jnp.isinf(position), position, (position + 1) / 2 * (size - 1))
 
 
-def _to_pixels(grid: jax.Array, spatial: Sequence[Size], align_corners: bool) -> jax.Array:
-    """Positions in [-1, 1], last spatial axis first, in pixels, first spatial axis first."""
-    axes = []
-    for g, size in zip(jnp.moveaxis(grid[..., ::-1], -1, 0), spatial, strict=True):
-        size = jnp.asarray(int32(size), g.dtype)
-        pixel = (g + 1) / 2 * (size - 1) if align_corners else ((g + 1) * size - 1) / 2
-        axes.append(jnp.where(jnp.isinf(g), g, pixel))  # where a map of one pixel would make it inf * 0
-    return jnp.stack(axes, axis=-1)
+def _from_edges(position: jax.Array, size: jax.Array) -> jax.Array:
+    """Pixels of positions that are -1 and 1 at the edges of the map."""
+    return ((position + 1) * size - 1) / 2
