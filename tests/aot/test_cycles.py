@@ -16,7 +16,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Millions of cycles on a TPU v5e and of rows gathered, forward and for the gradients alone; a little above what is found
 LIMITS = {
     "dense": {"forward": (3.8, 0.55), "gradients": (8.3, 0.55)},
-    "groups": {"forward": (3.9, 1.10), "gradients": (7.2, 2.19)},
+    "groups": {"forward": (3.9, 1.10), "gradients": (8.4, 2.19)},
     "offset groups": {"forward": (8.8, 2.20), "gradients": (24.5, 2.20)},
 }
 
@@ -46,9 +46,9 @@ def test_cycles_and_rows(name, mode, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_in_a_step(dtype):
-    """On an H100: four forward; fourteen backward."""
+    """On an H100: four forward; fifteen backward."""
     shapes = DETECTOR["dense"].shapes(DTYPES[dtype])
     forward = functools.partial(DETECTOR["dense"].call, implementation="xla")
     step, y = functools.partial(value_and_gradients, forward), jax.eval_shape(forward, *shapes)
     program = aot.compile_for(device_of("H100"), step, shapes, y).as_text()
-    assert kernels_in_loops(program) <= [4, 14]
+    assert kernels_in_loops(program) <= [4, 15]

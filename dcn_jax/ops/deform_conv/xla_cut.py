@@ -72,7 +72,7 @@ def cuts_by_platform(spec: Spec, operands: Operands, derivative: bool) -> tuple[
         "default": Cut("tap", few),
         "cpu": Cut("tap", few * max(1, round(samples / 1.75e6))),
         # It keeps the 2^n rows of each sample, and pads rows, and groups of channels, to 128 channels.
-        "tpu": Cut("pairs" if paired else "tap", 4),
+        "tpu": Cut("pairs" if paired else "tap", 32 if apart else 4),
     }
     if deep := _blocks_of_all_taps(spec, operands, derivative):
         cuts["cpu"] = Cut("deep", deep)
