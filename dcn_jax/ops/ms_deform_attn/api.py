@@ -58,8 +58,8 @@ def ms_deform_attn(
     Derivatives of every order, in both modes, with respect to every array. At whole pixels the
     derivative with respect to the location is the right-hand one. A location of ±inf or 1e30 reads
     zero (by "discrete" the border) with a zero gradient; a NaN makes NaN at its own query and head
-    alone. Memory beside the arguments and results: next to nothing forward, about once the
-    result with gradients, whatever L and P. Batch or heads may be split over devices under plain
+    alone. Memory beside the arguments and results, on a CPU: next to nothing forward, about once
+    the result with gradients, whatever L and P. Batch or heads may be split over devices under plain
     `jit`: no device asks another for anything.
 
     Source: Zhu et al., Deformable DETR (arXiv 2010.04159), equation 3.
