@@ -1,4 +1,4 @@
-"""The form of the loop that a TPU compiles, which reads pixels in pairs, run on a CPU."""
+"""The steps that a TPU and a GPU take, run on a CPU: pixels in pairs, and one tap at a time."""
 
 import functools
 
@@ -24,24 +24,31 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _as_on_a_tpu(monkeypatch):
+@pytest.fixture(params=["tpu", "default"], autouse=True)
+def platform(request, monkeypatch):
+    """Cuts the sum as for a platform that is not here."""
     chosen = []
 
-    def on_tpu(*arguments, **options):
-        chosen.append(dict(cuts_by_platform(*arguments, **options))["tpu"])
+    def as_there(*arguments, **options):
+        chosen.append(dict(cuts_by_platform(*arguments, **options))[request.param])
         return (("default", chosen[-1]),)
 
-    monkeypatch.setattr(xla, "cuts_by_platform", on_tpu)
+    monkeypatch.setattr(xla, "cuts_by_platform", as_there)
     jax.clear_caches()  # of what was traced for a CPU, and after the test of what was traced here
     yield
     jax.clear_caches()
-    assert {cut.step for cut in chosen} == {"pairs"}
+    assert {cut.step for cut in chosen} == {"pairs" if request.param == "tpu" else "tap"}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name):
     check_against_oracle(deform_conv, CASES[name], 1e-5)
+
+
+@pytest.mark.parametrize("platform", ["default"], indirect=True)  # a TPU does the same: no pairs there
+def test_groups_are_convolved_apart():
+    case = draw((2, 5, 6, 8), (3, 3), 4, feature_group_count=2, offset_groups=4)
+    check_against_oracle(deform_conv, case, 1e-5)
 
 
 @pytest.mark.slow
