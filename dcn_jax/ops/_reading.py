@@ -64,7 +64,13 @@ def sum_readings(levels: tuple[Level, ...], features: jax.Array, query: Query) -
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _sum(levels: tuple[Level, ...], features: jax.Array, query: Query) -> jax.Array:
-    """A point after another, for all queries at once: what is read is weighed and added as it is read."""
+    """The sum, for all queries at once; on a TPU, which keeps what is read, for one block of them after another."""
+    at_once, in_blocks = functools.partial(_sum_points, levels), functools.partial(_sum_blocks, levels)
+    return lax.platform_dependent(features, query, tpu=in_blocks, default=at_once)
+
+
+def _sum_points(levels: tuple[Level, ...], features: jax.Array, query: Query) -> jax.Array:
+    """A point after another: what is read is weighed and added as it is read."""
     y = _zeros(features, query)
     for level in levels:
 
@@ -74,6 +80,17 @@ def _sum(levels: tuple[Level, ...], features: jax.Array, query: Query) -> jax.Ar
 
         y, _ = lax.scan(add, y, level.first_point + jnp.arange(level.points, dtype=jnp.int32))
     return y
+
+
+def _sum_blocks(levels: tuple[Level, ...], features: jax.Array, query: Query) -> jax.Array:
+    """The same for one block of queries after another."""
+    blocks = _blocks_of(query.points.shape[1], _FEWEST)
+
+    def fill(y, block):
+        part = _sum_points(levels, features, _take(query, blocks.start(block), blocks.size, axis=1))
+        return lax.dynamic_update_slice_in_dim(y, part, blocks.start(block), 1, allow_negative_indices=False), None
+
+    return lax.scan(fill, _zeros(features, query), jnp.arange(blocks.number, dtype=jnp.int32))[0]
 
 
 def _sum_jvp(levels, primals, tangents):
@@ -277,10 +294,14 @@ def _cut(levels: tuple[Level, ...], pixels: Size, queries: Size) -> _Blocks:
     corners = [2 ** len(level.border.spatial) if level.method == "linear" else 1 for level in levels]
     most = max(_FEWEST, *(2 * level.points * each for level, each in zip(levels, corners, strict=True)))
     if not (isinstance(queries, int) and isinstance(pixels, int)):
-        return _Blocks(queries, -(-queries // _FEWEST), _FEWEST)
-    number = max(_FEWEST, min(most, round(most * queries / max(pixels, 1))))
+        return _blocks_of(queries, _FEWEST)
+    return _blocks_of(queries, max(_FEWEST, min(most, round(most * queries / max(pixels, 1)))))
+
+
+def _blocks_of(queries: Size, number: int) -> _Blocks:
+    """Queries in about so many blocks."""
     size = -(-queries // number)
-    return _Blocks(queries, size, -(-queries // max(size, 1)))
+    return _Blocks(queries, size, -(-queries // max(size, 1)) if isinstance(queries, int) else number)
 
 
 def _take(tree: Any, start: Any, size: Size, axis: int) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dcn_jax import ms_deform_attn
+from dcn_jax.ops import _reading
 from tests.support.running import assert_close
 
 SHAPES = ((3, 4), (2, 2))
@@ -38,6 +39,24 @@ def attend(value, locations, weights, **options):
 def with_gradients(value, locations, weights, **options):
     y, pull = jax.vjp(functools.partial(attend, **options), value, locations, weights)
     return y, pull(jnp.ones_like(y))
+
+
+@pytest.mark.parametrize("queries", [0, 1, 8, 21])
+def test_blocks_of_queries_as_on_a_tpu(queries, monkeypatch):
+    """A block that would end beyond the queries begins early, and reads some of them again."""
+    arrays, blocks = draw(queries, batch=(2,)), []
+    wanted = attend(*arrays)
+
+    def on_tpu(*operands, tpu, default):
+        del default
+        blocks.append(tpu)
+        return tpu(*operands)
+
+    monkeypatch.setattr(_reading.lax, "platform_dependent", on_tpu)
+    jax.clear_caches()
+    np.testing.assert_allclose(attend(*arrays), wanted, atol=1e-6)
+    jax.clear_caches()
+    assert blocks
 
 
 def test_a_map_of_one_pixel():
