@@ -108,6 +108,11 @@ class Rows(NamedTuple):
     weight: tuple[jax.Array, ...]
 
 
+def countable(rows: Size) -> bool:
+    """Whether rows, and the one after them, can be counted in int32; of sizes known only later it is taken for granted."""
+    return not isinstance(rows, int) or rows < 2**31
+
+
 def locate(points: Positions, scale: jax.Array | None, border: Border, method: str = "linear") -> Rows:
     """The rows that points read of a map `(*spatial, OG, Cg)`, flattened to rows of Cg channels.
 
@@ -116,7 +121,7 @@ def locate(points: Positions, scale: jax.Array | None, border: Border, method: s
     regular, offset = points.regular, points.offset.astype(_numerics.wide(points.offset.dtype))
     groups = offset.shape[-2]
     rows = math.prod(border.spatial) * groups
-    if isinstance(rows, int) and rows >= 2**31:
+    if not countable(rows):
         raise ValueError(
             f"a map of {border.spatial} pixels in {groups} groups has {rows} rows; wanted fewer than 2**31"
         )

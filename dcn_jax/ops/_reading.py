@@ -19,7 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from dcn_jax._numerics import wide
 from dcn_jax.geometry import Size, int32
-from dcn_jax.sampling import Border, Positions, Rows, locate, sum_rows
+from dcn_jax.sampling import Border, Positions, Rows, countable, locate, sum_rows
 
 
 class Level(NamedTuple):
@@ -52,9 +52,8 @@ class Query(NamedTuple):
 
 def sum_readings(levels: tuple[Level, ...], features: jax.Array, query: Query) -> jax.Array:
     """The sum: features `(B, S, *M, D)`, Q queries -> `(B, Q, *M, D)`, in the dtype of `features`."""
-    pixels = features.shape[1]
-    if isinstance(pixels, int) and pixels >= 2**31:
-        raise ValueError(f"maps of {pixels} pixels; wanted fewer than 2**31")
+    if not countable(features.shape[1]):
+        raise ValueError(f"maps of {features.shape[1]} pixels; wanted fewer than 2**31")
     # Within shard_map, some arrays may vary over devices that others do not: all have to vary over the same ones.
     arrays = jax.tree.leaves((features, query))
     nothing = functools.reduce(operator.add, [jnp.zeros_like(array, query.points.dtype, ()) for array in arrays])

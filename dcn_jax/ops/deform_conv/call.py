@@ -1,6 +1,7 @@
 """A call of the op, checked: its arrays, and everything else about it."""
 
 import functools
+import math
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -9,6 +10,7 @@ from jax import lax
 
 from dcn_jax import _check, _numerics
 from dcn_jax.geometry import Window, check_offset_shape, resolve_window
+from dcn_jax.sampling import countable
 
 
 class Arrays(NamedTuple):
@@ -149,6 +151,13 @@ def _check_offset(offset: jax.Array, window: Window, channels: int) -> int:
         raise ValueError(
             f"offset has shape {offset.shape}, that is {groups} offset groups of {window.taps} taps; wanted a number "
             f"of groups that divides the {channels} channels of x"
+        )
+    # Here and not where rows are located, which is first traced when the program is lowered.
+    rows = math.prod(window.spatial) * groups
+    if not countable(rows):
+        raise ValueError(
+            f"x has {math.prod(window.spatial)} pixels along its spatial axes {window.spatial}, read in {groups} offset groups; "
+            f"wanted fewer than 2**31 of both together, not {rows}: call the op for one strip of the map after another"
         )
     return groups
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from dcn_jax.geometry import Size
 from dcn_jax.ops.deform_conv.call import Spec
+from dcn_jax.sampling import countable
 
 
 class Operands(NamedTuple):
@@ -67,7 +68,7 @@ def cuts_by_platform(spec: Spec, operands: Operands, derivative: bool) -> tuple[
     samples = math.prod(known) * spec.offset_groups * channels * jnp.dtype(spec.accumulate).itemsize
     # A TPU reads pairs where all channels are convolved together, and few are read apart.
     paired = spec.feature_groups == 1 and not apart and spec.offset_groups <= 8
-    paired = paired and spec.window.padding_mode[-1] == "zeros"
+    paired = paired and spec.window.padding_mode[-1] == "zeros" and countable(2 * math.prod(spec.window.spatial))
     cuts = {
         "default": Cut("tap", few),
         "cpu": Cut("tap", few * max(1, round(samples / 1.75e6))),
@@ -85,7 +86,9 @@ def _blocks_of_all_taps(spec: Spec, operands: Operands, derivative: bool) -> int
     """Into how many blocks a CPU cuts the positions where it reads all taps of a block at once; None: it does not."""
     images, _, positions, features = sizes(spec, Cut("deep", 1), operands)
     channels = operands.rows.shape[-1]
-    if depthwise(spec, channels) or not (isinstance(images, int) and isinstance(positions, int)):
+    known = isinstance(images, int) and isinstance(positions, int)
+    groups = math.lcm(spec.offset_groups, spec.feature_groups)
+    if depthwise(spec, channels) or not known or not countable(groups * math.prod(spec.window.spatial)):
         return None
     samples = images * positions * spec.offset_groups * channels * jnp.dtype(spec.accumulate).itemsize
     columns = samples * spec.window.taps
