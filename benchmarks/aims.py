@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 from rich.table import Table
 
+from benchmarks.peers.process import PEERS
 from benchmarks.report import STYLE
-from benchmarks.rows import counted, geometric_mean, ratio, ratios, show, spoken
+from benchmarks.rows import counted, fastest, geometric_mean, ratio, ratios, show, spoken
 from benchmarks.workloads import BATCHES, FAMILY, FIVE, GPU, GROUPS, KINDS, MAPS, TEN, WORKLOADS
 
-ENGINES = ("onnxruntime", "openvino")  # they have no gradients
+ENGINES = tuple(name for name, kind in PEERS.items() if not kind.gradients)
 
 
 class Aim(NamedTuple):
@@ -103,10 +104,7 @@ def cpu_aims(rows: list[dict]) -> list[Aim]:
 
 def ahead_aims(rows: list[dict]) -> list[Aim]:
     """What the XLA path should reach on a CPU beside engines that only infer, from the rows of the suite "ahead"."""
-    engines = [
-        row | {"engine_ms": min(filter(None, (row.get(f"{engine}_ms") for engine in ENGINES)), default=None)}
-        for row in select(rows, TEN, "forward")
-    ]
+    engines = [row | {"engine_ms": row.get(f"{fastest(row, ENGINES)}_ms")} for row in select(rows, TEN, "forward")]
     to_engine, (most, last) = ratios(engines, "ms", "engine_ms"), extreme(max, engines, "ms", "engine_ms")
     batches, maps = select(rows, BATCHES, "forward"), select(rows, MAPS, "forward")
     beside, flat, both = (

@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -186,17 +186,19 @@ sum_rows.defjvp(_sum_rows_jvp, symbolic_zeros=True)
 
 def _read(features: jax.Array, index: jax.Array, span: tuple[Size, Size] | None, summed: jax.Array | None) -> jax.Array:
     """`_take`, in the dtype of `summed` and with its derivative where it is given."""
-    return _take(features, index, span) if summed is None else _take_narrow(span, features, summed, index)
+    take = functools.partial(_take, span=span)
+    return take(features, index) if summed is None else read_narrow(take, features, summed, index)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _take_narrow(span, features, summed, index):
-    return _take(features, index, span).astype(summed.dtype)
+def read_narrow(read: Callable, features: jax.Array, summed: jax.Array, index: jax.Array) -> jax.Array:
+    """`read(features, index)`, which is linear in `features`, in the dtype of `summed` and with the derivative of its reading."""
+    return read(features, index).astype(summed.dtype)
 
 
-@_take_narrow.defjvp
-def _take_narrow_jvp(span, primals, tangents):
-    return _take_narrow(span, *primals), _take(tangents[1], primals[2], span)
+@read_narrow.defjvp
+def _read_narrow_jvp(read, primals, tangents):
+    return read_narrow(read, *primals), read(tangents[1], primals[2])
 
 
 def _take(features: jax.Array, index: jax.Array, span: tuple[Size, Size] | None) -> jax.Array:

@@ -76,10 +76,10 @@ def _sum_taps(spec: Spec, operands: Operands) -> jax.Array:
 
     # A flat list of arrays, and which they are.
     given = {name: array for name, array in operands._asdict().items() if array is not None}
-    absent = dict.fromkeys(operands._fields)
+    names, absent = list(given), dict.fromkeys(operands._fields)
 
     def named(*arrays):
-        return Operands(**absent | dict(zip(given, arrays, strict=True)))
+        return Operands(**absent | dict(zip(names, arrays, strict=True)))
 
     def result_type(*arrays):
         operands = named(*arrays)
@@ -90,8 +90,8 @@ def _sum_taps(spec: Spec, operands: Operands) -> jax.Array:
         return _zeros(spec, (images, positions, features), operands)
 
     def gradients(cut, active, y_bar, *arrays):
-        found = _pull_steps(spec, cut, tuple(list(given)[i] for i in active), y_bar, named(*arrays))
-        return [getattr(found, list(given)[i]) for i in active]
+        found = _pull_steps(spec, cut, tuple(names[i] for i in active), y_bar, named(*arrays))
+        return [getattr(found, names[i]) for i in active]
 
     return by_platform(
         Computation(

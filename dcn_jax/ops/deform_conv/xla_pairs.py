@@ -20,7 +20,7 @@ from dcn_jax.geometry import Size, int32
 from dcn_jax.ops.deform_conv.call import Spec
 from dcn_jax.ops.deform_conv.xla_cut import Cut, Operands
 from dcn_jax.ops.deform_conv.xla_tap import locate_tap, matrix_of, multiply, one_batch_axis
-from dcn_jax.sampling import Border, Positions, Rows, neighbours
+from dcn_jax.sampling import Border, Positions, Rows, neighbours, read_narrow
 
 
 def product(spec: Spec, cut: Cut, first: jax.Array, block: jax.Array, tap: jax.Array, wholes: Operands) -> jax.Array:
@@ -130,7 +130,7 @@ def _sum_pairs_jvp(primals, tangents):
         y_dot = y_dot + _weigh(read, at_dot.weight)
     if not isinstance(summed_dot, SymbolicZero):
         # All at once: the transpose is one scatter-add.
-        read_dot = jax.vmap(_rows)(summed_dot, jnp.stack(at.row, axis=1))  # (B, rows, size, 2 C)
+        read_dot = _rows(summed_dot, jnp.stack(at.row, axis=1))  # (B, rows, size, 2 C)
         first, second = (jnp.stack(at.weight[i::2], axis=1)[..., None] for i in (0, 1))
         dot = jnp.sum(_either(first, second, read_dot).astype(y.dtype) * read_dot, axis=1)
         y_dot = y_dot + dot.reshape(y.shape).astype(y.dtype)
@@ -156,20 +156,12 @@ def _either(first: jax.Array, second: jax.Array, pairs: jax.Array) -> jax.Array:
 
 
 def _fetch(pairs: jax.Array, summed: jax.Array | None, row: jax.Array) -> jax.Array:
-    """Rows `(B, size, OG)` of `pairs`, in the dtype of `summed` and with its derivative where it is given: `(B * size, OG, 2 Cg)`."""
-    read = jax.vmap(_rows)(pairs, row) if summed is None else _fetch_narrow(pairs, summed, row)
+    """Rows `(B, size)` of `pairs`, in the dtype of `summed` and with its derivative where it is given: `(B * size, 2 C)`."""
+    read = _rows(pairs, row) if summed is None else read_narrow(_rows, pairs, summed, row)
     return read.reshape(math.prod(row.shape[:2]), *read.shape[2:])
 
 
-@jax.custom_jvp
-def _fetch_narrow(pairs, summed, row):
-    return jax.vmap(_rows)(pairs, row).astype(summed.dtype)
-
-
-@_fetch_narrow.defjvp
-def _fetch_narrow_jvp(primals, tangents):
-    return _fetch_narrow(*primals), jax.vmap(_rows)(tangents[1], primals[2])
-
-
+@jax.vmap
 def _rows(pairs: jax.Array, row: jax.Array) -> jax.Array:
+    """The rows of each image: `(B, R', 2 C)`, `(B, …)` -> `(B, …, 2 C)`."""
     return pairs.at[row].get(mode="promise_in_bounds", wrap_negative_indices=False)
