@@ -46,7 +46,8 @@ def make_axes(large: list[str], small: list[str], rows: int) -> tuple[Any, dict[
     """A figure and its Axes by (name, row): in each row the large ones, then two lines of small ones."""
     half = (len(small) + 1) // 2
     columns = 2 * len(large) + half
-    figure = plt.figure(figsize=(1.4 * columns, 2.8 * rows + 0.4), layout="constrained")
+    # The key below is four inches wide.
+    figure = plt.figure(figsize=(max(4, 1.4 * columns), 2.8 * rows + 0.4), layout="constrained")
     grid = figure.add_gridspec(2 * rows, columns)
     axes = {}
     for i in range(rows):
