@@ -282,3 +282,11 @@ def test_numpy_arguments_and_options(op):
     of_numpy = {"strides": np.int32(2), "padding": (np.int64(2), np.int8(1)), "kernel_dilation": (np.int64(2), 2), "feature_group_count": np.int64(2)}  # fmt: skip
     y = compiled(op, **case.options)(*case.arrays)
     np.testing.assert_allclose(op(*case.arrays, **of_numpy), y, rtol=1e-5, atol=1e-5)
+
+
+@needs("half")
+def test_gradient_of_a_narrow_kernel_is_summed_wide(op):
+    """Of 5,003 positions in blocks: were their parts summed in bfloat16, the last digits would be lost."""
+    x, kernel = jnp.ones((1, 5003, 2), jnp.bfloat16), jnp.ones((1, 2, 1), jnp.bfloat16)
+    gradient = jax.grad(lambda k: op(x, k, jnp.zeros((1, 5003, 1))).astype(jnp.float32).sum())(kernel)
+    np.testing.assert_array_equal(gradient, jnp.bfloat16(5003))
