@@ -63,6 +63,19 @@ def test_a_fresh_layer_is_the_published_one(framework):
     np.testing.assert_allclose(params["sampling_offsets"]["bias"], np.float32(wanted).ravel(), atol=1e-6)
 
 
+@frameworks
+def test_initializers_of_one_s_own(framework):
+    ones, twos = jax.nn.initializers.ones, jax.nn.initializers.constant(2)
+    own = {"offset_bias_init": ones, "offset_kernel_init": twos, "attention_bias_init": twos, "kernel_init": ones}
+    params = quick_jit(make(framework, **own)[0])()
+    assert {name: {kind: set(np.ravel(p)) for kind, p in layer.items()} for name, layer in params.items()} == {
+        "sampling_offsets": {"bias": {1}, "kernel": {2}},
+        "attention_weights": {"bias": {2}, "kernel": {0}},
+        "value_proj": {"bias": {0}, "kernel": {1}},
+        "output_proj": {"bias": {0}, "kernel": {1}},
+    }
+
+
 def test_directions_of_other_heads_and_points():
     init, _, _ = make("nnx", embed_dim=6, num_heads=3, num_levels=3, num_points=(1, 3, 2))
     bias = np.reshape(quick_jit(init)()["sampling_offsets"]["bias"], (3, 6, 2))

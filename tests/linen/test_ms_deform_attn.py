@@ -49,23 +49,6 @@ def test_capture_intermediates_finds_them_by_the_layer_s_name():
     assert variables["intermediates"]["cross"].keys() == {"sampling_locations", "sampling_weights"}
 
 
-def test_initializers_of_one_s_own():
-    ones, twos = nn.initializers.ones, nn.initializers.constant(2)
-    layer = small(offset_bias_init=ones, offset_kernel_init=twos, attention_bias_init=twos, kernel_init=ones)
-    params = quick_jit(lambda: layer.init(jax.random.key(0), *attn.draw(), attn.LEVELS)["params"])()
-    values = {path[0].key + "." + path[1].key: set(np.ravel(p)) for path, p in jax.tree.leaves_with_path(params)}
-    assert values == {
-        "sampling_offsets.bias": {1},
-        "sampling_offsets.kernel": {2},
-        "attention_weights.bias": {2},
-        "attention_weights.kernel": {0},
-        "value_proj.bias": {0},
-        "value_proj.kernel": {1},
-        "output_proj.bias": {0},
-        "output_proj.kernel": {1},
-    }
-
-
 @pytest.mark.slow
 def test_remat_takes_the_sizes_as_static():
     query, points, value = attn.draw()

@@ -56,19 +56,3 @@ def test_jit_takes_the_layer_and_all_of_it_learns(num_points):
     assert_close(y, layer(query, points, value, attn.LEVELS), 1e-6)
     for path, gradient in nnx.to_flat_state(gradients):
         assert np.abs(gradient[...]).max() > 1e-4, path
-
-
-def test_initializers_of_one_s_own():
-    ones, twos = nnx.initializers.ones_init(), nnx.initializers.constant(2)
-    layer = make(offset_bias_init=ones, offset_kernel_init=twos, attention_bias_init=twos, kernel_init=ones)
-    params = nnx.to_flat_state(nnx.state(layer))
-    assert {".".join(path): set(np.ravel(p[...])) for path, p in params} == {
-        "sampling_offsets.bias": {1},
-        "sampling_offsets.kernel": {2},
-        "attention_weights.bias": {2},
-        "attention_weights.kernel": {0},
-        "value_proj.bias": {0},
-        "value_proj.kernel": {1},
-        "output_proj.bias": {0},
-        "output_proj.kernel": {1},
-    }
