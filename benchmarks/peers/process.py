@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.convolution import Convolution
 from benchmarks.peers.onnx_model import write_model
-from benchmarks.programs import WARM_UP
+from benchmarks.programs import warm_up
 from benchmarks.workloads import Workload
 
 
@@ -23,22 +23,25 @@ class Kind(NamedTuple):
     """What a peer can do."""
 
     ops: tuple[str, ...]
-    gradients: bool = True  # an inference engine has none, and runs here in float32 on a CPU
+    gradients: bool = True  # an inference engine has none, and runs here in float32
+    devices: tuple[str, ...] = ("cpu", "gpu")
 
 
 PEERS = {
     "torch": Kind(("grid_sample", "ms_deform_attn")),
     "torchvision": Kind(("deform_conv",)),
-    "onnxruntime": Kind(("deform_conv",), gradients=False),
-    "openvino": Kind(("deform_conv",), gradients=False),
+    "deformops": Kind(("deform_conv",), devices=("gpu",)),
+    "onnxruntime": Kind(("deform_conv",), gradients=False, devices=("cpu",)),
+    "openvino": Kind(("deform_conv",), gradients=False, devices=("cpu",)),
 }
 
-# Peers have maps with channels first: the axes of ours in their order, of the result and of each argument
-MAP, KERNEL, GRID = (0, 3, 1, 2), (3, 2, 0, 1), (0, 1, 2, 3)
+# The axes of ours in a peer's order, of the result and of each argument. Most have maps with channels first.
+MAP, OURS, KERNEL = (0, 3, 1, 2), (0, 1, 2, 3), (3, 2, 0, 1)
 LAYOUTS = {
     "deform_conv": (MAP, MAP, KERNEL, MAP, MAP),
-    "grid_sample": (MAP, MAP, GRID),
+    "grid_sample": (MAP, MAP, OURS),
     "ms_deform_attn": tuple(tuple(range(axes)) for axes in (3, 4, 6, 5)),  # as ours
+    "deformops": (OURS, OURS, KERNEL, OURS, OURS),
 }
 
 
@@ -51,7 +54,7 @@ class Peer:
         self.folder = tempfile.TemporaryDirectory()  # arrays are handed over in files
         script = Path(__file__).with_name("worker.py")
         self.process: Any = subprocess.Popen(
-            [python, str(script), name, str(threads()), str(WARM_UP)],
+            [python, str(script), name, str(threads()), str(warm_up(device))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -81,7 +84,7 @@ class Peer:
             return f"{self.name} has no {work.op}"
         if isinstance(work, Convolution) and len(work.window) != 2:
             return f"{self.name}'s op has two spatial axes"
-        if not self.kind.gradients and (dtype, mode, self.device) != ("float32", "forward", "cpu"):
+        if not self.kind.gradients and (dtype, mode) != ("float32", "forward"):
             return f"{self.name} is asked for inference in float32 on a CPU"
         return self.problem
 
@@ -93,7 +96,7 @@ class Peer:
         """
         if problem := self.refusal(work, dtype, mode):
             return {"error": problem}
-        result, *arguments = LAYOUTS[work.op]
+        result, *arguments = LAYOUTS.get(self.name) or LAYOUTS[work.op]
         arguments, gradients = arguments[: len(work.shapes(dtype))], mode != "forward"
         axes = [result, *arguments] if gradients else arguments
         arrays = [np.asarray(a, np.float32).transpose(order) for a, order in zip(inputs, axes, strict=True)]
@@ -119,7 +122,8 @@ class Peer:
         answer = self.ask(run=name, calls=calls)
         if "error" in answer:
             raise RuntimeError(f"{self.name}: {answer['error']}")
-        time.sleep(0.02)  # its threads spin for a while before they sleep
+        if self.device == "cpu":
+            time.sleep(0.02)  # its threads spin for a while before they sleep
         return answer["ms"]
 
     def close(self) -> None:
@@ -148,6 +152,7 @@ def peer_problem(python: str) -> str | None:
 
 
 def start_peers(python: str, ops: set[str], device: str, allow_tf32: bool) -> dict[str, Peer]:
-    """Each peer that a Python has and that has one of the ops, in a process of its own."""
-    names = [name for name in importable(python) if ops.intersection(PEERS[name].ops)]
+    """Each peer that a Python has and that has one of the ops on the device, in a process of its own."""
+    kinds = {name: PEERS[name] for name in importable(python)}
+    names = [name for name, kind in kinds.items() if ops.intersection(kind.ops) and device in kind.devices]
     return {name: Peer(name, python, device, allow_tf32) for name in names}

@@ -1,4 +1,8 @@
-"""torchvision's op and torch's own, on a CPU or a GPU, with or without gradients."""
+"""torchvision's op and torch's own, on a CPU or a GPU, with or without gradients.
+
+On a GPU a call is the replay of a CUDA graph, so that no launching from Python is timed, and the
+clock is read around many of them.
+"""
 
 import functools
 
@@ -36,35 +40,70 @@ def ms_deform_attn(value, locations, weights, *, spatial_shapes):
 OPS = {"deform_conv": deform_conv, "grid_sample": grid_sample, "ms_deform_attn": ms_deform_attn}
 
 
-def prepare(arrays, *, op, options, mode, dtype, device, copies, threads, allow_tf32, **_):
+def prepare(arrays, *, op, options, **how):
     """`call(i)` of the i-th copy of the inputs; with gradients, the first array is the result's."""
+    return make_calls(functools.partial(OPS[op], **options), arrays, **how)
+
+
+def make_calls(function, arrays, *, mode, dtype, device, copies, threads, allow_tf32, **_):
+    """`call(i)` of `function` of the i-th copy of `arrays`, and what else there is to tell."""
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
-    before = 0
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
     tensors = [torch.from_numpy(array).to(device, getattr(torch, dtype)) for array in arrays]
-    inputs = [[tensor.clone() for tensor in tensors] for _ in range(copies)]
-    function = functools.partial(OPS[op], **options)
+    inputs = [tensors]
 
     def forward(copy):
         return [function(*inputs[copy])]
 
     def forward_backward(copy):
         cotangent, *arguments = inputs[copy]
-        y = function(*arguments)
-        return [y, *torch.autograd.grad(y, arguments, cotangent)]
+        leaves = [tensor.requires_grad_() for tensor in arguments]
+        y = function(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, cotangent)]
 
-    if mode == "forward":
-        call = forward
-    else:
-        call = forward_backward
-        for _, *arguments in inputs:
-            for tensor in arguments:
-                tensor.requires_grad_()
+    call = forward if mode == "forward" else forward_backward
+    if device != "cuda":
+        call(0)
+        inputs += [[tensor.detach().clone() for tensor in tensors] for _ in range(copies - 1)]
+        return call, {"peak_bytes": None}
+    call(0)  # what is compiled and tuned is compiled and tuned now
+    torch.cuda.synchronize()
+    others = torch.cuda.memory_allocated() - sum(tensor.nbytes for tensor in tensors)
+    torch.cuda.reset_peak_memory_stats()
     call(0)
-    return call, {"peak_bytes": torch.cuda.max_memory_allocated() - before if device == "cuda" else None}
+    more = {"peak_bytes": torch.cuda.max_memory_allocated() - others}
+    inputs += [[tensor.detach().clone() for tensor in tensors] for _ in range(copies - 1)]
+    try:
+        return record(call, copies), more | {"timed": "graphs"}
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        print(f"timed by single launches, since CUDA records no graph of it: {error}")
+        return call, more | {"timed": "launches"}
+
+
+def record(call, copies):
+    """`call`, whose kernels are CUDA graphs: Python launches them more slowly than a GPU runs small ones."""
+    stream, graphs, pool = torch.cuda.Stream(), [], None
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call(0)  # what a stream's first call makes is not recorded
+        for copy in range(copies):
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(*([pool] if pool else []))
+            try:
+                results = call(copy)
+            finally:
+                graph.capture_end()
+            pool = graph.pool()
+            graphs.append((graph, results))
+    torch.cuda.current_stream().wait_stream(stream)
+
+    def replay(copy):
+        graph, results = graphs[copy]
+        graph.replay()
+        return results
+
+    return replay
 
 
 def synchronize():

@@ -17,6 +17,7 @@ import numpy as np
 MODULES = {
     "torch": "with_torch",
     "torchvision": "with_torch",
+    "deformops": "with_deformops",
     "onnxruntime": "with_onnxruntime",
     "openvino": "with_openvino",
 }

@@ -1,8 +1,10 @@
 """The peers: what they are asked, whether their results are ours, and what is said where one is missing."""
 
 import contextlib
+import importlib
 import importlib.util
 import sys
+import types
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from benchmarks.convolution import Convolution
 from benchmarks.measure import Settings, prepare_workload
+from benchmarks.peers import process
 from benchmarks.peers.process import Peer, start_peers
 from benchmarks.programs import add_cotangent, deviation, exact
 from benchmarks.workloads import WORKLOADS
@@ -89,8 +92,74 @@ def test_what_a_peer_is_not_asked(start, work, dtype, mode, sentence):
     assert peer.prepare(work, [], dtype, mode, 1, "name") == {"error": sentence}
 
 
-def test_only_peers_that_have_the_op_are_started():
-    assert start_peers(sys.executable, {"an op that nobody has"}, "cpu", allow_tf32=False) == {}
+def test_only_peers_that_have_the_op_on_the_device_are_started(monkeypatch):
+    monkeypatch.setattr(process, "importable", lambda python: tuple(process.PEERS))
+    monkeypatch.setattr(process, "Peer", lambda name, python, device, allow_tf32: (name, device))
+
+    def started(op, device):
+        return list(start_peers(sys.executable, {op}, device, allow_tf32=False))
+
+    assert started("an op that nobody has", "cpu") == []
+    assert started("deform_conv", "cpu") == ["torchvision", "onnxruntime", "openvino"]
+    assert started("deform_conv", "gpu") == ["torchvision", "deformops"]
+
+
+# Hands its arguments back as results, the kernel's place apart.
+ECHO = f"""#!{sys.executable}
+import json, shutil, sys
+print(json.dumps({{"version": "an echo"}}), flush=True)
+for line in sys.stdin:
+    command = json.loads(line)["prepare"]
+    shutil.copy(command["arrays"], command["results"])
+    print(json.dumps({{}}), flush=True)
+"""
+
+
+def test_deformops_has_maps_as_ours(tmp_path):
+    (tmp_path / "python").write_text(ECHO)
+    (tmp_path / "python").chmod(0o755)
+    inputs = add_cotangent(STRANGE.call, [STRANGE.arrays(0, "float32")])[0]
+    with contextlib.closing(Peer("deformops", str(tmp_path / "python"), "gpu", allow_tf32=True)) as peer:
+        answer = peer.prepare(STRANGE, inputs, "float32", "forward_backward", 1, "name")
+        with np.load(f"{peer.folder.name}/arrays.npz") as sent:
+            shapes = [sent[key].shape for key in sent.files]
+    assert shapes == [(2, 4, 3, 6), (2, 7, 6, 4), (6, 2, 3, 2), (2, 4, 3, 48), (2, 4, 3, 24)]
+    for sent, back in zip(inputs, answer["results"], strict=True):
+        np.testing.assert_array_equal(sent, back)
+
+
+class Tensor(np.ndarray):
+    """As much of torch's as is asked for."""
+
+    def unflatten(self, axis, sizes):
+        return self.reshape(*self.shape[:axis], *sizes)
+
+
+def test_deformops_is_asked_for_its_fused_kernels(monkeypatch):
+    asked, kernels = {}, types.ModuleType("deformops.backends.triton._kernels")
+    kernels.conv_deform2d = None
+    registry = types.ModuleType("deformops.registry")
+    registry.Backend = types.SimpleNamespace(TRITON="fused")
+    registry.conv = lambda *arrays, **options: asked.update(options, shapes=[a.shape for a in arrays])
+    timing = types.ModuleType("with_torch")
+    timing.make_calls = timing.synchronize = timing.to_numpy = None
+    stand_ins = [types.ModuleType(name) for name in ("triton", "deformops")]
+    for module in (*stand_ins, registry, kernels, timing):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    peer = importlib.import_module("benchmarks.peers.with_deformops")
+    monkeypatch.delitem(sys.modules, peer.__name__)
+    x, kernel, offset, mask = (np.asarray(a).view(Tensor) for a in STRANGE.arrays(0, "float32"))
+    peer.deform_conv(x, kernel.transpose(3, 2, 0, 1), offset, mask, **STRANGE.options)
+    assert asked.pop("backend") == "fused"
+    assert asked.pop("mask").shape == (2, 4, 3, 4, 6)
+    assert asked == {
+        "shapes": [(2, 7, 6, 4), (2, 4, 3, 4, 6, 2), (6, 2, 3, 2)],
+        "stride": 2,
+        "padding": (2, 1),
+        "dilation": 2,
+        "groups": 2,
+        "offset_groups": 4,
+    }
 
 
 def test_a_peer_that_cannot_be_imported_says_so(tmp_path, monkeypatch, start):

@@ -1,0 +1,73 @@
+"""deformops' op, one fused Triton kernel forward and one backward, on an NVIDIA GPU.
+
+It is asked for by the backend's name, which it takes or refuses: it never falls back to its eager
+one. Maps are as ours, channels last, which is what its kernels read. Its products are full float32
+whatever the dtype and whatever `allow_tf32` says: the library has no switch for TF32.
+
+A kernel has 24 or 16 configurations, each of which Triton compiles in 5 to 80 seconds and times at
+the first call of a shape. Here it gets to choose among those that CANDIDATES names, which are
+compiled side by side: the small tiles, since the compiler's report for an H100 has the others
+spill registers by kilobytes.
+"""
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
+import triton
+from deformops.backends.triton._kernels import conv_deform2d as kernels
+from deformops.registry import Backend, conv
+from with_torch import make_calls, synchronize, to_numpy
+
+__all__ = ["prepare", "synchronize", "to_numpy"]
+
+# Positions, features and channels of a tile, and warps
+CANDIDATES = {
+    "_conv_forward_kernel": {(32, 32, 32, 4), (64, 64, 32, 8)},
+    "_conv_backward_kernel": {(32, 32, 32, 4)},
+}
+
+
+def deform_conv(x, kernel, offset, mask=None, *, strides, padding, kernel_dilation, feature_group_count):
+    """The op of deformops on the backend of fused kernels."""
+    taps = kernel.shape[2] * kernel.shape[3]
+    offset = offset.unflatten(-1, (-1, taps, 2))
+    return conv(
+        x,
+        offset,
+        kernel,
+        mask=None if mask is None else mask.unflatten(-1, (-1, taps)),
+        stride=strides,
+        padding=tuple(padding),
+        dilation=kernel_dilation,
+        groups=feature_group_count,
+        offset_groups=offset.shape[3],
+        backend=Backend.TRITON,
+    )
+
+
+def few(kernel, candidates, executor):
+    """Let a kernel's tuner choose among the candidates, which are compiled side by side."""
+    tile = "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"
+    kernel.configs = [c for c in kernel.configs if tuple(c.all_kwargs()[key] for key in tile) in candidates]
+
+    def prune_configs(options):
+        with triton.AsyncCompileMode(executor):
+            for config in kernel.configs:
+                kernel.fn.run(*kernel.nargs.values(), **options | config.all_kwargs() | {"warmup": True})
+        return kernel.configs
+
+    kernel.prune_configs = prune_configs  # the tuner's step before it times, once for each shape
+
+
+@functools.cache
+def tune_among_few(threads):
+    """Both kernels' tuners choose among the candidates, from now on."""
+    executor = ThreadPoolExecutor(threads)
+    for name, candidates in CANDIDATES.items():
+        few(getattr(kernels, name), candidates, executor)
+
+
+def prepare(arrays, *, options, threads, **how):
+    """`call(i)` of the i-th copy of the inputs; with gradients, the first array is the result's."""
+    tune_among_few(threads)
+    return make_calls(functools.partial(deform_conv, **options), arrays, threads=threads, **how)
