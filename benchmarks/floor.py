@@ -17,14 +17,15 @@ class Rates(NamedTuple):
 
     flops: float  # of a matrix product
     memory: float  # bytes read and written of arrays that fit no cache
-    cache: float  # bytes read of an array that fits one
+    cache: float  # bytes read of an array that fits one; on a GPU not measured: a tile's pixels may fit a nearer cache
 
 
 @functools.cache
 def measure_rates(device: str, dtype: str, precision: str | None) -> Rates:
-    """The best runs of a large matrix product, a large copy, many reads of a small array."""
+    """The best runs of a large matrix product, a large copy and, on a CPU, many reads of a small array."""
     gpu = device == "gpu"
-    side, large, small, step, reads = (8192, 2**28, 2**22, 2**16, 32) if gpu else (1024, 2**26, 2**18, 2**12, 32)
+    side, large = (8192, 2**28) if gpu else (1024, 2**26)
+    small, step, reads = 2**18, 2**12, 32
 
     def per_second(amount: float, function: Callable, *arguments: jax.Array) -> float:
         program = Program(function, [arguments])
@@ -34,11 +35,16 @@ def measure_rates(device: str, dtype: str, precision: str | None) -> Rates:
     def read_often(a):  # fused into one loop: each element out reads `reads` elements in
         return sum(a[step * i : step * i + small] for i in range(reads))
 
-    square = jnp.ones((side, side), dtype)
+    def random(seed):  # a GPU multiplies ones faster
+        return jax.random.normal(jax.random.key(seed), (side, side), dtype)
+
+    cache = math.inf
+    if not gpu:
+        cache = per_second(4 * small * (reads + 1), read_often, jnp.ones(small + step * reads, "float32"))
     return Rates(
-        flops=per_second(2 * side**3, lambda a, b: jnp.matmul(a, b, precision=precision), square, square),
+        flops=per_second(2 * side**3, lambda a, b: jnp.matmul(a, b, precision=precision), random(0), random(1)),
         memory=per_second(2 * 4 * large, lambda a: a + 1, jnp.ones(large, "float32")),
-        cache=per_second(4 * small * (reads + 1), read_often, jnp.ones(small + step * reads, "float32")),
+        cache=cache,
     )
 
 

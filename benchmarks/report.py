@@ -7,6 +7,7 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.peers.process import PEERS
 from benchmarks.rows import STACKS, counted, geometric_mean, ratio, ratios, show, spoken
 
 # Without lines between columns: at 80 characters, each of them would cost a figure.
@@ -98,6 +99,12 @@ def print_table(rows: list[dict], console: Console) -> None:
     console.print(f"\n{title}\n" if title else "", highlight=False)
     console.print(make_table(rows, columns[:shown], errors))
     notes = [f"({number}) {error}" for number, error in enumerate(errors, 1)]
+    rates = {row["dtype"]: (row["flops"] / 1e12, row["bandwidth"] / 1e12) for row in rows if row.get("flops")}
+    notes += [
+        f"For the floor, {dtype}: {flops:.3g} TFLOP/s of a product and {bandwidth:.3g} TB/s of memory were measured."
+        for dtype, (flops, bandwidth) in rates.items()
+    ]
+    notes += dict.fromkeys(error for row in rows for peer in PEERS if (error := row.get(f"{peer}_error")))
     if left_out := [column.heading.replace("\n", " ") for column in columns[shown:]]:
         notes.append(f"A wider terminal shows more: {', '.join(left_out)}. --json FILE writes all.")
     if notes:

@@ -27,6 +27,8 @@ EMPTY: dict[str, Any] = {
     "dense_peak_bytes": None,
     "peer_peak_bytes": None,
     "floor_ms": None,  # what a forward pass takes at the least, see floor.py
+    "flops": None,  # per second of a matrix product, measured for the floor
+    "bandwidth": None,  # bytes of memory read and written per second, measured for the floor
     "columns_bytes": None,  # of a convolution's im2col columns, which neither of ours makes
     "result_bytes": None,  # of the result, of other ops
     "tf32": None,  # whether the GPU may round the factors of float32 products

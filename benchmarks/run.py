@@ -7,11 +7,17 @@ peers' take turns, so that a machine that slows down slows them all, and each
 workload is visited three times, so that a few slow seconds do not decide its
 figure. "forward_backward" computes the result and the gradients of x, kernel,
 offset and mask (plain convolution: of x and kernel). The peers are torchvision,
-onnxruntime and OpenVINO, as far as a Python of your choice has them
-(--peer-python): each runs in a process of its own, with as many threads, and
-counts only if its results are ours. The last two are for inference on a CPU.
+onnxruntime and OpenVINO, which only infer on a CPU, and on a GPU deformops, as
+far as a Python of your choice has them (--peer-python): each runs in a process
+of its own, with as many threads, and counts only if its results are ours.
 The family (--suite family) stands beside torch, DCNv3 and DCNv4 beside the
 dense DCNv2 of their shape, which is their "plain".
+
+A GPU computes small calls in less time than it takes to launch them from
+Python. So there a run is of programs that call the op once for each of several
+sets of inputs, which together fit no cache (the XLA implementation, whose many
+kernels take longer, of single calls), and the peers' of CUDA graphs. All is
+compiled before, side by side: compile seconds are of a busy machine.
 
 A terminal of 80 columns shows what matters most; a wider one shows more, and
 --json writes all. In the table,
@@ -42,7 +48,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.aims import AIMS, aims_table
-from benchmarks.measure import Measurement, Settings, compile_stack, prepare, visits
+from benchmarks.measure import Measurement, Settings, compile_ahead, compile_stack, prepare, visits
 from benchmarks.peers.process import PEERS, peer_problem, start_peers, threads
 from benchmarks.plot import plot
 from benchmarks.programs import MODES
@@ -186,6 +192,8 @@ def measure(args: argparse.Namespace, settings: Settings, deadline: float, conso
         with Progress(TextColumn("{task.description}"), *bar, console=console, transient=True) as progress:
             task = progress.add_task("", total=len(wanted) * settings.repeats)
             advance = functools.partial(progress.advance, task)
+            progress.update(task, description="compiling")
+            ahead = compile_ahead(wanted, settings)
             for number, rounds in visits(len(wanted), settings.repeats):
                 if time.perf_counter() > deadline:
                     console.print(f"{args.minutes:g} minutes are over: what follows is what was measured until then")
@@ -194,7 +202,7 @@ def measure(args: argparse.Namespace, settings: Settings, deadline: float, conso
                 progress.update(task, description=f"{', '.join(comparison.workloads)}: {spoken(mode)}")
                 first = number == len(measurements)
                 if first:
-                    measurements.append(prepare(comparison, mode, settings))
+                    measurements.append(prepare(comparison, mode, settings, ahead))
                 measurements[number].take_turns(rounds, max(1, settings.repeats // 7), advance)
                 if first:
                     rows += measurements[number].rows  # later visits improve their times

@@ -88,12 +88,20 @@ def test_aims_of_the_family():
 def test_aims_on_a_gpu():
     more = {"dense_ms": 1.0, "torchvision_ms": 20.0, "floor_ms": 0.5, "scratch_bytes": 1, "columns_bytes": 100}
     rows = [_row("gpu-conv3", "forward", 2.0, dtype, "pallas", **more) for dtype in ("float32", "float16", "bfloat16")]
+    rows[2]["torchvision_ms"] = None  # it has no bfloat16
+    rows += [_row("gpu-conv4", "forward", 1.0, "float32", "pallas", torchvision_ms=3.0, deformops_ms=0.9)]
+    rows += [_row("gpu-conv5", "forward", 1.0, "float32", "xla", torchvision_ms=0.1, deformops_ms=0.1)]
     aims = {aim.name: (aim.value, aim.verdict) for aim in gpu_aims(rows)}
-    assert aims["forward, float32: torchvision / ours, least"] == (10.0, "reached")
-    assert aims["forward, bfloat16: ours / plain, worst"] == (2.0, "reached")
-    assert aims["forward, bfloat16: ours / floor, worst"] == (4.0, "not reached")
+    mean = f"{30**0.5:.2f}"
+    assert aims[f"forward, float32: torchvision / ours, least (mean {mean}): gpu-conv4"] == (3.0, "not reached")
+    assert aims["forward, float32: deformops / ours, least (mean 0.90): gpu-conv4"] == (0.9, "not reached")
+    assert aims["forward, float16: torchvision / ours, least (mean 10.00): gpu-conv3"] == (10.0, "reached")
+    half = "forward, bfloat16: torchvision in float16 / ours, least (mean 10.00): gpu-conv3"
+    assert aims[half] == (10.0, "reached")
+    assert aims["forward, bfloat16: ours / plain, worst: gpu-conv3"] == (2.0, "reached")
+    assert aims["forward, bfloat16: ours / floor, worst: gpu-conv3"] == (4.0, "not reached")
     assert aims["forward, bfloat16: scratch / columns, worst"] == (0.01, "reached")
-    assert aims["forward + backward, float16: torchvision / ours, least"] == (None, "not measured")
+    assert aims["forward + backward, float16: torchvision / ours, least (mean –): none"] == (None, "not measured")
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 180])

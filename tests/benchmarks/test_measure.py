@@ -1,16 +1,27 @@
 """Runs take turns, and the median of each counts."""
 
-from benchmarks.measure import Case, Measurement, Settings, prepare_workload, visits
+from benchmarks.measure import Case, Measurement, Settings, compile_ahead, prepare_workload, visits
+from benchmarks.suites import Comparison
 
 
 def test_on_a_gpu_the_inputs_are_rotated_and_both_implementations_timed(tiny):
     settings = Settings("gpu", "a stand-in", ("xla", "pallas"), 1, True, {})
-    rows, runs = prepare_workload("tiny", "bfloat16", "forward_backward", False, settings)
+    (case, compiled), *_ = compile_ahead([(Comparison(("tiny",), ("bfloat16",)), "forward_backward")], settings).items()
+    assert case == ("tiny", "bfloat16", "forward_backward")
+    rows, runs = prepare_workload(*case, False, settings, compiled)
     assert [row["implementation"] for row in rows] == ["xla", "pallas"]
     program = runs[Case("tiny", "bfloat16", "xla")].__self__
     assert len(program.inputs) == 16
     assert len({float(x.sum()) for _, x, *_ in program.inputs}) > 8  # not one again and again
     assert 0 < rows[0]["parity"] < 2e-2
+    assert rows[1]["error"].startswith("not available: ")  # there is no GPU
+    assert not program.chain
+    assert runs[Case("tiny", "bfloat16", "dense")].__self__.chain
+
+
+def test_on_a_cpu_nothing_is_compiled_ahead(tiny):
+    settings = Settings("cpu", "a stand-in", ("xla",), 1, True, {})
+    assert compile_ahead([(Comparison(("tiny",)), "forward")], settings) == {}
 
 
 def test_runs_take_turns_and_the_median_counts():

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from benchmarks.convolution import Convolution
-from benchmarks.measure import Settings, prepare_workload
+from benchmarks.measure import Settings, compile_workload, prepare_workload
 from benchmarks.peers import process
 from benchmarks.peers.process import Peer, start_peers
-from benchmarks.programs import add_cotangent, deviation, exact
+from benchmarks.programs import add_cotangent, deviation, truth
 from benchmarks.workloads import WORKLOADS
 
 STRANGE = Convolution((2, 7, 6, 4), 6, window=(3, 2), strides=2, dilation=2, groups=2, offset_groups=4)
@@ -39,7 +39,7 @@ def test_onnxruntime_computes_what_ours_does(monkeypatch, start, modulated):
     peer, arrays = start("onnxruntime"), work.arrays(0, "float32")
     answer = peer.prepare(work, arrays, "float32", "forward", 1, "name")
     assert answer["results"][0].shape == work.call(*arrays).shape
-    assert deviation("strange", "forward", arrays, answer["results"]) < 1e-5
+    assert deviation(truth(work, "forward", arrays), answer["results"]) < 1e-5
     assert peer.run("name", 2) > 0
 
 
@@ -62,7 +62,8 @@ class StandIn:
 def test_a_peer_that_computes_something_else_has_an_error_and_no_time(tiny, dtype, error):
     peer, wrong = StandIn(lambda *a: tiny.call(*a) + error), (dtype, error) in (("float32", 0.01), ("bfloat16", 1))
     settings = Settings("cpu", "a stand-in", ("xla",), 1, True, {"torchvision": peer})
-    (row,), runs = prepare_workload("tiny", dtype, "forward", True, settings)
+    compiled = compile_workload("tiny", dtype, "forward", settings)
+    (row,), runs = prepare_workload("tiny", dtype, "forward", True, settings, compiled)
     assert (row["torchvision_parity"] > 1e-4) == bool(error)
     assert (row["torchvision_error"] or "").startswith("torchvision computes something else: " if wrong else "")
     assert {case.program for case in runs} == {"dense", "xla"} | (set() if wrong else {"torchvision"})
@@ -70,13 +71,13 @@ def test_a_peer_that_computes_something_else_has_an_error_and_no_time(tiny, dtyp
 
 def test_gradients_are_compared_but_for_a_few_at_the_kinks(tiny):
     arguments = add_cotangent(tiny.call, [tiny.arrays(0, "float32")])[0]
-    right = jax.tree.leaves(exact("tiny", "forward_backward")(*arguments))
+    right = truth(tiny, "forward_backward", arguments)
     kink = [np.array(a) for a in right]
     kink[3][0, 0, 0, 0] += 1  # one of 360
-    assert deviation("tiny", "forward_backward", arguments, right) < 1e-5
-    assert deviation("tiny", "forward_backward", arguments, kink) > 1e-2
-    assert deviation("tiny", "forward_backward", arguments, kink, 0.99) < 1e-5
-    assert deviation("tiny", "forward_backward", arguments, [*right[:3], -right[3], right[4]], 0.99) > 1e-2
+    assert deviation(right, right) < 1e-5
+    assert deviation(right, kink) > 1e-2
+    assert deviation(right, kink, 0.99) < 1e-5
+    assert deviation(right, [*right[:3], -right[3], right[4]], 0.99) > 1e-2
 
 
 @pytest.mark.parametrize(

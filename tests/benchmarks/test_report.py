@@ -106,6 +106,17 @@ def test_why_a_row_has_no_figures_is_told_once_and_as_it_is():
     assert printed(SUITES["no pallas"], 80).count(f"(1) not available: {CUT}") == 1
 
 
+def test_the_rates_of_the_floor_are_told():
+    text = " ".join(printed(rows_of(GPU, DTYPES[:2], flops=4e14, bandwidth=3.04e12), 80).split())
+    assert "For the floor, bfloat16: 400 TFLOP/s of a product and 3.04 TB/s of memory were measured." in text
+
+
+def test_why_a_peer_has_no_figures_is_told_once():
+    error = "torchvision: not implemented for 'BFloat16'"
+    text = printed(rows_of(GPU, torchvision_error=error, peer=None, peer_ms=None, peer_peak_bytes=None), 80)
+    assert text.count(error) == 1
+
+
 def test_a_compiled_stack_has_a_sentence_and_no_line():
     rows = [*SUITES["cpu"], EMPTY | {"workload": "stack12", "mode": MODES[1], "compile_s": 3.0, "dense_compile_s": 0.5}]
     text = " ".join(printed(rows, 80).split())
