@@ -1,10 +1,17 @@
-"""The aims: what the op should reach on a CPU and on a GPU, beside what was measured."""
+"""The aims: what the op should reach on a CPU and on a GPU, beside what was measured.
 
+python -m benchmarks.aims gpu float32.json half.json    # of rows that --json wrote, of one run or several
+"""
+
+import argparse
 import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+from rich.console import Console
 from rich.table import Table
 
 from benchmarks.peers.process import PEERS
@@ -216,3 +223,17 @@ def aims_table(aims: list[Aim]) -> Table:
             limit = f"{'≤' if aim.at_most else '≥'} {aim.limit:g}"
             table.add_row(f"  {aim.figure}", show(aim.value, "{:.3g}"), limit, aim.verdict)
     return table
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table of a suite's aims."""
+    p = argparse.ArgumentParser(prog="python -m benchmarks.aims", description="Each aim beside what was measured.")
+    p.add_argument("suite", choices=AIMS)
+    p.add_argument("rows", nargs="+", metavar="FILE", help="rows that python -m benchmarks.run --json wrote")
+    args = p.parse_args(argv)
+    rows = [row for file in args.rows for row in json.loads(Path(file).read_text())]
+    Console().print(aims_table(AIMS[args.suite](rows)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,12 @@
 """The figures that the op should reach, out of the rows."""
 
 import io
+import json
 
 import pytest
 from rich.console import Console
 
-from benchmarks.aims import ahead_aims, aims_table, cpu_aims, family_aims, gpu_aims
+from benchmarks.aims import ahead_aims, aims_table, cpu_aims, family_aims, gpu_aims, main
 from benchmarks.workloads import FIVE
 
 
@@ -102,6 +103,16 @@ def test_aims_on_a_gpu():
     assert aims["forward, bfloat16: ours / floor, worst: gpu-conv3"] == (4.0, "not reached")
     assert aims["forward, bfloat16: scratch / columns, worst"] == (0.01, "reached")
     assert aims["forward + backward, float16: torchvision / ours, least (mean –): none"] == (None, "not measured")
+
+
+def test_aims_of_rows_in_several_files(tmp_path, capsys):
+    halves = {"bfloat16": {"torchvision_ms": None}, "float16": {"torchvision_ms": 18.0}}
+    for dtype, more in halves.items():
+        row = _row("gpu-conv3", "forward", 2.0, dtype, "pallas", scratch_bytes=1, columns_bytes=100) | more
+        (tmp_path / f"{dtype}.json").write_text(json.dumps([row]))
+    main(["gpu", *(str(tmp_path / f"{dtype}.json") for dtype in halves)])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "in float16 / ours" in line)
+    assert line.split()[-4:] == ["9", "≥", "8", "reached"]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 180])
