@@ -81,7 +81,7 @@ def make_network(name: str, depth: int, dtype: str) -> Network:
 
 
 def draw(random: np.random.Generator, path: tuple, shape: jax.ShapeDtypeStruct) -> jax.Array:
-    """A kernel that keeps the size of what it reads, of the branches too; scales and variances of 1, and 0 for the rest."""
+    """A kernel that keeps the size of what it reads, of the branches too; scales and variances of 1; else 0."""
     name = jax.tree_util.keystr(path)
     if "kernel" in name:
         scale = math.sqrt(2 / math.prod(shape.shape[:-1]))

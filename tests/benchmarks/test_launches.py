@@ -40,13 +40,14 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   %out = f32[4]{0} get-tuple-element(%loop), index=1
   %begun = ((f32[4]{0}), f32[4]{0}) async-start(%out), calls=%wrapped
   %ended = f32[4]{0} async-done(%begun)
-  ROOT %d = f32[4]{0} call(%ended), to_apply=%wrapped
+  %either = f32[4]{0} conditional(%zero, %ended, %ended), branch_computations={%wrapped, %fused}
+  ROOT %d = f32[4]{0} call(%either), to_apply=%wrapped
 }
 """
 
 
 @pytest.mark.parametrize(
-    ("trips", "launches"), [('backend_config={"known_trip_count":{"n":"9"},"more":1}', 9 * 3 + 2), ("", 3 + 2)]
+    ("trips", "launches"), [('backend_config={"known_trip_count":{"n":"9"},"more":1}', 9 * 3 + 5), ("", 3 + 5)]
 )
 def test_loops_count_as_often_as_they_run_and_fusions_as_one(trips, launches):
     assert count_launches(PROGRAM.replace("TRIPS", trips)) == launches
