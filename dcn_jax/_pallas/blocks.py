@@ -14,6 +14,8 @@ from jax import lax
 from jax.experimental.pallas import triton
 from jax.ref import addupdate
 
+from dcn_jax._pallas import atomics
+
 
 def loop(count: int, body: Callable, start):
     """`fori_loop` with 32-bit counters."""
@@ -86,13 +88,6 @@ def both(exist: jax.Array | None, exist_too: jax.Array | None) -> jax.Array | No
     return exist & exist_too
 
 
-def in_bounds(span: Span) -> Span:
-    """A span with index 0 for what does not exist, for `add`."""
-    if span.exists is None:
-        return span
-    return Span(tuple(jnp.where(span.exists, i, 0) for i in span.index), span.exists)
-
-
 def load(ref, span: Span) -> jax.Array:
     """Read elements, zero for those that do not exist."""
     if span.exists is None:
@@ -105,9 +100,10 @@ def store(ref, span: Span, value) -> None:
     triton.store(ref.at[span.index], value.astype(ref.dtype), mask=span.exists)
 
 
-def add(ref, span: Span, value) -> None:
-    """Add to elements that other programs add to as well, zero for those that do not exist.
-
-    All indices must be in bounds: an atomic add takes no mask.
-    """
+def add(ref, span: Span, value, *, interpret: bool) -> None:
+    """Add to elements that other programs add to as well, but for those that do not exist."""
+    if not interpret:
+        atomics.add(ref, span.index, value, span.exists)
+        return
+    # The interpreter drops an index beyond the array, and counts one below zero from its end.
     addupdate(ref, span.index, value if span.exists is None else jnp.where(span.exists, value, 0.0))

@@ -29,9 +29,8 @@ def test_a_matrix_has_a_mask_where_a_side_does_not_fit():
     np.testing.assert_array_equal(blocks.outer(ragged, ragged).exists, exists[:, None] & exists[None, :])
 
 
-def test_in_bounds_no_index_leaves_the_array():
-    ragged = blocks.shift(blocks.block(1, 4, 6), 10)
+def test_a_shifted_span_is_counted_from_its_start():
+    whole, ragged = blocks.shift(blocks.block(1, 4, 8), 10), blocks.shift(blocks.block(1, 4, 6), 10)
     np.testing.assert_array_equal(ragged.index[0], [14, 15, 16, 17])
-    np.testing.assert_array_equal(blocks.in_bounds(ragged).index[0], [14, 15, 0, 0])
-    whole = blocks.block(1, 4, 8)
-    assert blocks.in_bounds(whole) is whole
+    np.testing.assert_array_equal(ragged.exists, [True, True, False, False])
+    assert whole.exists is None

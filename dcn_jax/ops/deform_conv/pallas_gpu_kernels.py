@@ -37,7 +37,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from dcn_jax._pallas.blocks import Span, add, both, extend, in_bounds, load, loop, outer, quotient, store, unravel
+from dcn_jax._pallas.blocks import Span, add, both, extend, load, loop, outer, quotient, store, unravel
 from dcn_jax.geometry import Window
 from dcn_jax.ops.deform_conv.pallas_gpu_tiles import Cut, Plan, Segment, count_tiles, tile_positions
 from dcn_jax.sampling import Border, Positions, corners
@@ -84,9 +84,8 @@ def backward_x(kernel_ref, offset_ref, mask_ref, g_ref, dx_ref, *, cut: Cut):
     images, *spatial, _ = dx_ref.shape
     number, channel_block = unravel(pl.program_id(0), cut.channel_blocks)
     segment, channels = cut.segment(number), cut.segment_channels(channel_block)
-    columns = cut.columns(segment, in_bounds(channels))
+    columns = cut.columns(segment, channels)
     positions = tile_positions(cut, images, pl.program_id(1))
-    image = in_bounds(Span(positions.index[:1], positions.exists))
 
     def add_tap(tap, carry):
         reads = _reads(cut.window, offset_ref, mask_ref, positions, segment.offset_group, tap)
@@ -94,8 +93,8 @@ def backward_x(kernel_ref, offset_ref, mask_ref, g_ref, dx_ref, *, cut: Cut):
         if reads.modulation is not None:
             dsamples = dsamples * reads.modulation[:, None]
         for pixel, weight, inside in corners(reads.points, _border(spatial)):
-            rows = Span((*image.index, *pixel), both(inside, positions.exists))
-            add(dx_ref, outer(rows, columns), weight[:, None] * dsamples)
+            rows = Span((positions.index[0], *pixel), both(inside, positions.exists))
+            add(dx_ref, outer(rows, columns), weight[:, None] * dsamples, interpret=cut.plan.interpret)
         return carry
 
     loop(cut.window.taps, add_tap, np.int32(0))
@@ -177,7 +176,7 @@ def backward_kernel(x_ref, offset_ref, mask_ref, g_ref, dkernel_ref, *, cut: Cut
     if splits == 1:
         store(dkernel_ref, outer(rows, features, tap), total)
     else:
-        add(dkernel_ref, outer(in_bounds(rows), in_bounds(features), tap), total)
+        add(dkernel_ref, outer(rows, features, tap), total, interpret=cut.plan.interpret)
 
 
 class _Reads(NamedTuple):
