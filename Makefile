@@ -27,6 +27,12 @@ test-aot: ## compile for GPUs and TPUs that are not here, and check the memory t
 test-aot-here: $(VENV)/installed-aot
 	JAX_PLATFORMS=cpu $(PYTEST) tests/aot $(ARGS)
 
+test-gpu: ## run the op and its family on a CUDA GPU that is here (WORKERS="12" for as many processes)
+	@$(MAKE) --no-print-directory VENV=$(VENV)-gpu test-gpu-here
+
+test-gpu-here: $(VENV)/installed-gpu
+	JAX_PLATFORMS=cuda,cpu $(PYTEST) tests/gpu $(ARGS)
+
 bench: $(VENV)/installed-examples ## time the op beside the plain convolution (ARGS="--help" for the options)
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
@@ -56,5 +62,5 @@ $(BIN)/python:
 	  { echo 'make: $(PYTHON) cannot make virtual environments; install its venv module (Debian: apt install python3-venv)' >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 
-.PHONY: help train test test-all test-aot test-aot-here bench lint format clean
+.PHONY: help train test test-all test-aot test-aot-here test-gpu test-gpu-here bench lint format clean
 .PRECIOUS: $(VENV)/installed-%
