@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tests.support import gpu
 from tests.support.cases import Case, draw
@@ -70,6 +72,31 @@ def test_gradients_of_gradients(record_property, implementation):
     wanted = gpu.on_host(second("xla"), *arguments)
     got, wanted = (dict(zip(ARGUMENTS, results, strict=True)) for results in (got, wanted))
     gpu.check(record_property, "second order", got, wanted, 3 * TOLERANCE)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_outside_of_jit(record_property, implementation):
+    cotangent = gpu.draw_cotangent(CASE)
+    op = gpu.bound(implementation, precision=PRECISION)
+    got = value_and_gradients(op, tuple(map(jnp.asarray, CASE.arrays)), jnp.asarray(cotangent))
+    gpu.check(record_property, "outside of jit", gpu.named(got), gpu.exact(CASE, cotangent), TOLERANCE)
+
+
+@pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter knows no shard_map with its checks")
+@pytest.mark.parametrize("over", ["jit", "shard_map"])
+def test_on_a_mesh(record_property, over):
+    """Of one GPU: partitioned all the same."""
+    mesh, cotangent = Mesh(np.array(jax.devices()[:1]), ("data",)), gpu.draw_cotangent(CASE)
+    places = (P("data"), P(), P("data"), P("data"), P())
+
+    def f(arrays, cotangent):
+        return value_and_gradients(gpu.bound("pallas", precision=PRECISION), arrays, cotangent)
+
+    if over == "shard_map":
+        f = jax.shard_map(f, mesh=mesh, in_specs=(places, P("data")), out_specs=(P("data"), places))
+    arguments = (CASE.arrays, cotangent)
+    placed = jax.tree.map(lambda a, p: jax.device_put(a, NamedSharding(mesh, p)), arguments, (places, P("data")))
+    gpu.check(record_property, over, gpu.named(jax.jit(f)(*placed)), gpu.exact(CASE, cotangent), TOLERANCE)
 
 
 def test_the_result_has_the_same_bits_each_time():
