@@ -193,6 +193,10 @@ def _reads(window: Window, offset_ref, mask_ref, positions: Span, offset_group, 
     for axis, (position, along_axis) in enumerate(zip(positions.index[1:], along, strict=True)):
         channel = (offset_group * window.taps + tap) * window.rank + axis
         offset = load(offset_ref, extend(positions, channel)).astype(jnp.float32)
+        # It is zero there already. But samples made of nothing but what was loaded, Triton makes in
+        # the layout of the product's operand: each corner goes through shared memory by itself, and
+        # the next one is loaded after a barrier.
+        offset = jnp.where(positions.exists, offset, 0.0)
         points.append(Positions(window.place(axis, position, along_axis), offset))
     if mask_ref is None:
         return _Reads(points, None)
