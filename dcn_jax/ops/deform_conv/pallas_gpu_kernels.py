@@ -125,7 +125,9 @@ def backward_points(x_ref, kernel_ref, offset_ref, mask_ref, g_ref, doffset_ref,
             part, number = unravel(number, cut.channel_blocks)
             segment = cut.segment(offset_group * cut.segments_per_offset_group + part)
             channels = cut.segment_channels(number)
-            dsamples = _dsamples(cut, kernel_ref, g_ref, positions, tap, segment, channels)
+            # Triton wants what meets a product in the product's layout, and takes each corner there
+            # through shared memory. What meets a product's transpose, it leaves where it was loaded.
+            dsamples = _dsamples(cut, kernel_ref, g_ref, positions, tap, segment, channels, turned=True).T
             columns = cut.columns(segment, channels)
             sums = []
             for total, pixel, inside in zip(totals, pixels, insides, strict=True):
@@ -224,17 +226,20 @@ def _samples(x_ref, reads: _Reads, positions: Span, columns: Span) -> jax.Array:
     return total
 
 
-def _dsamples(cut: Cut, kernel_ref, g_ref, positions: Span, tap, segment: Segment, channels: Span) -> jax.Array:
-    """ds_n(p0) = g(p0) · w_nᵀ: `(positions, channels)`, in float32."""
+def _dsamples(
+    cut: Cut, kernel_ref, g_ref, positions: Span, tap, segment: Segment, channels: Span, *, turned: bool = False
+) -> jax.Array:
+    """ds_n(p0) = g(p0) · w_nᵀ: `(positions, channels)`, in float32; or turned, w_n · g(p0)ᵀ."""
     rows = cut.rows(segment, channels)
 
     def add_features(number, total):
         features = cut.group_features(segment.feature_group, number)
         g = load(g_ref, outer(positions, features))
         matrix = load(kernel_ref, outer(rows, features, tap))
-        return total + _dot(cut.plan, g, matrix, ((1,), (1,)))
+        return total + _dot(cut.plan, *((matrix, g) if turned else (g, matrix)), ((1,), (1,)))
 
-    return loop(cut.feature_blocks, add_features, jnp.zeros((cut.tile.positions, cut.tile.channels), jnp.float32))
+    shape = (channels.size, positions.size) if turned else (positions.size, channels.size)
+    return loop(cut.feature_blocks, add_features, jnp.zeros(shape, jnp.float32))
 
 
 def _dot(plan: Plan, a, b, contract=((1,), (0,))) -> jax.Array:

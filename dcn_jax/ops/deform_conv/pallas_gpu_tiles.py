@@ -66,14 +66,14 @@ _TILES = {
         "forward": Tile(64, 32, 128),
         "forward, wide": Tile(64, 32, 256),  # 190 registers, one program
         "backward_x": Tile(64, 64, 64),
-        "backward_points": Tile(64, 32, 64),
+        "backward_points": Tile(32, 64, 64),
         "backward_kernel": Tile(32, 64, 128),
     },
     "TF32_TF32_F32_X3": {  # 134 to 203 registers, one program: each operand is held twice
         "forward": Tile(64, 32, 128),
         "forward, wide": Tile(64, 32, 128),
         "backward_x": Tile(64, 64, 64),
-        "backward_points": Tile(64, 32, 64),
+        "backward_points": Tile(32, 64, 32),
         "backward_kernel": Tile(32, 64, 128),
     },
     "F32_F32_F32": {  # no tensor cores; operands are held in registers whole
