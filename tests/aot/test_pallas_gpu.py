@@ -105,19 +105,26 @@ def kinds_of_adds(file):
     return set(re.findall(r"\b(?:red|atom)\.([\w.]+)", text))
 
 
+def loads_at_once(file):
+    """How many loads of 16 bytes stand between two barriers, wherever some do."""
+    counts = [part.count("ld.global.v4") for part in file.read_text().split("bar.sync")]
+    return [count for count in counts if count]
+
+
 @pytest.mark.parametrize("mode", ["forward", "backward"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_workloads(tmp_path, name, dtype, mode):
     """Tensor cores, no spills, and next to no scratch memory: in the backward a float32 copy of x.
 
-    Adds of four floats, without barriers. And the corners of a tap are loaded one after another, not each with a barrier.
+    Adds of four floats, without barriers. And all corners of a tap are loaded before one is waited for.
     """
     x, features = WORKLOADS[name]
     compiled, kernels = compile_with_ptx(tmp_path, *program(x, features, dtype, mode))
     check_kernels(kernels, FORWARD if mode == "forward" else BACKWARD)
-    for gathering in ("forward",) if mode == "forward" else ("backward_points", "backward_kernel"):
-        assert kernels[f"deform_conv_{gathering}"].read_text().count("bar.sync") <= 16
+    for kernel, file in kernels.items():
+        if kernel != "deform_conv_backward_x":  # the one that does not gather
+            assert loads_at_once(file)[-1] >= (8 if kernel == "deform_conv_backward_points" else 10)
     if mode == "backward":
         assert kinds_of_adds(kernels["deform_conv_backward_x"]) == {"global.gpu.relaxed.add.v4.f32"}
         assert kinds_of_adds(kernels["deform_conv_backward_kernel"]) <= {"global.gpu.relaxed.add.v4.f32"}
