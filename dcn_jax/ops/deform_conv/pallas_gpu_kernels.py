@@ -29,7 +29,7 @@ All references are to whole arrays, without the stack's axis:
 
 import functools
 import operator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -198,7 +198,7 @@ def _reads(window: Window, offset_ref, mask_ref, positions: Span, offset_group, 
         # It is zero there already. But samples made of nothing but what was loaded, Triton makes in
         # the layout of the product's operand: each corner goes through shared memory by itself, and
         # the next one is loaded after a barrier.
-        offset = jnp.where(positions.exists, offset, 0.0)
+        offset = jnp.where(cast(jax.Array, positions.exists), offset, 0.0)
         points.append(Positions(window.place(axis, position, along_axis), offset))
     if mask_ref is None:
         return _Reads(points, None)
