@@ -88,11 +88,11 @@ def both(exist: jax.Array | None, exist_too: jax.Array | None) -> jax.Array | No
     return exist & exist_too
 
 
-def load(ref, span: Span) -> jax.Array:
-    """Read elements, zero for those that do not exist."""
+def load(ref, span: Span, other: int = 0) -> jax.Array:
+    """Read elements, `other` for those that do not exist."""
     if span.exists is None:
         return triton.load(ref.at[span.index])
-    return triton.load(ref.at[span.index], mask=span.exists, other=jnp.zeros((), ref.dtype))
+    return triton.load(ref.at[span.index], mask=span.exists, other=jnp.array(other, ref.dtype))
 
 
 def store(ref, span: Span, value) -> None:

@@ -7,6 +7,7 @@ in pallas_gpu.md.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -19,9 +20,11 @@ from dcn_jax._pallas import batching, sharding
 from dcn_jax._pallas.launch import gpu_in_reach, interpreting, launch, stack_size
 from dcn_jax._pallas.reverse import reverse_only
 from dcn_jax.ops.deform_conv import pallas_gpu_kernels as kernels
-from dcn_jax.ops.deform_conv import xla
+from dcn_jax.ops.deform_conv import xla, xla_tap
 from dcn_jax.ops.deform_conv.call import Arrays, Spec, add_bias
-from dcn_jax.ops.deform_conv.pallas_gpu_tiles import PROGRAMS, Cut, Plan, count_tiles, cut_for
+from dcn_jax.ops.deform_conv.pallas_gpu_points import locate_points
+from dcn_jax.ops.deform_conv.pallas_gpu_tiles import WARPS, Cut, Plan, count_runs, count_tiles, cut_for
+from dcn_jax.sampling import Rows, sum_rows
 
 DTYPES = ("float32", "bfloat16", "float16")  # that the kernels load; they compute in float32
 
@@ -41,10 +44,6 @@ _PRODUCTS = {
 def refusal(spec: Spec, arrays: Arrays) -> str | None:
     """Why the kernels cannot take this call, all reasons in one sentence; None if they can."""
     reasons = []
-    if spec.window.rank > 2:
-        reasons.append(f"it has {spec.window.rank} spatial axes (the kernels know 1 and 2)")
-    if set(spec.window.padding_mode) != {"zeros"}:
-        reasons.append(f"padding_mode={spec.window.padding_mode!r} (the kernels know 'zeros')")
     if any(map(is_symbolic_dim, (*arrays.x.shape, *spec.window.spatial))):
         reasons.append(f"x has the symbolic shape {arrays.x.shape} (the kernels are made for sizes that are known)")
     for name, array in (("x", arrays.x), ("kernel", arrays.kernel)):
@@ -80,21 +79,26 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
 
 
 def _arrange(plan: Plan, out_dtype, x, kernel, offset, mask, bias) -> jax.Array:
-    """Flatten the batch axes and cast to what the kernels load; bring the result back."""
-    batch = x.shape[: -plan.spec.window.rank - 1]
+    """Flatten the batch axes and cast to what the kernels load; find what points read; bring the result back."""
+    window, groups = plan.spec.window, plan.spec.offset_groups
+    batch, channels = x.shape[: -window.rank - 1], x.shape[-1]
 
     def flat(array):
         shape = array.shape[len(batch) :]
         return jnp.broadcast_to(array, (*batch, *shape)).reshape(-1, *shape)  # one set of offsets may serve all images
 
+    row, weight = locate_points(window, groups, flat(offset), None if mask is None else flat(mask))
+    rows = flat(x).reshape(-1, math.prod(window.spatial) * groups, channels // groups)
     bias_inside = bias if bias is not None and bias.dtype.name in DTYPES else None
-    arrays = Arrays(
-        flat(x), kernel, flat(_loadable(offset)), None if mask is None else flat(_loadable(mask)), bias_inside
-    )
-    y = cast(jax.Array, _op(plan, jax.tree.map(reverse_only, sharding.vary_alike(arrays))))
-    y = y.reshape(*batch, *y.shape[1:])
+    operands = _Operands(rows, kernel.reshape(window.taps, *kernel.shape[-2:]), row, weight, bias_inside)
+    y = cast(jax.Array, _op(plan, jax.tree.map(_reverse_only, sharding.vary_alike(operands))))
+    y = y.reshape(*batch, *window.out_spatial, y.shape[-1])
     bias_outside = bias if bias_inside is None else None  # wider than what the kernels load
     return add_bias(y, bias_outside).astype(out_dtype)
+
+
+def _reverse_only(array: jax.Array) -> jax.Array:
+    return reverse_only(array) if jnp.issubdtype(array.dtype, jnp.inexact) else array
 
 
 def _product(precision: Any) -> lax.DotAlgorithmPreset | None:
@@ -108,54 +112,83 @@ def _product(precision: Any) -> lax.DotAlgorithmPreset | None:
     return _PRODUCTS.get(lax.DotAlgorithmPreset.DEFAULT if asked is None else asked)
 
 
-def _loadable(array: jax.Array) -> jax.Array:
-    """An offset or a mask in a dtype the kernels load."""
-    return array if array.dtype.name in DTYPES else array.astype(jnp.float32)
-
-
 # --- derivatives --------------------------------------------------------------------------------------------------
 
 
+class _Operands(NamedTuple):
+    """What the kernels read, as `pallas_gpu_kernels` describes it."""
+
+    x: jax.Array
+    kernel: jax.Array
+    row: jax.Array
+    weight: jax.Array
+    bias: jax.Array | None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _op(plan: Plan, arrays: Arrays) -> jax.Array:
-    """The op with one batch axis: x `(B, *spatial, C)` to `(B, *out_spatial, F)`."""
-    return batching.run_pass(_FORWARD, plan, arrays).y
+def _op(plan: Plan, operands: _Operands) -> jax.Array:
+    """y: `(B, P, F)`."""
+    return batching.run_pass(_FORWARD, plan, operands).y
 
 
-def _op_forward(plan, arrays):
-    return _op(plan, arrays), arrays
+def _op_forward(plan, operands):
+    return _op(plan, operands), operands
 
 
-def _op_backward(plan, arrays, g):
-    return (_gradients(plan, arrays, reverse_only(g)),)
+def _op_backward(plan, operands, g):
+    return (_gradients(plan, operands, reverse_only(g)),)
 
 
 _op.defvjp(_op_forward, _op_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gradients(plan: Plan, arrays: Arrays, g: jax.Array) -> Arrays:
-    """The gradients of `_op` at `g`, the gradient of y."""
-    x, kernel, offset, mask, bias = arrays
-    made = batching.run_pass(_BACKWARD, plan, _BackwardOperands(x, kernel, offset, mask, g))
-    dbias = None if bias is None else jnp.sum(g, axis=range(g.ndim - 1), dtype=jnp.float32).astype(bias.dtype)
-    return Arrays(made.dx, made.dkernel, made.doffset, made.dmask, dbias)
+def _gradients(plan: Plan, operands: _Operands, g: jax.Array) -> _Operands:
+    """The gradients of `_op` at `g`, the gradient of y; rows have none."""
+    x, kernel, row, weight, bias = operands
+    made = batching.run_pass(_BACKWARD, plan, _BackwardOperands(x, kernel, row, weight, g))
+    dbias = None if bias is None else jnp.sum(g, axis=(0, 1), dtype=jnp.float32).astype(bias.dtype)
+    return operands._replace(x=made.dx, kernel=made.dkernel, row=None, weight=made.dweight, bias=dbias)
 
 
-def _gradients_forward(plan, arrays, g):
-    return _gradients(plan, arrays, g), (arrays, g)
+def _gradients_forward(plan, operands, g):
+    return _gradients(plan, operands, g), (operands, g)
 
 
-def _gradients_backward(plan, operands, cotangents):
-    """By way of the XLA implementation, as is every derivative after it."""
+def _gradients_backward(plan, given, cotangents):
+    """By way of XLA, as is every derivative after it."""
+    row = given[0].row
 
-    def gradients(arrays, g):
-        return jax.vjp(functools.partial(xla.run, plan.spec), arrays)[1](g)[0]
+    def gradients(operands, g):
+        def op(operands):
+            return _op_by_xla(plan, operands._replace(row=row))
 
-    return jax.vjp(gradients, *operands)[1](cotangents)
+        return jax.vjp(op, operands)[1](g)[0]
+
+    operands, g = given
+    return jax.vjp(gradients, operands._replace(row=None), g)[1](cotangents)
 
 
 _gradients.defvjp(_gradients_forward, _gradients_backward)
+
+
+def _op_by_xla(plan: Plan, operands: _Operands) -> jax.Array:
+    """`_op` in `jax.numpy`, one tap after another."""
+    spec, (x, kernel, row, weight, bias) = plan.spec, operands
+    images, groups, corners, positions = row.shape
+
+    def by_tap(array):  # (B, OG * K, corners, P) -> (K, corners, B, P, OG)
+        return array.reshape(images, spec.offset_groups, -1, corners, positions).transpose(2, 3, 0, 4, 1)
+
+    @jax.checkpoint
+    def add_tap(total, tap):
+        row, weight, matrix = tap
+        samples = jax.vmap(sum_rows)(x, Rows(tuple(row), tuple(weight)))  # (B, P, OG, Cg)
+        return total + xla_tap.multiply(spec, samples.reshape(-1, *samples.shape[2:]), matrix), None
+
+    zeros = jnp.zeros_like(x, spec.accumulate, (images * positions, kernel.shape[-1]))
+    y, _ = lax.scan(add_tap, zeros, (by_tap(row), by_tap(weight), kernel))
+    return add_bias(y.reshape(images, positions, -1), bias).astype(spec.out_dtype)
 
 
 # --- the two passes, over arrays with a stack axis ----------------------------------------------------------------
@@ -168,28 +201,26 @@ class _ForwardResults(NamedTuple):
 class _BackwardOperands(NamedTuple):
     x: jax.Array
     kernel: jax.Array
-    offset: jax.Array
-    mask: jax.Array | None
+    row: jax.Array
+    weight: jax.Array
     g: jax.Array
 
 
 class _BackwardResults(NamedTuple):
     dx: jax.Array
     dkernel: jax.Array
-    doffset: jax.Array
-    dmask: jax.Array | None
+    dweight: jax.Array
 
 
-def _forward(plan: Plan, operands: Arrays) -> _ForwardResults:
-    x, kernel, offset, mask, bias = operands
-    images, features = x.shape[1], kernel.shape[-1]
+def _forward(plan: Plan, operands: _Operands) -> _ForwardResults:
+    x, kernel, row, *_ = operands
+    images, positions, features = x.shape[1], row.shape[-1], kernel.shape[-1]
     cut = cut_for("forward", plan, x.shape[-1], features)
-    shape = (stack_size(operands), images, *plan.spec.window.out_spatial, features)
     made = _launch(
         "forward",
         kernels.forward,
-        {"x": x, "kernel": _matrices(plan, kernel), "offset": offset, "mask": mask, "bias": bias},
-        {"y": jax.ShapeDtypeStruct(shape, plan.spec.out_dtype)},
+        operands._asdict(),
+        {"y": jax.ShapeDtypeStruct((stack_size(operands), images, positions, features), plan.spec.out_dtype)},
         grid=(plan.spec.feature_groups * cut.feature_blocks, count_tiles(cut, images)),
         cut=cut,
     )
@@ -197,23 +228,20 @@ def _forward(plan: Plan, operands: Arrays) -> _ForwardResults:
 
 
 def _backward(plan: Plan, operands: _BackwardOperands) -> _BackwardResults:
-    x, kernel, *_ = operands
-    matrices = _matrices(plan, kernel)
-    operands = operands._replace(kernel=matrices)
     dx = _launch_backward_x(plan, operands)
-    doffset, dmask = _launch_backward_points(plan, operands)
-    dkernel = _launch_backward_kernel(plan, operands)
-    dkernel = dkernel.reshape(dkernel.shape[0], *kernel.shape[1:])
-    return _BackwardResults(dx.astype(x.dtype), dkernel.astype(kernel.dtype), doffset, dmask)
+    dkernel, dweight = _launch_backward_kernel(plan, operands)
+    return _BackwardResults(dx.astype(operands.x.dtype), dkernel.astype(operands.kernel.dtype), dweight)
 
 
 def _launch_backward_x(plan: Plan, operands: _BackwardOperands) -> jax.Array:
-    x, matrices, offset, mask, g = operands
-    cut = cut_for("backward_x", plan, x.shape[-1], g.shape[-1])
+    x = operands.x
+    cut = cut_for("backward_x", plan, x.shape[-1], operands.g.shape[-1])
+    given = operands._asdict()
+    del given["x"]
     made = _launch(
         "backward_x",
         kernels.backward_x,
-        {"kernel": matrices, "offset": offset, "mask": mask, "g": g},
+        given,
         {"dx": sharding.zeros((stack_size(operands), *x.shape[1:]), like=x)},
         grid=(plan.segments * cut.channel_blocks, count_tiles(cut, x.shape[1])),
         cut=cut,
@@ -221,45 +249,30 @@ def _launch_backward_x(plan: Plan, operands: _BackwardOperands) -> jax.Array:
     return made["dx"]
 
 
-def _launch_backward_points(plan: Plan, operands: _BackwardOperands) -> tuple[jax.Array, jax.Array | None]:
-    x, matrices, offset, mask, g = operands
-    stack = stack_size(operands)
-
-    def stacked(array):
-        return None if array is None else jax.ShapeDtypeStruct((stack, *array.shape[1:]), array.dtype)
-
-    cut = cut_for("backward_points", plan, x.shape[-1], g.shape[-1])
-    made = _launch(
-        "backward_points",
-        kernels.backward_points,
-        {"x": x, "kernel": matrices, "offset": offset, "mask": mask, "g": g},
-        {"doffset": stacked(offset), "dmask": stacked(mask)},
-        grid=(plan.spec.offset_groups, count_tiles(cut, x.shape[1])),
-        cut=cut,
-    )
-    return made["doffset"], made["dmask"]
-
-
-def _launch_backward_kernel(plan: Plan, operands: _BackwardOperands) -> jax.Array:
-    x, matrices, offset, mask, g = operands
+def _launch_backward_kernel(plan: Plan, operands: _BackwardOperands) -> tuple[jax.Array, jax.Array]:
+    x, kernel, row, _, g = operands
     stack = stack_size(operands)
     cut = cut_for("backward_kernel", plan, x.shape[-1], g.shape[-1])
     programs = plan.spec.window.taps * plan.segments * cut.channel_blocks * cut.feature_blocks
-    splits = min(max(1, PROGRAMS // (programs * stack)), count_tiles(cut, x.shape[1]))
-    shape = (stack, *matrices.shape[1:])
+    splits = min(max(1, WARPS // (cut.tile.warps * programs * stack)), count_runs(cut, x.shape[1]))
+    shape = (stack, *kernel.shape[1:])
+    _, images, groups, corners, positions = row.shape
     made = _launch(
         "backward_kernel",
         functools.partial(kernels.backward_kernel, splits=splits),
-        {"x": x, "offset": offset, "mask": mask, "g": g},
-        {"dkernel": jax.ShapeDtypeStruct(shape, matrices.dtype) if splits == 1 else sharding.zeros(shape, like=x)},
+        operands._asdict(),
+        {
+            "dweight": jax.ShapeDtypeStruct((stack, images, groups, cut.parts, corners, positions), jnp.float32),
+            "dkernel": jax.ShapeDtypeStruct(shape, kernel.dtype) if splits == 1 else sharding.zeros(shape, like=x),
+        },
         grid=(programs, splits),
         cut=cut,
     )
-    return made["dkernel"]
+    return made["dkernel"], jnp.sum(made["dweight"], axis=3)
 
 
-_FORWARD = sharding.Pass(_forward, batched=frozenset({"x", "offset", "mask", "y"}))
-_BACKWARD = sharding.Pass(_backward, batched=frozenset({"x", "offset", "mask", "g", "dx", "doffset", "dmask"}))
+_FORWARD = sharding.Pass(_forward, batched=frozenset({"x", "row", "weight", "y"}))
+_BACKWARD = sharding.Pass(_backward, batched=frozenset({"x", "row", "weight", "g", "dx", "dweight"}))
 
 
 def _launch(name: str, kernel, operands: dict, results: dict, *, grid: tuple[int, ...], cut: Cut) -> dict[str, Any]:
@@ -273,8 +286,3 @@ def _launch(name: str, kernel, operands: dict, results: dict, *, grid: tuple[int
         stages=cut.tile.stages,
         interpret=cut.plan.interpret,
     )
-
-
-def _matrices(plan: Plan, kernel):
-    """The kernel as one matrix for each tap: `(stack, K, C // feature groups, F)`."""
-    return kernel.reshape(kernel.shape[0], plan.spec.window.taps, *kernel.shape[-2:])

@@ -40,47 +40,40 @@ class Tile(NamedTuple):
     stages: int = 1
 
 
-PROGRAMS = 264  # that a sum over positions is split into: two for each multiprocessor of an H100
+WARPS = 4224  # over which a sum over positions is spread: 32 for each multiprocessor of an H100
 
-# Chosen from what the compiler makes of them for an H100, not from times: none spills a register.
-# Where nothing else is said about 128 registers a thread leave two programs of 256 threads to a
-# multiprocessor, so that one multiplies while the other gathers. One stage: with more, the gathers
-# are copied past the first-level cache, in which the taps of a tile find each other's pixels.
-# For each way to make a product, the largest tile of each kernel: positions, channels, features.
+# Chosen by times on an H200 among those that spill no register (pallas_gpu.md); where channels or features are odd, and
+# for TF32x3 and full products, by registers alone. One stage: with more, pixels are copied through shared memory. For
+# each way to make a product, the largest tile of each kernel: positions, channels, features.
 _TILES = {
     "half": {
+        "forward, narrow": Tile(64, 32, 64, warps=4),
         "forward": Tile(64, 64, 128),
-        "forward, wide": Tile(128, 32, 256),  # 240 registers, one program: gathered once for all features
-        "backward_x": Tile(64, 64, 64),
-        "backward_points": Tile(64, 64, 32),
-        "backward_kernel": Tile(64, 64, 128),
+        "forward, wide": Tile(128, 64, 256),  # one program to a multiprocessor: gathered once for all features
+        "backward_x": Tile(64, 64, 64, warps=4),
+        "backward_kernel": Tile(64, 64, 128, warps=4),
+        "backward_kernel, wide": Tile(128, 64, 256),
     },
     "half, odd": {  # channels or features not in eights are loaded one by one
         "forward": Tile(64, 32, 64),
-        "forward, wide": Tile(64, 32, 64),
         "backward_x": Tile(64, 32, 64),
-        "backward_points": Tile(32, 32, 32),
         "backward_kernel": Tile(32, 32, 64),
     },
     "TF32_TF32_F32": {
-        "forward": Tile(64, 32, 128),
-        "forward, wide": Tile(64, 32, 256),  # 190 registers, one program
-        "backward_x": Tile(64, 64, 64),
-        "backward_points": Tile(32, 64, 64),
-        "backward_kernel": Tile(32, 64, 128),
+        "forward": Tile(64, 32, 128, warps=4),
+        "forward, wide": Tile(128, 32, 256),
+        "backward_x": Tile(128, 64, 64, warps=4),
+        "backward_kernel, narrow": Tile(64, 32, 64, warps=4),
+        "backward_kernel": Tile(64, 64, 128),
     },
-    "TF32_TF32_F32_X3": {  # 134 to 203 registers, one program: each operand is held twice
+    "TF32_TF32_F32_X3": {  # one program: each operand is held twice
         "forward": Tile(64, 32, 128),
-        "forward, wide": Tile(64, 32, 128),
         "backward_x": Tile(64, 64, 64),
-        "backward_points": Tile(32, 64, 32),
         "backward_kernel": Tile(32, 64, 128),
     },
     "F32_F32_F32": {  # no tensor cores; operands are held in registers whole
         "forward": Tile(64, 32, 128),
-        "forward, wide": Tile(64, 32, 128),
         "backward_x": Tile(32, 32, 32),
-        "backward_points": Tile(64, 32, 32),
         "backward_kernel": Tile(32, 64, 128),
     },
 }
@@ -135,13 +128,24 @@ class Cut(NamedTuple):
         feature_group, part = unravel(number, self.segments_per_feature_group)
         return Segment(number, part, offset_group, feature_group)
 
+    @property
+    def parts(self) -> int:
+        """Over how many programs the channels and features of a tap and an offset group are spread."""
+        return self.segments_per_offset_group * self.channel_blocks * self.feature_blocks
+
+    def part(self, segment: Segment, channel_block, feature_block):
+        """The number of such a program."""
+        part = segment.number - segment.offset_group * self.segments_per_offset_group
+        return (part * self.channel_blocks + channel_block) * self.feature_blocks + feature_block
+
     def segment_channels(self, number) -> Span:
         """The `number`-th block of a segment's channels, counted from its first."""
         return block(number, self.tile.channels, self.channels)
 
     def columns(self, segment: Segment, channels: Span) -> Span:
-        """Channels of a segment as columns of x."""
-        return shift(channels, segment.number * self.channels)
+        """Channels of a segment as columns of a row of x, which holds those of an offset group."""
+        part = segment.number - segment.offset_group * self.segments_per_offset_group
+        return shift(channels, part * self.channels)
 
     def rows(self, segment: Segment, channels: Span) -> Span:
         """Channels of a segment as rows of a tap's matrix."""
@@ -153,13 +157,13 @@ class Cut(NamedTuple):
 
 
 def cut_for(kernel: str, plan: Plan, channels: int, features: int) -> Cut:
-    """The cut for a kernel: its tile is no larger than a segment and a feature group need."""
-    channels, features = channels // plan.segments, features // plan.spec.feature_groups
-    if kernel == "forward" and features > 128:
-        kernel = "forward, wide"
+    """The cut for a kernel of maps whose rows have so many channels: its tile is no larger than these and the features need."""
+    channels = channels * plan.spec.offset_groups // plan.segments
+    features = features // plan.spec.feature_groups
     half = "half, odd" if channels % 8 or features % 8 else "half"
-    product = plan.product.name if plan.spec.dtype == "float32" else half
-    tile = _INTERPRETED if plan.interpret else _TILES[product][kernel]
+    tiles = _TILES[plan.product.name if plan.spec.dtype == "float32" else half]
+    width = "narrow" if features <= 64 else "wide" if 128 < features <= 256 else ""
+    tile = _INTERPRETED if plan.interpret else tiles.get(f"{kernel}, {width}", tiles[kernel])
 
     def fit(limit, size):
         return max(16, min(limit, pl.next_power_of_2(size)))
@@ -174,14 +178,26 @@ def count_tiles(cut: Cut, images: int) -> int:
 
 
 def tile_positions(cut: Cut, images: int, number) -> Span:
-    """The output positions of the `number`-th tile, indexed (image, *position)."""
+    """The output positions of the `number`-th tile, indexed (image, position)."""
     strips, rows, columns = _strips(cut.window)
     index = number * cut.tile.positions + jnp.arange(cut.tile.positions, dtype=jnp.int32)
     image, strip, row, column = unravel(index, strips, rows, columns)
     column = strip * columns + column
-    exists = (image < images) & (column < cut.window.out_spatial[-1])
-    leading = unravel(row, *cut.window.out_spatial[1:-1]) if cut.window.rank > 1 else []
-    return Span((image, *leading, column), exists)
+    width = cut.window.out_spatial[-1]
+    return Span((image, row * width + column), (image < images) & (column < width))
+
+
+def count_runs(cut: Cut, images: int) -> int:
+    """How many runs hold all positions of all images, none of them those of two."""
+    return images * pl.cdiv(math.prod(cut.window.out_spatial), cut.tile.positions)
+
+
+def run_positions(cut: Cut, images: int, number) -> Span:
+    """The output positions of the `number`-th run, one after another as they lie in memory, indexed (image, position)."""
+    positions = math.prod(cut.window.out_spatial)
+    image, number = unravel(number, pl.cdiv(positions, cut.tile.positions))
+    position = number * cut.tile.positions + jnp.arange(cut.tile.positions, dtype=jnp.int32)
+    return Span((jnp.broadcast_to(image, position.shape), position), (image < images) & (position < positions))
 
 
 def _strips(window: Window) -> tuple[int, int, int]:
