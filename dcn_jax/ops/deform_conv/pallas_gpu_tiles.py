@@ -61,7 +61,6 @@ _TILES = {
     },
     "TF32_TF32_F32": {
         "forward": Tile(64, 32, 128, warps=4),
-        "forward, wide": Tile(128, 32, 256),
         "backward_x": Tile(128, 64, 64, warps=4),
         "backward_kernel, narrow": Tile(64, 32, 64, warps=4),
         "backward_kernel": Tile(64, 64, 128),
@@ -162,7 +161,7 @@ def cut_for(kernel: str, plan: Plan, channels: int, features: int) -> Cut:
     features = features // plan.spec.feature_groups
     half = "half, odd" if channels % 8 or features % 8 else "half"
     tiles = _TILES[plan.product.name if plan.spec.dtype == "float32" else half]
-    width = "narrow" if features <= 64 else "wide" if 128 < features <= 256 else ""
+    width = "narrow" if features <= 64 else "wide" if features > 128 else ""
     tile = _INTERPRETED if plan.interpret else tiles.get(f"{kernel}, {width}", tiles[kernel])
 
     def fit(limit, size):
