@@ -166,7 +166,7 @@ def _choose(spec: Spec, arrays: Arrays, implementation: str | None) -> tuple[str
     """The implementation to take, and why."""
     if implementation is None:
         # Not by looking at the platform: nothing that could come of it would choose otherwise, and a CPU user pays nothing.
-        reason = "the fused GPU kernels have not been timed on a GPU yet, so nobody knows where they are faster"
+        reason = "the fused GPU kernels have not been timed beside it yet, so nobody knows where they are faster"
         if _deterministic():
             reason += ", and they add gradients atomically, in any order, which --xla_gpu_deterministic_ops rules out"
         return "xla", f"{reason}; ask for them with implementation='pallas'"
