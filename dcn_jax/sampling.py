@@ -119,17 +119,28 @@ def locate(points: Positions, scale: jax.Array | None, border: Border, method: s
     points `(*query, OG, n)`, scale of each point's weights `(*query, OG)`, or None -> arrays `(*query, OG)`.
     """
     regular, offset = points.regular, points.offset.astype(_numerics.wide(points.offset.dtype))
-    groups = offset.shape[-2]
-    rows = math.prod(border.spatial) * groups
-    if not countable(rows):
-        raise ValueError(
-            f"a map of {border.spatial} pixels in {groups} groups has {rows} rows; wanted fewer than 2**31"
-        )
     group = lax.broadcasted_iota(jnp.int32, offset.shape[:-1], offset.ndim - 2)
     axes = [
         Positions(regular if regular.ndim == 0 else regular[..., axis], offset[..., axis])
         for axis in range(offset.shape[-1])
     ]
+    return locate_along(axes, group, offset.shape[-2], scale, border, method)
+
+
+def locate_along(
+    axes: Sequence[Positions],
+    group: jax.Array,
+    groups: int,
+    scale: jax.Array | None,
+    border: Border,
+    method: str = "linear",
+) -> Rows:
+    """`locate`, of positions along each spatial axis and each point's offset group, in any shapes that broadcast."""
+    rows = math.prod(border.spatial) * groups
+    if not countable(rows):
+        raise ValueError(
+            f"a map of {border.spatial} pixels in {groups} groups has {rows} rows; wanted fewer than 2**31"
+        )
     indices, weights = [], []
     for pixel, share, read in corners(axes, border, method):
         index = pixel[0]

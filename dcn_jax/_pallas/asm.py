@@ -4,13 +4,18 @@
     multiply(pixels, factor)   pixels · factor                in float32
     split(values)              float32 as the sum of two bfloat16
 
-Why not in `jax.numpy`: Triton multiplies and adds in two instructions where the GPU has one, and it
+Why not in `jax.numpy`: Triton multiplies and adds in two instructions where the GPU has one. And it
 converts all operands of such a sum to the layout of the matrix product behind it, through shared
-memory, where the sum alone would do. An instruction that may have side effects it does not move.
-That mark takes private parts of Pallas, in this file alone; where one is missing, the sum is right
-and slower.
+memory, where to convert the sum would do. Instructions that may have side effects it leaves where
+they are: so these are marked. The mark takes private parts of Pallas, in this file alone; where one
+is missing, the results are the same and slower.
+
+On a GPU alone, but for `weigh` and `multiply` with `interpret`: Pallas's interpreter knows no
+instructions.
 """
 
+import functools
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -25,32 +30,29 @@ try:
 
     _abstract_eval, _lower = elementwise_inline_asm_p.abstract_eval, triton_lowering_rules[elementwise_inline_asm_p]
 except (ImportError, AttributeError, KeyError):
-    _run = triton.elementwise_inline_asm
+    _pinned_p = None
 else:
     _pinned_p = Primitive("pinned_inline_asm")
     _pinned_p.multiple_results = True
     _pinned_p.def_effectful_abstract_eval(_abstract_eval)
 
     def _lower_pinned(context, *operands, **options):
-        results = _lower(context, *operands, **options)
-        results = list(results[0]) if hasattr(results[0], "__len__") else results
+        [made] = _lower(context, *operands, **options)  # one result, or, of several, one list of them
+        results = [made] if len(context.avals_out) == 1 else list(made)
         results[0].owner.attributes["pure"] = ir.BoolAttr.get(False)
         return results
 
     triton_lowering_rules[_pinned_p] = _lower_pinned
 
-    def _run(asm, *, args, constraints, pack, result_shape_dtypes):
-        options = {"asm": asm, "constraints": constraints, "pack": pack}
-        return _pinned_p.bind(*args, **options, result_shape_dtypes=tuple(result_shape_dtypes))
-
-
-# How two numbers that share a register are taken from it, and put into one.
+# Two numbers that share a register: taken from it, and put into it.
 _UNPACK = {
     "bfloat16": "shl.b32 {low}, {packed}, 16; and.b32 {high}, {packed}, 0xffff0000;",
     "float16": "mov.b32 {{h0, h1}}, {packed}; cvt.f32.f16 {low}, h0; cvt.f32.f16 {high}, h1;",
 }
-_PACK = {"bfloat16": "cvt.rn.bf16x2.f32 $0, high, low;", "float16": "cvt.rn.f16x2.f32 $0, high, low;"}
-_REGISTERS = ".reg .b16 h0, h1; .reg .b32 low, high, x0, x1;"
+_PACK = {
+    "bfloat16": "cvt.rn.bf16x2.f32 {packed}, {high}, {low};",
+    "float16": "cvt.rn.f16x2.f32 {packed}, {high}, {low};",
+}
 
 
 def weigh(pixels: Sequence[jax.Array], weights: Sequence[jax.Array], dtype, *, interpret: bool) -> jax.Array:
@@ -58,59 +60,81 @@ def weigh(pixels: Sequence[jax.Array], weights: Sequence[jax.Array], dtype, *, i
     shape, narrow, count = pixels[0].shape, pixels[0].dtype.name, len(pixels)
     weights = [jnp.broadcast_to(weight[:, None], shape) for weight in weights]
     if interpret:
-        return sum(w * p.astype(jnp.float32) for w, p in zip(weights, pixels, strict=True)).astype(dtype)
+        terms = [w * p.astype(jnp.float32) for w, p in zip(weights, pixels, strict=True)]
+        return functools.reduce(operator.add, terms).astype(dtype)
     if narrow not in _PACK or dtype != narrow:
         pixels = [p.astype(jnp.float32) for p in pixels]
         lines = [_add("low", f"${1 + i}", f"${1 + count + i}", first=i == 0) for i in range(count)]
-        asm = f"{{ {_REGISTERS} {' '.join(lines)} mov.b32 $0, low; }}"
-        return _elementwise(asm, pixels, weights, jnp.float32).astype(dtype)
+        [total] = _run([*lines, "mov.b32 $0, low;"], [*pixels, *weights], jnp.float32)
+        return total.astype(dtype)
     lines = []
     for i in range(count):
-        low, high = (f"${1 + count + 2 * i + half}" for half in (0, 1))
-        lines.append(_UNPACK[narrow].format(packed=f"${1 + i}", low="x0", high="x1"))
-        lines += [_add("low", "x0", low, first=i == 0), _add("high", "x1", high, first=i == 0)]
-    return _elementwise(f"{{ {_REGISTERS} {' '.join(lines)} {_PACK[narrow]} }}", pixels, weights, dtype)
-
-
-def multiply(pixels: jax.Array, factor: jax.Array, *, interpret: bool) -> jax.Array:
-    """pixels `(N, C)` times float32 numbers `(N, C)`, in float32."""
-    narrow = pixels.dtype.name
-    if interpret:
-        return pixels.astype(jnp.float32) * factor
-    if narrow not in _PACK:
-        return _elementwise("mul.rn.f32 $0, $1, $2;", [pixels], [factor], jnp.float32)
-    unpack = _UNPACK[narrow].format(packed="$2", low="x0", high="x1")
-    asm = f"{{ {_REGISTERS} {unpack} mul.rn.f32 $0, x0, $3; mul.rn.f32 $1, x1, $4; }}"
-    return _elementwise(asm, [pixels], [factor], jnp.float32)
-
-
-def split(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32 numbers as the nearest bfloat16, and what is left, rounded to one."""
-    high, low = (
-        _UNPACK["bfloat16"].format(packed="$0", low="x0", high="x1"),
-        "sub.rn.f32 x0, $2, x0; sub.rn.f32 x1, $3, x1;",
-    )
-    asm = f"{{ {_REGISTERS} cvt.rn.bf16x2.f32 $0, $3, $2; {high} {low} cvt.rn.bf16x2.f32 $1, x1, x0; }}"
-    result = jax.ShapeDtypeStruct(values.shape, jnp.bfloat16)
-    high, rest = _run(asm, args=(values,), constraints="=&r,=r,f,f", pack=2, result_shape_dtypes=[result, result])
-    return high, rest
+        weight = 1 + count + 2 * i  # a register for each of the two numbers
+        lines += [
+            _UNPACK[narrow].format(packed=f"${1 + i}", low="x0", high="x1"),
+            _add("low", "x0", f"${weight}", first=i == 0),
+            _add("high", "x1", f"${weight + 1}", first=i == 0),
+        ]
+    lines.append(_PACK[narrow].format(packed="$0", low="low", high="high"))
+    [total] = _run(lines, [*pixels, *weights], dtype)
+    return total
 
 
 def _add(total: str, a: str, b: str, *, first: bool) -> str:
     return f"mul.rn.f32 {total}, {a}, {b};" if first else f"fma.rn.f32 {total}, {a}, {b}, {total};"
 
 
-def _elementwise(asm: str, narrow: Sequence[jax.Array], wide: Sequence[jax.Array], dtype) -> jax.Array:
-    """Run instructions that take arrays of one dtype, then some of float32, and give an array."""
-    pack = 4 // narrow[0].dtype.itemsize
+def multiply(pixels: jax.Array, factor: jax.Array, *, interpret: bool) -> jax.Array:
+    """Pixels `(N, C)` times float32 numbers `(N, C)`, in float32."""
+    narrow = pixels.dtype.name
+    if interpret:
+        return pixels.astype(jnp.float32) * factor
+    if narrow not in _PACK:
+        lines = ["mul.rn.f32 $0, $1, $2;"]
+    else:
+        unpack = _UNPACK[narrow].format(packed="$2", low="x0", high="x1")
+        lines = [unpack, "mul.rn.f32 $0, x0, $3;", "mul.rn.f32 $1, x1, $4;"]
+    [product] = _run(lines, [pixels, factor], jnp.float32)
+    return product
 
-    def registers(array_dtype):
-        itemsize = jnp.dtype(array_dtype).itemsize
-        return ["r"] if itemsize == 2 else ["f"] * pack
 
-    outputs = [f"={register}" for register in registers(dtype)]
-    inputs = [register for array in (*narrow, *wide) for register in registers(array.dtype)]
-    result = jax.ShapeDtypeStruct(narrow[0].shape, dtype)
-    constraints = ",".join(outputs + inputs)
-    [made] = _run(asm, args=(*narrow, *wide), constraints=constraints, pack=pack, result_shape_dtypes=[result])
-    return made
+def split(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 numbers `(N, C)` as the nearest bfloat16, and what is left, rounded to one."""
+    if _pinned_p is None:  # Pallas's own instructions have one result
+        near = values.astype(jnp.bfloat16)
+        return near, (values - near.astype(jnp.float32)).astype(jnp.bfloat16)
+    unpack, pack = _UNPACK["bfloat16"], _PACK["bfloat16"]
+    lines = [
+        pack.format(packed="$0", low="$2", high="$3"),
+        unpack.format(packed="$0", low="x0", high="x1"),
+        "sub.rn.f32 x0, $2, x0;",
+        "sub.rn.f32 x1, $3, x1;",
+        pack.format(packed="$1", low="x0", high="x1"),
+    ]
+    near, left = _run(lines, [values], jnp.bfloat16, jnp.bfloat16)
+    return near, left
+
+
+def _run(lines: Sequence[str], arrays: Sequence[jax.Array], *dtypes) -> Sequence[jax.Array]:
+    """Run instructions on each number of arrays of one shape, or on two together where any are of 16 bits.
+
+    `dtypes` are those of the results. $0, $1, … are the registers of the results and then of the arrays: one for two
+    numbers of 16 bits, one for each number of 32.
+    """
+    together = 4 // min(jnp.dtype(dtype).itemsize for dtype in (*dtypes, *(array.dtype for array in arrays)))
+
+    def registers(dtype):
+        return ["r"] if jnp.dtype(dtype).itemsize == 2 else ["f"] * together
+
+    # "&": written while operands are still to be read.
+    outputs = [f"=&{register}" for dtype in dtypes for register in registers(dtype)]
+    inputs = [register for array in arrays for register in registers(array.dtype)]
+    options = {
+        "asm": f"{{ .reg .b16 h0, h1; .reg .b32 low, high, x0, x1; {' '.join(lines)} }}",
+        "constraints": ",".join(outputs + inputs),
+        "pack": together,
+        "result_shape_dtypes": tuple(jax.ShapeDtypeStruct(arrays[0].shape, dtype) for dtype in dtypes),
+    }
+    if _pinned_p is None:
+        return triton.elementwise_inline_asm(args=arrays, **options)
+    return _pinned_p.bind(*arrays, **options)

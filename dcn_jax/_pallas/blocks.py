@@ -6,6 +6,7 @@ fit its axis. Spans of rows and of columns make the span of a matrix.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def unravel(number: jax.Array, *sizes: int) -> list[jax.Array]:
 class Span:
     """Elements of an array."""
 
-    index: tuple[jax.Array, ...]  # along each axis of the array; they broadcast to each other
+    index: tuple[Any, ...]  # along each axis of the array; they broadcast to each other
     exists: jax.Array | None  # which of them are in the array; None: all
 
     @property
@@ -65,11 +66,6 @@ def shift(span: Span, start) -> Span:
     return Span((start + span.index[0],), span.exists)
 
 
-def extend(span: Span, last) -> Span:
-    """A span with one more axis, along which all its elements have the index `last`."""
-    return Span((*span.index, last), span.exists)
-
-
 def outer(rows: Span, columns: Span, *leading) -> Span:
     """A matrix of elements: rows along the axes before the last, columns along the last.
 
@@ -78,10 +74,10 @@ def outer(rows: Span, columns: Span, *leading) -> Span:
     index = (*leading, *(i[:, None] for i in rows.index), *(i[None, :] for i in columns.index))
     rows_exist = None if rows.exists is None else rows.exists[:, None]
     columns_exist = None if columns.exists is None else columns.exists[None, :]
-    return Span(index, both(rows_exist, columns_exist))
+    return Span(index, _both(rows_exist, columns_exist))
 
 
-def both(exist: jax.Array | None, exist_too: jax.Array | None) -> jax.Array | None:
+def _both(exist: jax.Array | None, exist_too: jax.Array | None) -> jax.Array | None:
     """Where both hold; None: everywhere."""
     if exist is None or exist_too is None:
         return exist_too if exist is None else exist

@@ -27,7 +27,7 @@ def add_at(add, values, index, *, interpret):
     def body(values_ref, index_ref, sums_ref):
         these = blocks.block(pl.program_id(0), 16, SIZE)
         row, value = blocks.load(index_ref, these), blocks.load(values_ref, these)
-        rows = blocks.Span((row,), blocks.both(these.exists, (row >= 0) & (row < 4)))
+        rows = blocks.Span((row,), these.exists & (row >= 0) & (row < 4))
         columns = blocks.block(0, 4, 4)
         add(sums_ref, blocks.outer(rows, columns), jnp.broadcast_to(value[:, None], (16, 4)))
 

@@ -175,7 +175,7 @@ _gradients.defvjp(_gradients_forward, _gradients_backward)
 def _op_by_xla(plan: Plan, operands: _Operands) -> jax.Array:
     """`_op` in `jax.numpy`, one tap after another."""
     spec, (x, kernel, row, weight, bias) = plan.spec, operands
-    images, groups, corners, positions = row.shape
+    images, _, corners, positions = row.shape
 
     def by_tap(array):  # (B, OG * K, corners, P) -> (K, corners, B, P, OG)
         return array.reshape(images, spec.offset_groups, -1, corners, positions).transpose(2, 3, 0, 4, 1)

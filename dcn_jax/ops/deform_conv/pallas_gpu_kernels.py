@@ -40,7 +40,6 @@ from dcn_jax.ops.deform_conv.pallas_gpu_tiles import (
     Plan,
     Segment,
     count_runs,
-    count_tiles,
     run_positions,
     tile_positions,
 )
@@ -65,7 +64,8 @@ def forward(x_ref, kernel_ref, row_ref, weight_ref, bias_ref, y_ref, *, cut: Cut
 
         def add_channels(number, total):
             channels = cut.segment_channels(number)
-            samples = _samples(cut, x_ref, positions, corners, cut.columns(segment, channels))
+            pixels = _pixels(x_ref, positions, corners, cut.columns(segment, channels))
+            samples = _weigh(cut, pixels, corners)
             matrix = load(kernel_ref, outer(cut.rows(segment, channels), features, tap))
             return _add_dot(cut.plan, total, samples, matrix)
 
@@ -92,8 +92,12 @@ def backward_x(kernel_ref, row_ref, weight_ref, g_ref, dx_ref, *, cut: Cut):
         corners = _corners(cut, dx_ref, row_ref, weight_ref, positions, segment.offset_group, tap)
         dsamples = _dsamples(cut, kernel_ref, g_ref, positions, tap, segment, channels)
         for corner in corners:
-            rows = Span((positions.index[0], corner.row), corner.read)
-            add(dx_ref, outer(rows, columns), corner.weight[:, None] * dsamples, interpret=cut.plan.interpret)
+            add(
+                dx_ref,
+                outer(_rows(positions, corner), columns),
+                corner.weight[:, None] * dsamples,
+                interpret=cut.plan.interpret,
+            )
         return carry
 
     loop(cut.window.taps, add_tap, np.int32(0))
@@ -122,7 +126,7 @@ def backward_kernel(x_ref, kernel_ref, row_ref, weight_ref, g_ref, dweight_ref, 
     def add_positions(number, total):
         positions = run_positions(cut, images, first + number)
         corners = _corners(cut, x_ref, row_ref, weight_ref, positions, segment.offset_group, tap)
-        pixels = [_pixels(x_ref, positions, corner, columns) for corner in corners]
+        pixels = _pixels(x_ref, positions, corners, columns)
         samples = _weigh(cut, pixels, corners)
         g = load(g_ref, outer(positions, features))
         dsamples = _add_dot(cut.plan, zeros, g, matrix, ((1,), (1,)))
@@ -165,19 +169,20 @@ def _point(cut: Cut, offset_group, tap):
     return offset_group * cut.window.taps + tap
 
 
-def _pixels(x_ref, positions: Span, corner: _Corner, columns: Span) -> jax.Array:
-    """x_q of one corner of each position, zero outside the map: `(positions, channels)`."""
-    return load(x_ref, outer(Span((positions.index[0], corner.row), corner.read), columns))
+def _pixels(x_ref, positions: Span, corners: list[_Corner], columns: Span) -> list[jax.Array]:
+    """x_q, zero outside the map: for each corner, `(positions, channels)`."""
+    return [load(x_ref, outer(_rows(positions, corner), columns)) for corner in corners]
+
+
+def _rows(positions: Span, corner: _Corner) -> Span:
+    """The rows of one corner, indexed (image, row)."""
+    return Span((positions.index[0], corner.row), corner.read)
 
 
 def _weigh(cut: Cut, pixels: list[jax.Array], corners: list[_Corner]) -> jax.Array:
     """s_n(p0) = Σ_q W_q(p_n) · x_q: `(positions, channels)`, in the dtype of the products."""
     weights = [corner.weight for corner in corners]
     return asm.weigh(pixels, weights, cut.plan.spec.dtype, interpret=cut.plan.interpret)
-
-
-def _samples(cut: Cut, x_ref, positions: Span, corners: list[_Corner], columns: Span) -> jax.Array:
-    return _weigh(cut, [_pixels(x_ref, positions, corner, columns) for corner in corners], corners)
 
 
 def _dsamples(cut: Cut, kernel_ref, g_ref, positions: Span, tap, segment: Segment, channels: Span) -> jax.Array:
@@ -194,7 +199,7 @@ def _dsamples(cut: Cut, kernel_ref, g_ref, positions: Span, tap, segment: Segmen
 
 
 def _add_dot(plan: Plan, total, a, b, contract=((1,), (0,))) -> jax.Array:
-    """total + a · b on the tensor cores, of `plan.spec.dtype` into float32."""
+    """The sum total + a · b, made on the tensor cores, of `plan.spec.dtype` into float32."""
     product = functools.partial(
         lax.dot_general, dimension_numbers=(contract, ((), ())), preferred_element_type=jnp.float32
     )

@@ -1,6 +1,7 @@
 """The fused GPU kernels, in Pallas's interpreter: what the op's own suite, which runs over them too, does not see."""
 
 import functools
+import re
 import subprocess
 import sys
 
@@ -71,17 +72,15 @@ def test_forward_mode_is_refused(interpreted, transform):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kernel": (1, 1, 1, 4, 5), "x": (2, 3, 3, 3, 4), "offset": (2, 3, 3, 3, 3)}, "it has 3 spatial axes"),
         ({"dtype": jnp.complex64}, "x has dtype complex64"),
         ({"precision": lax.DotAlgorithmPreset.F64_F64_F64}, "precision=.*F64_F64_F64"),
     ],
-    ids=["3-D", "complex", "precision"],
+    ids=["complex", "precision"],
 )
 def test_refused_calls_say_why(interpreted, change, message):
-    shapes = {"x": (2, 3, 3, 4), "kernel": (1, 1, 4, 5), "offset": (2, 3, 3, 2)} | change
     dtype = change.get("dtype", jnp.float32)
-    x, kernel = (jax.ShapeDtypeStruct(shapes[name], dtype) for name in ("x", "kernel"))
-    offset = jax.ShapeDtypeStruct(shapes["offset"], jnp.float32)
+    x, kernel = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((2, 3, 3, 4), (1, 1, 4, 5)))
+    offset = jax.ShapeDtypeStruct((2, 3, 3, 2), jnp.float32)
     for call in (select_implementation, lambda *a, **k: jax.eval_shape(functools.partial(deform_conv, **k), *a)):
         with pytest.raises(ValueError, match=f"implementation='pallas' cannot take this call: {message}.*use .*'xla'"):
             call(x, kernel, offset, implementation="pallas", precision=change.get("precision"))
@@ -94,9 +93,9 @@ def test_float64_is_refused(interpreted, x64):
 
 def test_a_refusal_gives_all_reasons(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.complex64) for shape in ((2, 3, 3, 3, 4), (1, 1, 1, 4, 5)))
-    offset = jax.ShapeDtypeStruct((2, 3, 3, 3, 3), jnp.float32)
-    reasons = "3 spatial axes", "x has dtype complex64", "kernel has dtype complex64", "precision=", "CUDA GPUs"
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.complex64) for shape in ((2, 3, 3, 4), (1, 1, 4, 5)))
+    offset = jax.ShapeDtypeStruct((2, 3, 3, 2), jnp.float32)
+    reasons = "x has dtype complex64", "kernel has dtype complex64", "precision=", "CUDA GPUs"
     with pytest.raises(ValueError, match=".*; and .*".join(reasons)):
         select_implementation(x, kernel, offset, precision=lax.DotAlgorithmPreset.F64_F64_F64, implementation="pallas")
 
@@ -123,13 +122,8 @@ def test_the_kernels_are_in_the_lowered_program(dtype):
     with aot.target("NVIDIA H100"):
         lowered = jax.jit(functools.partial(value_and_gradients, op)).trace(arrays, cotangent)
         text = lowered.lower(lowering_platforms=("cuda",)).as_text()
-    for name in (
-        "deform_conv_forward",
-        "deform_conv_backward_x",
-        "deform_conv_backward_points",
-        "deform_conv_backward_kernel",
-    ):
-        assert f'name = "{name}"' in text
+    names = {f"deform_conv_{name}" for name in ("forward", "backward_x", "backward_kernel")}
+    assert set(re.findall(r'name = "(deform_conv\w+)"', text)) == names
 
 
 def test_the_modes_share_no_trace():
