@@ -62,7 +62,7 @@ def weigh(pixels: Sequence[jax.Array], weights: Sequence[jax.Array], dtype, *, i
     if interpret:
         terms = [w * p.astype(jnp.float32) for w, p in zip(weights, pixels, strict=True)]
         return functools.reduce(operator.add, terms).astype(dtype)
-    if narrow not in _PACK or dtype != narrow:
+    if narrow not in _PACK or jnp.dtype(dtype).name != narrow:
         pixels = [p.astype(jnp.float32) for p in pixels]
         lines = [_add("low", f"${1 + i}", f"${1 + count + i}", first=i == 0) for i in range(count)]
         [total] = _run([*lines, "mov.b32 $0, low;"], [*pixels, *weights], jnp.float32)

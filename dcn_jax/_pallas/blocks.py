@@ -19,8 +19,11 @@ from dcn_jax._pallas import atomics
 
 
 def loop(count: int, body: Callable, start):
-    """`fori_loop` with 32-bit counters."""
-    return body(np.int32(0), start) if count == 1 else lax.fori_loop(np.int32(0), np.int32(count), body, start)
+    """`fori_loop` from 0, with 32-bit counters."""
+    if count == 1:
+        return body(np.int32(0), start)
+    # JAX counts in 64 bits where x64 is enabled, whatever the dtype of the limits.
+    return lax.fori_loop(0, count, lambda number, carry: body(number.astype(jnp.int32), carry), start)
 
 
 def quotient(number: jax.Array, by: int) -> jax.Array:
@@ -48,11 +51,6 @@ class Span:
 
     index: tuple[Any, ...]  # along each axis of the array; they broadcast to each other
     exists: jax.Array | None  # which of them are in the array; None: all
-
-    @property
-    def size(self) -> int:
-        """How many elements a span of rows or of columns has."""
-        return len(self.index[-1])
 
 
 def block(number, size: int, limit: int) -> Span:

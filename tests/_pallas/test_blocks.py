@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dcn_jax._pallas import blocks
 
@@ -18,6 +19,18 @@ def test_unravel_stays_in_32_bits(x64):
     program = jax.make_jaxpr(lambda number: blocks.unravel(number, 4))(jnp.int32(7))
     assert sorted(eqn.primitive.name for eqn in program.eqns) == ["div", "rem"]
     assert {str(out.dtype) for out in program.out_avals} == {"int32"}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_loop_counts_in_32_bits(x64, count):
+    seen = []
+
+    def body(number, total):
+        seen.append(number.dtype)
+        return total + number
+
+    assert blocks.loop(count, body, jnp.int32(0)) == sum(range(count))
+    assert set(seen) == {np.dtype("int32")}
 
 
 def test_a_matrix_has_a_mask_where_a_side_does_not_fit():

@@ -68,6 +68,30 @@ def target(gpu: str):
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
+def triton(f, *shapes) -> str:
+    """The kernel that `f` launches, in Triton's words; to lower it for a GPU takes none, nor its compiler."""
+    from jax._src.interpreters import mlir
+    from jax._src.lib.triton import dialect
+    from jaxlib.mlir import ir
+
+    with target("NVIDIA H100"):
+        program = jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).compiler_ir()
+    kernels = []
+
+    def visit(operation):
+        if operation.name == "stablehlo.custom_call":
+            kernels.append(operation.attributes["mhlo.backend_config"]["ir"].value_bytes)
+        return ir.WalkResult.ADVANCE
+
+    program.operation.walk(visit)
+    (kernel,) = kernels
+    with ir.Context() as context:
+        dialect.register_dialect(context)
+        context.append_dialect_registry(mlir.upstream_dialects)
+        context.load_all_available_dialects()
+        return str(ir.Module.parse(kernel))
+
+
 def compile_for(device, f, *args):
     """`f` compiled for `device`; `args` are trees of `jax.ShapeDtypeStruct`, on `device` unless they have a sharding."""
     here = SingleDeviceSharding(device)

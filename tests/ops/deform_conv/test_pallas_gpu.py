@@ -44,6 +44,12 @@ def test_ragged_tiles(interpreted, case):
     check_against_oracle(fused, case, 1e-5)
 
 
+def test_offset_and_mask_in_float64(interpreted, x64):
+    """Of a float32 map: their gradients are float64, as they are."""
+    x, kernel, offset, mask, bias = CASE.arrays
+    check_against_oracle(fused, CASE._replace(arrays=(x, kernel, np.float64(offset), np.float64(mask), bias)), 1e-5)
+
+
 @pytest.mark.parametrize("transform", ["jvp", "jit of jvp", "jacfwd", "hessian", "linearize", "jvp of vjp"])
 def test_forward_mode_is_refused(interpreted, transform):
     x, kernel, offset, mask, _ = CASE.arrays
