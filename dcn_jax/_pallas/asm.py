@@ -99,13 +99,14 @@ def multiply(pixels: jax.Array, factor: jax.Array, *, interpret: bool) -> jax.Ar
 
 
 def split(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32 numbers `(N, C)` as the nearest bfloat16, and what is left, rounded to one."""
+    """float32 numbers `(N, C)` as the nearest bfloat16, and what is left, rounded to one; of inf, inf is left."""
     if _pinned_p is None:  # Pallas's own instructions have one result
         near = values.astype(jnp.bfloat16)
+        near = jnp.where(jnp.isinf(values), jnp.sign(values) * float(jnp.finfo(jnp.bfloat16).max), near)
         return near, (values - near.astype(jnp.float32)).astype(jnp.bfloat16)
     unpack, pack = _UNPACK["bfloat16"], _PACK["bfloat16"]
     lines = [
-        pack.format(packed="$0", low="$2", high="$3"),
+        "cvt.rn.satfinite.bf16x2.f32 $0, $3, $2;",
         unpack.format(packed="$0", low="x0", high="x1"),
         "sub.rn.f32 x0, $2, x0;",
         "sub.rn.f32 x1, $3, x1;",
