@@ -33,25 +33,36 @@ RAGGED = {
     "groups": ((2, 33, 47, 48), 72, {"feature_group_count": 6, "offset_groups": 4}),
 }
 FORWARD = {"deform_conv_forward"}
-BACKWARD = {"deform_conv_backward_x", "deform_conv_backward_points", "deform_conv_backward_kernel"}
+BACKWARD = {"deform_conv_backward_x", "deform_conv_backward_kernel"}
+# What else a window may be: 1-D, of 3-D points with eight corners, and other borders.
+WINDOWS = {
+    "1-D": ((8, 4000, 128), 128, {"window": (5,)}),
+    "3-D": ((2, 16, 28, 28, 64), 64, {"window": (3, 3, 3)}),
+    "3-D, odd": ((2, 8, 9, 10, 45), 70, {"window": (3, 3, 3)}),
+    "wrap": (*WORKLOADS["conv4"], {"padding_mode": "wrap"}),
+}
+# Scratch memory as a share of the columns: rows and weights, 32 bytes a point; in the backward pass also the weights'
+# gradient, 16 bytes a point for each block of channels × features, and float32 sums for x and the kernel.
+LIMITS = {"forward": 0.30, "backward": 0.75}
+# Bytes that one tile spills, with which float32 was fastest all the same (pallas_gpu.md): 104 on jax 0.11.2, 208 on 0.12.
+MEASURED = {"deform_conv_backward_kernel": 640}
 
 
-def program(x, features, dtype, mode, *, feature_group_count=1, offset_groups=1, precision=None):
+def program(x, features, dtype, mode, *, window=(3, 3), feature_group_count=1, offset_groups=1, **options):
     """A function and the shapes of its arguments; "backward" is the gradients alone."""
     *positions, channels = x
+    points = math.prod(window) * offset_groups
     shapes = [
         jax.ShapeDtypeStruct(shape, kind)
         for shape, kind in [
             (x, dtype),
-            ((3, 3, channels // feature_group_count, features), dtype),
-            ((*positions, 18 * offset_groups), jnp.float32),
-            ((*positions, 9 * offset_groups), jnp.float32),
+            ((*window, channels // feature_group_count, features), dtype),
+            ((*positions, len(window) * points), jnp.float32),
+            ((*positions, points), jnp.float32),
             ((*positions, features), dtype),
         ]
     ]
-    op = functools.partial(
-        deform_conv, feature_group_count=feature_group_count, precision=precision, implementation="pallas"
-    )
+    op = functools.partial(deform_conv, feature_group_count=feature_group_count, implementation="pallas", **options)
     if mode == "forward":
         return op, shapes[:4]
     return lambda *arrays: value_and_gradients(op, arrays[:4], arrays[4])[1], shapes
@@ -89,13 +100,13 @@ def spilled(file):
     return sum(map(int, spills))
 
 
-def check_kernels(kernels, names, instruction="wgmma.mma_async"):
-    """All there, on the tensor cores, and without spilled registers."""
+def check_kernels(kernels, names, instruction="wgmma.mma_async", *, spills=None):
+    """All there, on the tensor cores, and without spilled registers but those that are allowed."""
     assert set(kernels) == names
-    for file in kernels.values():
+    for name, file in kernels.items():
         if instruction:
             assert instruction in file.read_text()
-        assert spilled(file) == 0
+        assert spilled(file) <= (spills or {}).get(name, 0)
 
 
 def kinds_of_adds(file):
@@ -112,25 +123,46 @@ def loads_at_once(file):
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_workloads(tmp_path, name, dtype, mode):
-    """Tensor cores, no spills, and next to no scratch memory: in the backward a float32 copy of x.
+    """Tensor cores, no spills, and little scratch memory.
 
-    Adds of four floats, without barriers. And all corners of a tap are loaded before one is waited for.
+    Pixels are weighed in one instruction, and Triton moves none: all corners are loaded before one is waited for, and
+    few barriers stand in a kernel. Adds are of four floats, without barriers of memory.
     """
     x, features = WORKLOADS[name]
     compiled, kernels = compile_with_ptx(tmp_path, *program(x, features, dtype, mode))
-    check_kernels(kernels, FORWARD if mode == "forward" else BACKWARD)
-    for kernel, file in kernels.items():
-        if kernel != "deform_conv_backward_x":  # the one that does not gather
-            assert loads_at_once(file)[-1] >= (8 if kernel == "deform_conv_backward_points" else 10)
-    if mode == "backward":
+    check_kernels(
+        kernels, FORWARD if mode == "forward" else BACKWARD, spills=MEASURED if dtype == jnp.float32 else None
+    )
+    if mode == "forward":
+        (file,) = kernels.values()
+        gathers, barriers = file, 8
+    else:
+        gathers, barriers = kernels["deform_conv_backward_kernel"], 50 if dtype == jnp.float32 else 25
         assert kinds_of_adds(kernels["deform_conv_backward_x"]) == {"global.gpu.relaxed.add.v4.f32"}
-        assert kinds_of_adds(kernels["deform_conv_backward_kernel"]) <= {"global.gpu.relaxed.add.v4.f32"}
-    columns = math.prod(x) * 9 * jnp.dtype(dtype).itemsize
-    allowed = 0.02 * columns + (4 * math.prod(x) if mode == "backward" else 0)
-    assert compiled.memory_analysis().temp_size_in_bytes <= allowed
+        assert kinds_of_adds(gathers) <= {"global.gpu.relaxed.add.v4.f32"}
+    text = gathers.read_text()
+    assert max(loads_at_once(gathers)) >= 8
+    assert text.count("bar.sync") <= barriers
+    assert text.count("fma.rn.f32") >= 12
+    if dtype != jnp.float32:
+        assert f"cvt.rn.{'bf16x2' if dtype == jnp.bfloat16 else 'f16x2'}.f32" in text
+    columns, scratch = math.prod(x) * 9 * jnp.dtype(dtype).itemsize, compiled.memory_analysis().temp_size_in_bytes
+    assert scratch <= LIMITS[mode] * columns
+    if mode == "forward":
+        assert scratch <= 34 * 9 * math.prod(x[:-1])  # 32 bytes a point
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_other_windows_and_borders(tmp_path, name, dtype, mode):
+    x, features, options = WINDOWS[name]
+    _, kernels = compile_with_ptx(tmp_path, *program(x, features, dtype, mode, **options))
+    spills = MEASURED if dtype == jnp.float32 and "3-D" not in name else None
+    check_kernels(kernels, FORWARD if mode == "forward" else BACKWARD, "mma", spills=spills)
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward"])

@@ -1,10 +1,15 @@
 """`deform_conv` on a GPU against the oracle: values and all gradients, in what memory that was full of NaN."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import pytest
 
+from dcn_jax.geometry import PADDING_MODES
 from tests.support import gpu
 from tests.support.cases import draw
+from tests.support.running import value_and_gradients
 
 if reason := gpu.missing():
     pytest.skip(reason, allow_module_level=True)
@@ -25,6 +30,8 @@ CASES = {
     "one image": draw((9, 11, 16), (3, 3), 16, mask=False, bias=False),
     "batches": draw((2, 1, 3, 5, 6, 16), (3, 3), 16),
     "strips": draw((1, 3, 40, 8), (1, 3), 8),
+    "solid": draw((1, 4, 5, 7, 16), (3, 3, 3), 24, offset_groups=2),
+    "solid, odd": draw((2, 3, 4, 5, 5), (2, 3, 2), 7, strides=(1, 2, 1)),
 }
 IMPLEMENTATIONS = ("pallas", "xla")
 
@@ -47,17 +54,34 @@ def test_float32(record_property, name, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("precision", ["TF32", "TF32x3"])
-@pytest.mark.parametrize("name", ["sixteen", "odd", "blocks", "groups"])
+@pytest.mark.parametrize("name", ["sixteen", "odd", "blocks", "groups", "solid"])
 def test_tensor_cores(record_property, name, precision, implementation):
     if gpu.INTERPRETED and (precision, implementation) == ("TF32x3", "xla"):
         pytest.skip("a CPU makes no such products")
     precision, tolerance = gpu.PRECISIONS[precision]
+    if (precision, implementation) == (None, "pallas"):
+        tolerance = gpu.KERNELS_TF32
     check_case(record_property, name, implementation, CASES[name], tolerance, precision=precision)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("mode", [*PADDING_MODES[1:], ("wrap", "symmetric")], ids=str)
+def test_borders(record_property, mode, implementation):
+    case, (precision, tolerance) = CASES["groups"], gpu.PRECISIONS["HIGHEST"]
+    cotangent = gpu.draw_cotangent(case)
+
+    def run(implementation):
+        op = gpu.bound(implementation, padding_mode=mode, precision=precision, **case.options)
+        return functools.partial(value_and_gradients, op)
+
+    got = gpu.run(jax.jit(run(implementation)), case.arrays, cotangent)
+    wanted = gpu.on_host(run("xla"), case.arrays, cotangent)
+    gpu.check(record_property, str(mode), gpu.named(got), gpu.named(wanted), tolerance)
 
 
 @pytest.mark.parametrize(
     ("name", "implementation"),
-    [*((name, "pallas") for name in ("sixteen", "odd", "wide", "groups", "valid")), ("blocks", "xla")],
+    [*((name, "pallas") for name in ("sixteen", "odd", "wide", "groups", "valid", "solid")), ("blocks", "xla")],
 )
 @pytest.mark.parametrize("dtype", gpu.HALVES)
 def test_halves(record_property, dtype, name, implementation):

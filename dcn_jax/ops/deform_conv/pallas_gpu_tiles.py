@@ -42,9 +42,9 @@ class Tile(NamedTuple):
 
 WARPS = 4224  # over which a sum over positions is spread: 32 for each multiprocessor of an H100
 
-# Chosen by times on an H200 among those that spill no register (pallas_gpu.md); where channels or features are odd, and
-# for TF32x3 and full products, by registers alone. One stage: with more, pixels are copied through shared memory. For
-# each way to make a product, the largest tile of each kernel: positions, channels, features.
+# For each way to make a product, the largest tile of each kernel: positions, channels, features. "half" and "TF32_TF32_F32"
+# were chosen by times on an H200 (pallas_gpu.md), the others by registers alone. One stage: with more, pixels are copied
+# through shared memory.
 _TILES = {
     "half": {
         "forward, narrow": Tile(64, 32, 64, warps=4),
@@ -54,26 +54,32 @@ _TILES = {
         "backward_kernel": Tile(64, 64, 128, warps=4),
         "backward_kernel, wide": Tile(128, 64, 256),
     },
-    "half, odd": {  # channels or features not in eights are loaded one by one
-        "forward": Tile(64, 32, 64),
-        "backward_x": Tile(64, 32, 64),
-        "backward_kernel": Tile(32, 32, 64),
-    },
     "TF32_TF32_F32": {
         "forward": Tile(64, 32, 128, warps=4),
         "backward_x": Tile(128, 64, 64, warps=4),
         "backward_kernel, narrow": Tile(64, 32, 64, warps=4),
         "backward_kernel": Tile(64, 64, 128),
     },
-    "TF32_TF32_F32_X3": {  # one program: each operand is held twice
+    # In place of these two, where numbers do not come in eights and are loaded one by one, or points have eight corners:
+    "odd or 3-D": {
+        "forward": Tile(64, 32, 64),
+        "backward_x": Tile(64, 32, 64),
+        "backward_kernel": Tile(64, 32, 64),
+    },
+    "odd and 3-D": {
+        "forward": Tile(32, 32, 64),
+        "backward_x": Tile(32, 32, 32),
+        "backward_kernel": Tile(32, 32, 64),
+    },
+    "TF32_TF32_F32_X3": {  # each operand is held twice
         "forward": Tile(64, 32, 128),
         "backward_x": Tile(64, 64, 64),
-        "backward_kernel": Tile(32, 64, 128),
+        "backward_kernel": Tile(64, 32, 64),
     },
     "F32_F32_F32": {  # no tensor cores; operands are held in registers whole
         "forward": Tile(64, 32, 128),
-        "backward_x": Tile(32, 32, 32),
-        "backward_kernel": Tile(32, 64, 128),
+        "backward_x": Tile(32, 32, 32, warps=4),
+        "backward_kernel": Tile(32, 64, 64),
     },
 }
 _INTERPRETED = Tile(16, 16, 16)  # small, so that small arrays take several
@@ -159,16 +165,24 @@ def cut_for(kernel: str, plan: Plan, channels: int, features: int) -> Cut:
     """The cut for a kernel of maps whose rows have so many channels: its tile is no larger than these and the features need."""
     channels = channels * plan.spec.offset_groups // plan.segments
     features = features // plan.spec.feature_groups
-    half = "half, odd" if channels % 8 or features % 8 else "half"
-    tiles = _TILES[plan.product.name if plan.spec.dtype == "float32" else half]
-    width = "narrow" if features <= 64 else "wide" if features > 128 else ""
-    tile = _INTERPRETED if plan.interpret else tiles.get(f"{kernel}, {width}", tiles[kernel])
+    tile = _INTERPRETED if plan.interpret else _largest_tile(kernel, plan, channels, features)
 
     def fit(limit, size):
         return max(16, min(limit, pl.next_power_of_2(size)))
 
     tile = tile._replace(channels=fit(tile.channels, channels), features=fit(tile.features, features))
     return Cut(plan, tile, channels, features)
+
+
+def _largest_tile(kernel: str, plan: Plan, channels: int, features: int) -> Tile:
+    """A kernel's entry in the table, for the channels of a segment and the features of a feature group."""
+    name = plan.product.name if plan.spec.dtype == "float32" else "half"
+    if name in ("half", "TF32_TF32_F32"):
+        odd, solid = channels % 8 or features % 8, plan.spec.window.rank == 3
+        name = "odd and 3-D" if odd and solid else "odd or 3-D" if odd or solid else name
+    width = "narrow" if features <= 64 else "wide" if features > 128 else ""
+    tiles = _TILES[name]
+    return tiles.get(f"{kernel}, {width}", tiles[kernel])
 
 
 def count_tiles(cut: Cut, images: int) -> int:
