@@ -101,8 +101,8 @@ def multiply(pixels: jax.Array, factor: jax.Array, *, interpret: bool) -> jax.Ar
 def split(values: jax.Array) -> tuple[jax.Array, jax.Array]:
     """float32 numbers `(N, C)` as the nearest bfloat16, and what is left, rounded to one; of inf, inf is left."""
     if _pinned_p is None:  # Pallas's own instructions have one result
-        near = values.astype(jnp.bfloat16)
-        near = jnp.where(jnp.isinf(values), jnp.sign(values) * float(jnp.finfo(jnp.bfloat16).max), near)
+        largest = float(jnp.finfo(jnp.bfloat16).max)
+        near = jnp.clip(values, -largest, largest).astype(jnp.bfloat16)
         return near, (values - near.astype(jnp.float32)).astype(jnp.bfloat16)
     unpack, pack = _UNPACK["bfloat16"], _PACK["bfloat16"]
     lines = [

@@ -80,7 +80,7 @@ def test_a_gpu_multiplies_and_adds_in_one_instruction_that_nothing_moves(dtype, 
     packed = {"bfloat16": "cvt.rn.bf16x2.f32", "float16": "cvt.rn.f16x2.f32"}
     assert [name for name, to in packed.items() if to in weigh] == ([jnp.dtype(dtype).name] if together == 2 else [])
     assert multiply.count("mul.rn.f32") == (1 if dtype == jnp.float32 else 2)
-    assert split.count("cvt.rn.bf16x2.f32") == 2
+    assert re.findall(r"cvt[\w.]*", split) == ["cvt.rn.satfinite.bf16x2.f32", "cvt.rn.bf16x2.f32"]  # inf is left
 
 
 @pytest.mark.parametrize("gone", ["a module", "a name", "a rule"])
