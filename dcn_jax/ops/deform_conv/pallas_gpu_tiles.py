@@ -69,7 +69,7 @@ _TILES = {
     "odd and 3-D": {
         "forward": Tile(32, 32, 64),
         "backward_x": Tile(32, 32, 32),
-        "backward_kernel": Tile(32, 32, 64),
+        "backward_kernel": Tile(32, 16, 64),
     },
     "TF32_TF32_F32_X3": {  # each operand is held twice
         "forward": Tile(64, 32, 128),
