@@ -31,7 +31,7 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
     """`deform_conv` of a checked call."""
     rank = spec.window.rank
     return on_any_mesh(
-        functools.partial(_convolve, spec),
+        functools.partial(convolve, spec),
         arrays,
         batched=(arrays.x, arrays.offset),
         batch=arrays.x.ndim - rank - 1,
@@ -39,8 +39,8 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
     )
 
 
-def _convolve(spec: Spec, x, kernel, offset, mask, bias) -> jax.Array:
-    """Bring the arrays to one axis of positions, sum over the taps, and bring the result back."""
+def convolve(spec: Spec, x, kernel, offset, mask, bias) -> jax.Array:
+    """`run` on a mesh that leaves all to the partitioner, or none: bring the arrays to one axis of positions, sum over the taps, and bring the result back."""
     window, groups = spec.window, spec.offset_groups
     batch, channels = x.shape[: -window.rank - 1], x.shape[-1]
     per_tap = math.prod(window.out_spatial), groups, window.taps
@@ -98,8 +98,7 @@ def _sum_taps(spec: Spec, operands: Operands) -> jax.Array:
             lambda cut, *arrays: _sum_steps(spec, cut, named(*arrays)),
             gradients,
             result_type,
-            cuts_by_platform(spec, operands, derivative=False),
-            cuts_by_platform(spec, operands, derivative=True),
+            tuple(cuts_by_platform(spec, operands, derivative=derivative) for derivative in (False, True)),
         ),
         *given.values(),
     )
