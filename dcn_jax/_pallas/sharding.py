@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import mlir
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from dcn_jax._pallas.launch import stack_size
 
@@ -31,6 +33,7 @@ def keep_local(direction: Pass, plan: Any, operands):
     stack = stack_size(operands)
     axes_in = _name_axes(operands, stack, direction.batched)
     axes_out = _name_axes(jax.eval_shape(run, operands), stack, direction.batched)
+    apart = AbstractMesh((), (), abstract_device=jax.sharding.get_abstract_mesh().abstract_device)
 
     def partition(mesh, operands, results):
         (operands,) = operands
@@ -49,7 +52,8 @@ def keep_local(direction: Pass, plan: Any, operands):
             whole = [name for name in axes_out if "batch" not in axes_out[name]]
             return results._replace(**{name: lax.psum(getattr(results, name), over_batch) for name in whole})
 
-        return mesh, run_here, place(results, axes_out), (place(operands, axes_in),)
+        run_apart = functools.partial(_run_apart, run_here, tuple(mesh.shape.items()), apart)
+        return mesh, run_apart, place(results, axes_out), (place(operands, axes_in),)
 
     factors_in, factors_out = _name_factors(axes_in), _name_factors(axes_out)
     factors = " ".join([*factors_in, *factors_out]).split()
@@ -60,6 +64,32 @@ def keep_local(direction: Pass, plan: Any, operands):
         need_replication_factors=tuple(factor for factor in factors if factor not in ("stack", "batch")),
     )
     return call(operands)
+
+
+# What a device runs is a program of its own. But JAX makes it within the mesh that is set where it compiles; and where
+# shardings are in the types there, the function that a sum over devices adds with holds one too, is no addition to XLA's
+# compiler for GPUs, and ends the process. So it is traced and lowered apart from that mesh, as this primitive.
+_apart_p = Primitive("apart")
+_apart_p.multiple_results = True
+_apart_p.def_abstract_eval(lambda *_, jaxpr, apart: jaxpr.out_avals)
+
+
+def _run_apart(run: Callable, axes: tuple[tuple[Any, int], ...], apart: AbstractMesh, operands):
+    """`run(operands)` on a mesh of no axes; `axes` are the names, with their sizes, that it may sum over."""
+    leaves, tree = jax.tree.flatten(operands)
+    types = tree.unflatten([jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves])
+    with use_abstract_mesh(apart):
+        jaxpr, results = jax.make_jaxpr(run, axis_env=axes, return_shape=True)(types)
+    return jax.tree.unflatten(jax.tree.structure(results), _apart_p.bind(*leaves, jaxpr=jaxpr, apart=apart))
+
+
+def _lower_apart(context, *arrays, jaxpr, apart):
+    context = context.replace(avals_in=jaxpr.in_avals, avals_out=jaxpr.out_avals)
+    with use_abstract_mesh(apart):
+        return mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(context, *arrays)
+
+
+mlir.register_lowering(_apart_p, _lower_apart)
 
 
 def _name_axes(arrays, stack: int, batched: frozenset[str]) -> dict[str, tuple[str | None, ...]]:

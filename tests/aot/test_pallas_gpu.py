@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    SingleDeviceSharding,
+    use_abstract_mesh,
+)
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import workloads
@@ -196,12 +204,19 @@ def test_lowers_for_other_gpus(gpu, dtype):
         assert set(re.findall(r'name = "(deform_conv_backward\w+)"', text)) == BACKWARD
 
 
-@pytest.mark.parametrize("over", ["jit", "shard_map"])
+@pytest.mark.parametrize("over", ["jit", "shard_map", "types"])
 @pytest.mark.parametrize("mode", ["forward", "backward"])
 def test_batch_sharded_it_stays_local(mode, over):
-    """Under plain `jit` on 8 GPUs, or in `shard_map` with its checks, all they exchange is the gradient of the kernel."""
-    mesh = Mesh(np.array(aot.devices("H100", 8)[:8]), ("data",))
+    """Under plain `jit` on 8 GPUs, in `shard_map` with its checks, or with shardings in the types.
+
+    All that the GPUs exchange is the gradient of the kernel.
+    """
+    kind = AxisType.Explicit if over == "types" else AxisType.Auto
+    mesh = Mesh(np.array(aot.devices("H100", 8)[:8]), ("data",), axis_types=(kind,))
     f, shapes = program((16, 32, 32, 64), 64, jnp.bfloat16, mode)
+    if over == "types" and mode == "backward":  # as a cotangent would have to be given a sharding first
+        op, shapes = program((16, 32, 32, 64), 64, jnp.bfloat16, "forward")
+        f = jax.grad(lambda *arrays: jnp.sum(op(*arrays).astype(jnp.float32) ** 2), range(4))
     places = [P() if i == 1 else P("data") for i in range(len(shapes))]
     if over == "shard_map":
         results = (P("data"), P(), P("data"), P("data")) if mode == "backward" else P("data")
@@ -210,8 +225,12 @@ def test_batch_sharded_it_stays_local(mode, over):
         jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, p))
         for s, p in zip(shapes, places, strict=True)
     ]
-    with aot.target("NVIDIA H100"):
+    axes = ((8,), ("data",), (kind,)) if over == "types" else ((), ())
+    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh(*axes, abstract_device=device)):
         text = jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).compile().as_text()
+    launched = set(re.findall(r"deform_conv_(?:forward|backward_[a-z]+)", text))
+    assert launched >= (BACKWARD if mode == "backward" else FORWARD)
     found = re.findall(r"= (\S+).* (all-\w+|reduce-scatter|collective-\w+?)(?:-start)?\(", text)
     assert [kind for _, kind in found] == (["all-reduce"] if mode == "backward" else [])
     assert all(
