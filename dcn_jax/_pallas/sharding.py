@@ -92,6 +92,19 @@ def _lower_apart(context, *arrays, jaxpr, apart):
 mlir.register_lowering(_apart_p, _lower_apart)
 
 
+@functools.cache
+def holds_kernels() -> Any:
+    """A jaxpr with a call of the kind that `keep_local` makes.
+
+    JAX tells a lowering which devices it is for only where it sees such a call in a jaxpr. A primitive whose lowering
+    makes one has this one among its parameters.
+    """
+    call = custom_partitioning(lambda x: x)
+    call.def_partition(lambda *_: None, sharding_rule="i -> i")
+    with use_abstract_mesh(AbstractMesh((), ())):
+        return jax.make_jaxpr(call)(jax.ShapeDtypeStruct((1,), jnp.float32))
+
+
 def _name_axes(arrays, stack: int, batched: frozenset[str]) -> dict[str, tuple[str | None, ...]]:
     """The axes of each array: "stack", "batch", and None for those that are never split."""
     axes = {}

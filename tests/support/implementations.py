@@ -10,7 +10,7 @@ from dcn_jax._pallas.launch import interpret
 IMPLEMENTATIONS = {
     "xla": {"float64", "half", "complex", "rank 3", "forward_mode", "second_order", "export", "sharding", "shard_map"},
     # Not "shard_map" with its checks: Pallas's interpreter types its loops as varying over no device. Compiled, it does.
-    "pallas": {"half", "rank 3", "second_order", "sharding"},
+    "pallas": {"half", "rank 3", "forward_mode", "second_order", "sharding"},
 }
 ABILITIES = set.union(*IMPLEMENTATIONS.values())
 

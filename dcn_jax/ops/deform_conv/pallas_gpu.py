@@ -1,7 +1,7 @@
 """The op as fused GPU kernels, which gather, interpolate, modulate and multiply in one pass.
 
-`run` brings a call to what the kernels read. `_op` and `_gradients` are the op and its derivative.
-`_forward` and `_backward` launch the kernels of `pallas_gpu_kernels`, over a call that is cut by
+`_op` tells what computes the op and its derivatives; `_convolve` and `_pull` are the op and its
+gradients by the kernels, `_prepare` finds what they read. `_forward` and `_backward` launch the kernels of `pallas_gpu_kernels`, over a call that is cut by
 `pallas_gpu_tiles`. What kernels of any op need is in `_pallas`. What was counted, and what to try, is
 in pallas_gpu.md.
 """
@@ -14,17 +14,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.export import is_symbolic_dim
+from jax.sharding import AxisType
 
+from dcn_jax._by_platform import Computation, by_platform
 from dcn_jax._mesh import on_any_mesh
+from dcn_jax._numerics import wide
 from dcn_jax._pallas import batching, sharding
 from dcn_jax._pallas.launch import gpu_in_reach, interpreting, launch, stack_size
-from dcn_jax._pallas.reverse import reverse_only
 from dcn_jax.ops.deform_conv import pallas_gpu_kernels as kernels
-from dcn_jax.ops.deform_conv import xla, xla_tap
+from dcn_jax.ops.deform_conv import xla
 from dcn_jax.ops.deform_conv.call import Arrays, Spec, add_bias
 from dcn_jax.ops.deform_conv.pallas_gpu_points import locate_points
 from dcn_jax.ops.deform_conv.pallas_gpu_tiles import WARPS, Cut, Plan, count_runs, count_tiles, cut_for
-from dcn_jax.sampling import Rows, sum_rows
 
 DTYPES = ("float32", "bfloat16", "float16")  # that the kernels load; they compute in float32
 
@@ -52,6 +53,9 @@ def refusal(spec: Spec, arrays: Arrays) -> str | None:
     if _product(spec.precision) is None:
         known = ", ".join(map(str, _PRODUCTS))
         reasons.append(f"precision={spec.precision!r} is not among those the kernels know ({known})")
+    kinds = set(jax.sharding.get_abstract_mesh().axis_types)
+    if AxisType.Manual in kinds and len(kinds) > 1:  # JAX cannot partition what is inside
+        reasons.append("it is in a shard_map over some axes of its mesh (the kernels go in one over all axes)")
     if not interpreting() and not gpu_in_reach():
         reasons.append(
             f"it runs on CUDA GPUs, and JAX's backend here is {jax.default_backend()!r} (to compile for a GPU ahead of time, "
@@ -70,35 +74,12 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
     plan = Plan(spec._replace(out_dtype=out_dtype), product, interpreting())
     rank = spec.window.rank
     return on_any_mesh(
-        functools.partial(_arrange, plan, spec.out_dtype),
+        lambda *arrays: _op(spec, plan, Arrays(*arrays)),
         arrays,
         batched=(arrays.x, arrays.offset),
         batch=arrays.x.ndim - rank - 1,
         whole=rank + 1,
     )
-
-
-def _arrange(plan: Plan, out_dtype, x, kernel, offset, mask, bias) -> jax.Array:
-    """Flatten the batch axes and cast to what the kernels load; find what points read; bring the result back."""
-    window, groups = plan.spec.window, plan.spec.offset_groups
-    batch, channels = x.shape[: -window.rank - 1], x.shape[-1]
-
-    def flat(array):
-        shape = array.shape[len(batch) :]
-        return jnp.broadcast_to(array, (*batch, *shape)).reshape(-1, *shape)  # one set of offsets may serve all images
-
-    row, weight = locate_points(window, groups, flat(offset), None if mask is None else flat(mask))
-    rows = flat(x).reshape(-1, math.prod(window.spatial) * groups, channels // groups)
-    bias_inside = bias if bias is not None and bias.dtype.name in DTYPES else None
-    operands = _Operands(rows, kernel.reshape(window.taps, *kernel.shape[-2:]), row, weight, bias_inside)
-    y = cast(jax.Array, _op(plan, jax.tree.map(_reverse_only, sharding.vary_alike(operands))))
-    y = y.reshape(*batch, *window.out_spatial, y.shape[-1])
-    bias_outside = bias if bias_inside is None else None  # wider than what the kernels load
-    return add_bias(y, bias_outside).astype(out_dtype)
-
-
-def _reverse_only(array: jax.Array) -> jax.Array:
-    return reverse_only(array) if jnp.issubdtype(array.dtype, jnp.inexact) else array
 
 
 def _product(precision: Any) -> lax.DotAlgorithmPreset | None:
@@ -112,7 +93,37 @@ def _product(precision: Any) -> lax.DotAlgorithmPreset | None:
     return _PRODUCTS.get(lax.DotAlgorithmPreset.DEFAULT if asked is None else asked)
 
 
-# --- derivatives --------------------------------------------------------------------------------------------------
+# --- the op and its derivatives -----------------------------------------------------------------------------------
+
+_ORDERS = tuple((("default", order),) for order in ("result", "gradients", "what follows"))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # a call outside of jit compiles once, not each time
+def _op(spec: Spec, plan: Plan, arrays: Arrays) -> jax.Array:
+    """The op and its gradients by the kernels; its tangents, and what is derived from its gradients, by the XLA form."""
+    leaves, tree = jax.tree.flatten(arrays)
+
+    def by_xla(*leaves):
+        return xla.convolve(spec, *tree.unflatten(leaves))
+
+    def compute(order, *leaves):
+        return _convolve(spec, plan, tree.unflatten(leaves)) if order == "result" else by_xla(*leaves)
+
+    def gradients(order, active, g, *leaves):
+        if order == "gradients":
+            found = jax.tree.leaves(_pull(plan, tree.unflatten(leaves), g))
+            return [found[i] for i in active]
+
+        def of_active(*moving):
+            moved = dict(zip(active, moving, strict=True))
+            return by_xla(*(moved.get(i, leaf) for i, leaf in enumerate(leaves)))
+
+        return list(jax.vjp(of_active, *(leaves[i] for i in active))[1](g))
+
+    return by_platform(
+        Computation(compute, gradients, by_xla, _ORDERS, gradients_of_maps=True, holds=sharding.holds_kernels()),
+        *leaves,
+    )
 
 
 class _Operands(NamedTuple):
@@ -125,70 +136,44 @@ class _Operands(NamedTuple):
     bias: jax.Array | None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _op(plan: Plan, operands: _Operands) -> jax.Array:
-    """y: `(B, P, F)`."""
-    return batching.run_pass(_FORWARD, plan, operands).y
+def _convolve(spec: Spec, plan: Plan, arrays: Arrays) -> jax.Array:
+    """The op by the kernels."""
+    operands, row = _prepare(plan, arrays)
+    bias = operands.bias
+    inside = bias is not None and bias.dtype.name in DTYPES
+    y = batching.run_pass(_FORWARD, plan, operands._replace(row=row, bias=bias if inside else None)).y
+    y = y.reshape(*arrays.x.shape[: -spec.window.rank - 1], *spec.window.out_spatial, y.shape[-1])
+    return add_bias(y, None if inside else bias).astype(spec.out_dtype)  # a bias wider than what the kernels load
 
 
-def _op_forward(plan, operands):
-    return _op(plan, operands), operands
+def _pull(plan: Plan, arrays: Arrays, g: jax.Array) -> Arrays:
+    """The gradients by the kernels, at `g`, the gradient of y."""
+    operands, undo, row = jax.vjp(functools.partial(_prepare, plan), arrays, has_aux=True)
+    x, kernel, _, weight, bias = operands
+    g = g.reshape(x.shape[0], -1, g.shape[-1])
+    given = _BackwardOperands(x, kernel, row, weight, g.astype(plan.spec.out_dtype))
+    made = batching.run_pass(_BACKWARD, plan, given)
+    dbias = None
+    if bias is not None:
+        dbias = jnp.sum(g, axis=(0, 1), dtype=wide(g.dtype, bias.dtype)).astype(bias.dtype)
+    return undo(operands._replace(x=made.dx, kernel=made.dkernel, weight=made.dweight, bias=dbias))[0]
 
 
-def _op_backward(plan, operands, g):
-    return (_gradients(plan, operands, reverse_only(g)),)
+def _prepare(plan: Plan, arrays: Arrays) -> tuple[_Operands, jax.Array]:
+    """What the kernels read, and apart from it, having no gradients, the rows; batch axes are flattened."""
+    x, kernel, offset, mask, bias = arrays
+    window, groups = plan.spec.window, plan.spec.offset_groups
+    batch, channels = x.shape[: -window.rank - 1], x.shape[-1]
 
+    def flat(array):
+        shape = array.shape[len(batch) :]
+        return jnp.broadcast_to(array, (*batch, *shape)).reshape(-1, *shape)  # one set of offsets may serve all images
 
-_op.defvjp(_op_forward, _op_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gradients(plan: Plan, operands: _Operands, g: jax.Array) -> _Operands:
-    """The gradients of `_op` at `g`, the gradient of y; rows have none."""
-    x, kernel, row, weight, bias = operands
-    made = batching.run_pass(_BACKWARD, plan, _BackwardOperands(x, kernel, row, weight, g))
-    dbias = None if bias is None else jnp.sum(g, axis=(0, 1), dtype=jnp.float32).astype(bias.dtype)
-    return operands._replace(x=made.dx, kernel=made.dkernel, row=None, weight=made.dweight, bias=dbias)
-
-
-def _gradients_forward(plan, operands, g):
-    return _gradients(plan, operands, g), (operands, g)
-
-
-def _gradients_backward(plan, given, cotangents):
-    """By way of XLA, as is every derivative after it."""
-    row = given[0].row
-
-    def gradients(operands, g):
-        def op(operands):
-            return _op_by_xla(plan, operands._replace(row=row))
-
-        return jax.vjp(op, operands)[1](g)[0]
-
-    operands, g = given
-    return jax.vjp(gradients, operands._replace(row=None), g)[1](cotangents)
-
-
-_gradients.defvjp(_gradients_forward, _gradients_backward)
-
-
-def _op_by_xla(plan: Plan, operands: _Operands) -> jax.Array:
-    """`_op` in `jax.numpy`, one tap after another."""
-    spec, (x, kernel, row, weight, bias) = plan.spec, operands
-    images, _, corners, positions = row.shape
-
-    def by_tap(array):  # (B, OG * K, corners, P) -> (K, corners, B, P, OG)
-        return array.reshape(images, spec.offset_groups, -1, corners, positions).transpose(2, 3, 0, 4, 1)
-
-    @jax.checkpoint
-    def add_tap(total, tap):
-        row, weight, matrix = tap
-        samples = jax.vmap(sum_rows)(x, Rows(tuple(row), tuple(weight)))  # (B, P, OG, Cg)
-        return total + xla_tap.multiply(spec, samples.reshape(-1, *samples.shape[2:]), matrix), None
-
-    zeros = jnp.zeros_like(x, spec.accumulate, (images * positions, kernel.shape[-1]))
-    y, _ = lax.scan(add_tap, zeros, (by_tap(row), by_tap(weight), kernel))
-    return add_bias(y.reshape(images, positions, -1), bias).astype(spec.out_dtype)
+    row, weight = locate_points(window, groups, flat(offset), None if mask is None else flat(mask))
+    rows = flat(x).reshape(-1, math.prod(window.spatial) * groups, channels // groups)
+    operands = _Operands(rows, kernel.reshape(window.taps, *kernel.shape[-2:]), row, weight, bias)
+    operands = sharding.vary_alike(operands)  # as the kernels' results do
+    return operands._replace(row=None), operands.row
 
 
 # --- the two passes, over arrays with a stack axis ----------------------------------------------------------------

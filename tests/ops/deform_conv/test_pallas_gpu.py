@@ -10,16 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 
 from dcn_jax import deform_conv, select_implementation
 from dcn_jax._pallas.launch import interpret
 from dcn_jax.ops.deform_conv import pallas_gpu
 from tests.support import aot
 from tests.support.cases import draw
-from tests.support.running import check_against_oracle, value_and_gradients
+from tests.support.running import assert_close, check_against_oracle, quick_jit, value_and_gradients
 
 CASE = draw((2, 4, 3, 2), (2, 3), 2, offset_groups=2, strides=(1, 2))
+LINE = draw((2, 4, 2), (2,), 2)
 fused = functools.partial(deform_conv, implementation="pallas")
+BACKWARD = ["backward_kernel", "backward_x"]
 
 
 @pytest.fixture
@@ -50,29 +54,69 @@ def test_offset_and_mask_in_float64(interpreted, x64):
     check_against_oracle(fused, CASE._replace(arrays=(x, kernel, np.float64(offset), np.float64(mask), bias)), 1e-5)
 
 
-@pytest.mark.parametrize("transform", ["jvp", "jit of jvp", "jacfwd", "hessian", "linearize", "jvp of vjp"])
-def test_forward_mode_is_refused(interpreted, transform):
-    x, kernel, offset, mask, _ = CASE.arrays
+def check_against_xla(program, *arrays):
+    """The results of a program of an op and arrays, by the kernels, are those by the XLA form."""
+    ops = (functools.partial(deform_conv, implementation=name) for name in ("pallas", "xla"))
+    found, wanted = (jax.tree.leaves(quick_jit(functools.partial(program, op))(*arrays)) for op in ops)
+    for by_kernels, by_xla in zip(found, wanted, strict=True):
+        assert_close(by_kernels, by_xla, 1e-5)
 
-    def loss(x):
-        return jnp.sum(fused(x, kernel, offset, mask, **CASE.options) ** 2)
 
-    def jvp(x):
-        return jax.jvp(loss, (x,), (x,))
+def gradients(op, *arrays):
+    return jax.grad(lambda *arrays: jnp.sum(jnp.sin(op(*arrays))), range(5))(*arrays)
 
-    def of_cotangent(scale):
-        return value_and_gradients(loss, (x,), scale)[1]
 
-    run = {
-        "jvp": lambda: jvp(x),
-        "jit of jvp": lambda: jax.jit(jvp)(x),
-        "jacfwd": lambda: jax.jacfwd(loss)(x),
-        "hessian": lambda: jax.hessian(loss)(x),
-        "linearize": lambda: jax.linearize(loss, x)[1](x),
-        "jvp of vjp": lambda: jax.jvp(of_cotangent, (jnp.float32(1),), (jnp.float32(1),)),
-    }[transform]
-    with pytest.raises(NotImplementedError, match=r"forward mode.*use implementation='xla'"):
-        run()
+def tangents(op, *arrays):
+    return jax.jvp(op, arrays, arrays)
+
+
+def tangents_of_gradients(op, *arrays):
+    return jax.jvp(functools.partial(gradients, op), arrays, arrays)
+
+
+@pytest.mark.parametrize("program", [tangents, tangents_of_gradients])
+def test_forward_mode(interpreted, program):
+    check_against_xla(program, *LINE.arrays)
+
+
+# Over which axes of x, kernel, offset, mask and bias; None: one serves all.
+MAPS = {"all": (0, 0, 0, 0, 0), "one kernel": (0, None, 1, 0, None), "one x": (None, None, 0, None, None)}
+
+
+def gradients_of_map(axes, op, *arrays):
+    return gradients(jax.vmap(op, axes), *arrays)
+
+
+def stacks(axes):
+    arrays = zip(LINE.arrays, axes, strict=True)
+    return [a if axis is None else np.stack([a, a[..., ::-1]], axis) for a, axis in arrays]
+
+
+@pytest.mark.parametrize("axes", [MAPS["one kernel"], MAPS["one x"]])
+def test_the_gradients_of_a_map(interpreted, axes):
+    check_against_xla(functools.partial(gradients_of_map, axes), *stacks(axes))
+
+
+@pytest.mark.parametrize(
+    ("program", "arrays", "wanted"),
+    [
+        pytest.param(tangents, LINE.arrays, ["forward"], id="tangents"),
+        pytest.param(tangents_of_gradients, LINE.arrays, [*BACKWARD, "forward"], id="tangents of gradients"),
+        pytest.param(
+            lambda op, *a: gradients(jax.checkpoint(op), *a), LINE.arrays, [*BACKWARD, "forward"], id="checkpoint"
+        ),
+        *(
+            pytest.param(functools.partial(gradients_of_map, axes), stacks(axes), [*BACKWARD, "forward"], id=name)
+            for name, axes in MAPS.items()
+        ),
+    ],
+)
+def test_one_launch_for_each_pass(program, arrays, wanted):
+    """For all that is mapped over; derivatives of other kinds are the XLA form's."""
+    with aot.target("NVIDIA H100"):
+        traced = jax.jit(functools.partial(program, fused)).trace(*arrays)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert sorted(re.findall(r'name = "deform_conv_(\w+)"', text)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -90,6 +134,13 @@ def test_refused_calls_say_why(interpreted, change, message):
     for call in (select_implementation, lambda *a, **k: jax.eval_shape(functools.partial(deform_conv, **k), *a)):
         with pytest.raises(ValueError, match=f"implementation='pallas' cannot take this call: {message}.*use .*'xla'"):
             call(x, kernel, offset, implementation="pallas", precision=change.get("precision"))
+
+
+def test_a_shard_map_over_some_axes_is_refused(interpreted):
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    call = jax.shard_map(fused, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={"data"})
+    with pytest.raises(ValueError, match="it is in a shard_map over some axes of its mesh"):
+        jax.eval_shape(call, *LINE.arrays[:4])
 
 
 def test_float64_is_refused(interpreted, x64):
@@ -138,7 +189,7 @@ def test_the_modes_share_no_trace():
     with interpret():
         call(*CASE.arrays)
     with aot.target("NVIDIA H100"):
-        assert "pallas_launch" in str(call.trace(*CASE.arrays).jaxpr)
+        assert "deform_conv_forward" in call.trace(*CASE.arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_a_backward_pass_runs_in_the_mode_of_its_forward_pass():
