@@ -18,6 +18,7 @@ from dcn_jax.geometry import Size
 from dcn_jax.ops.deform_conv import xla_deep, xla_pairs, xla_tap
 from dcn_jax.ops.deform_conv.call import Arrays, Spec, add_bias
 from dcn_jax.ops.deform_conv.xla_cut import Cut, Operands, cuts_by_platform, depthwise, sizes
+from dcn_jax.ops.deform_conv.xla_tap import Regular
 from dcn_jax.sampling import Border
 
 
@@ -107,26 +108,29 @@ def _sum_taps(spec: Spec, operands: Operands) -> jax.Array:
 def _sum_steps(spec: Spec, cut: Cut, operands: Operands) -> jax.Array:
     """The sum, one step after another: of the samples, no more than a step's are ever kept."""
     images, size, positions, features = sizes(spec, cut, operands)
-    wholes, first = _whole_blocks(spec, cut, operands), xla_tap.first_positions(spec, cut, operands)
+    wholes, regular = _whole_blocks(spec, cut, operands), xla_tap.regular(spec, cut, operands)
     groups = spec.feature_groups
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # where it is differentiated, too, no samples are kept
     def product(step):
-        return _product(spec, cut, first, step, wholes)
+        return _product(spec, cut, regular, step, wholes)
 
     if cut.step == "deep":
-        _, y = lax.scan(lambda _, step: (None, product(step)), None, _steps(spec, cut))
+        _, y = lax.scan(lambda i, _: (i + 1, product(_step(spec, cut, i))), jnp.int32(0), length=_count(spec, cut))
         y = y.reshape(cut.blocks, groups, images, size, features // groups).transpose(2, 0, 3, 1, 4)
         return y.reshape(images, cut.blocks * size, features)[:, :positions]
 
     # One loop, not one within the other, whose arrays are indexed where they lie and not scanned over: so none is moved,
     # and XLA sees that the gradient of the kernel is a sum over the steps, which it takes over devices once, after the loop.
-    def add(total, step):
+    def add(carry, _):
+        i, total = carry
+        step = _step(spec, cut, i)
         if cut.blocks == 1:
-            return total + product(step)[None], None
-        return total.at[step[0]].add(product(step), mode="promise_in_bounds"), None
+            return (i + 1, total + product(step)[None]), None
+        return (i + 1, total.at[step[0]].add(product(step), mode="promise_in_bounds")), None
 
-    total, _ = lax.scan(add, _zeros(spec, (cut.blocks, *_shape(spec, cut, operands)), operands), _steps(spec, cut))
+    zeros = _zeros(spec, (cut.blocks, *_shape(spec, cut, operands)), operands)
+    (_, total), _ = lax.scan(add, (jnp.int32(0), zeros), length=_count(spec, cut))
     y = jnp.moveaxis(total.reshape(cut.blocks, images, size, features), 0, 1)
     return y.reshape(images, cut.blocks * size, features)[:, :positions]
 
@@ -138,36 +142,41 @@ def _pull_steps(spec: Spec, cut: Cut, active: tuple[str, ...], y_bar: jax.Array,
     """
     images, size, _, features = sizes(spec, cut, operands)
     wholes, undo = jax.vjp(functools.partial(_whole_blocks, spec, cut), operands)
-    first = xla_tap.first_positions(spec, cut, operands)
+    regular = xla_tap.regular(spec, cut, operands)
     y_bar = xla_tap.pad(y_bar, 1, cut.blocks * size).reshape(images, cut.blocks, size, features)
     y_bar = jnp.moveaxis(y_bar, 1, 0).reshape(cut.blocks, images * size, features)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def add(sums, step):
+    def add(carry, _):
+        i, sums = carry
+        step = _step(spec, cut, i)
+
         def of_active(moving):
-            return _product(spec, cut, first, step, wholes._replace(**moving))
+            return _product(spec, cut, regular, step, wholes._replace(**moving))
 
         _, pull = jax.vjp(of_active, {name: getattr(wholes, name) for name in active})
         bar = lax.dynamic_index_in_dim(y_bar, step[0], keepdims=False, allow_negative_indices=False)
         if cut.step == "deep":  # (N, F) -> (G, N, F / G)
             bar = bar.reshape(images * size, spec.feature_groups, features // spec.feature_groups).swapaxes(0, 1)
         (bars,) = pull(bar.reshape(_shape(spec, cut, operands)))
-        return jax.tree.map(operator.add, sums, bars), None
+        return (i - 1, jax.tree.map(operator.add, sums, bars)), None
 
     zeros = jax.tree.map(jnp.zeros_like, wholes)
-    sums, _ = lax.scan(add, {name: getattr(zeros, name) for name in active}, _steps(spec, cut), reverse=True)
+    zeros_of_active = {name: getattr(zeros, name) for name in active}
+    count = _count(spec, cut)
+    (_, sums), _ = lax.scan(add, (jnp.int32(count - 1), zeros_of_active), length=count)
     return undo(zeros._replace(**sums))[0]
 
 
-def _product(spec: Spec, cut: Cut, first: jax.Array, step: tuple[jax.Array, jax.Array], wholes: Operands) -> jax.Array:
+def _product(spec: Spec, cut: Cut, regular: Regular, step: tuple[jax.Array, jax.Array], wholes: Operands) -> jax.Array:
     """What a step adds to its block, of the shape `_shape`."""
     block, tap = step
     match cut.step:
         case "deep":
-            return xla_deep.product(spec, cut, first, block, wholes)
+            return xla_deep.product(spec, cut, regular.first, block, wholes)
         case "pairs":
-            return xla_pairs.product(spec, cut, first, block, tap, wholes)
-    return xla_tap.product(spec, cut, first, block, tap, wholes)
+            return xla_pairs.product(spec, cut, regular, block, tap, wholes)
+    return xla_tap.product(spec, cut, regular, block, tap, wholes)
 
 
 def _shape(spec: Spec, cut: Cut, operands: Operands) -> tuple[Size, ...]:
@@ -181,11 +190,18 @@ def _shape(spec: Spec, cut: Cut, operands: Operands) -> tuple[Size, ...]:
     return images * size, *groups, features // math.prod(groups)
 
 
-def _steps(spec: Spec, cut: Cut) -> tuple[jax.Array, jax.Array]:
-    """The block and the tap of each step, blocks outside and taps inside; where a step takes all taps, the first."""
-    taps = 1 if cut.step == "deep" else spec.window.taps
-    block, tap = jnp.indices((cut.blocks, taps), jnp.int32).reshape(2, cut.blocks * taps)
-    return block, tap
+def _count(spec: Spec, cut: Cut) -> Size:
+    """How many steps there are."""
+    return cut.blocks * (1 if cut.step == "deep" else spec.window.taps)
+
+
+def _step(spec: Spec, cut: Cut, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The block and the tap of a step, blocks outside and taps inside; where a step takes all taps, the first."""
+    # Counted, not scanned over as arrays, of which a TPU would slice each in a kernel of its own.
+    if cut.step == "deep":
+        return i, jnp.zeros_like(i)
+    taps = jnp.int32(spec.window.taps)
+    return lax.div(i, taps), lax.rem(i, taps)
 
 
 def _whole_blocks(spec: Spec, cut: Cut, operands: Operands) -> Operands:

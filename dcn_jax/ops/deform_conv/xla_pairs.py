@@ -19,16 +19,16 @@ from dcn_jax._numerics import wide
 from dcn_jax.geometry import Size, int32
 from dcn_jax.ops.deform_conv.call import Spec
 from dcn_jax.ops.deform_conv.xla_cut import Cut, Operands
-from dcn_jax.ops.deform_conv.xla_tap import locate_tap, matrix_of, multiply, one_batch_axis
+from dcn_jax.ops.deform_conv.xla_tap import Regular, locate_tap, matrix_of, multiply, one_batch_axis
 from dcn_jax.sampling import Border, Positions, Rows, neighbours, read_narrow
 
 
-def product(spec: Spec, cut: Cut, first: jax.Array, block: jax.Array, tap: jax.Array, wholes: Operands) -> jax.Array:
+def product(spec: Spec, cut: Cut, regular: Regular, block: jax.Array, tap: jax.Array, wholes: Operands) -> jax.Array:
     """What a tap adds to a block, `(B * size, F)`: one offset group after another, so that no channels are moved.
 
     `wholes` has maps in pairs, a list of them.
     """
-    points, scale = locate_tap(spec, cut, first, block, tap, wholes)
+    points, scale = locate_tap(spec, cut, regular, block, tap, wholes)
     if spec.dtype == jnp.bfloat16:
         # To which a TPU rounds float32 itself; said here, their gradients would be rounded too.
         spec = spec._replace(dtype=spec.accumulate, precision=lax.Precision.DEFAULT)

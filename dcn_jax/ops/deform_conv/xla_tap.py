@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +15,27 @@ from dcn_jax.ops.deform_conv.xla_cut import Cut, Operands, batch_of, depthwise, 
 from dcn_jax.sampling import Border, Positions, Rows, locate, sum_rows
 
 
-def product(spec: Spec, cut: Cut, first: jax.Array, block: jax.Array, tap: jax.Array, wholes: Operands) -> jax.Array:
+class Regular(NamedTuple):
+    """Where taps read before their offsets: two tables, made once and indexed in each step."""
+
+    first: jax.Array  # (blocks * size, n): the first tap of each position
+    reach: jax.Array  # (K, n): how far each tap lies from the first
+
+
+def product(spec: Spec, cut: Cut, regular: Regular, block: jax.Array, tap: jax.Array, wholes: Operands) -> jax.Array:
     """What a tap adds to a block: `(B * size, F)`; by offset groups, `(B * size, OG, F / OG)`, where channels are apart."""
-    points, scale = locate_tap(spec, cut, first, block, tap, wholes)
+    points, scale = locate_tap(spec, cut, regular, block, tap, wholes)
     border = Border(spec.window.spatial, spec.window.padding_mode)
     samples = read_images(wholes.rows, wholes.summed, locate(points, scale, border))
     return multiply(spec, samples.reshape(math.prod(samples.shape[:2]), *samples.shape[2:]), matrix_of(wholes, tap))
 
 
-def locate_tap(spec: Spec, cut: Cut, first, block, tap, wholes: Operands) -> tuple[Positions, jax.Array | None]:
+def locate_tap(spec: Spec, cut: Cut, table: Regular, block, tap, wholes: Operands) -> tuple[Positions, jax.Array | None]:
     """Where a tap reads for the positions of a block, `(*B, size, OG, n)`, and its modulations `(*B, size, OG)`."""
     window, (_, size, *_) = spec.window, sizes(spec, cut, wholes)
     batch_axes = len(batch_of(wholes))
     take = partial(_take, batch_axes=batch_axes, size=size, window=window)
-    regular = lax.expand_dims(_regular(first, block, tap, size, window), range(batch_axes))
+    regular = lax.expand_dims(_regular(table, block, tap, size), range(batch_axes))
     offset = take(wholes.offset, block, tap).astype(wide(wholes.offset.dtype, jnp.finfo(spec.accumulate).dtype))
     scale = None if wholes.modulation is None else take(wholes.modulation, block, tap)[..., 0]
     return Positions(regular, offset), scale
@@ -48,10 +55,10 @@ def _take(array: jax.Array, block, tap, *, batch_axes: int, size: Size, window: 
     return step.reshape(*batch, size, *(several or (1,)), width)
 
 
-def _regular(first: jax.Array, block, tap, size: Size, window: Window) -> jax.Array:
+def _regular(table: Regular, block, tap, size: Size) -> jax.Array:
     """Where a tap reads for the positions of a block, before its offset: `(size, 1, n)`, in int32."""
-    reach = lax.dynamic_index_in_dim(regular_taps(window), tap, allow_negative_indices=False)  # (1, n)
-    return (take_block(first, block, size) + reach)[:, None]
+    reach = lax.dynamic_index_in_dim(table.reach, tap, allow_negative_indices=False)  # (1, n)
+    return (take_block(table.first, block, size) + reach)[:, None]
 
 
 def take_block(first: jax.Array, block: jax.Array, size: Size) -> jax.Array:
@@ -60,10 +67,11 @@ def take_block(first: jax.Array, block: jax.Array, size: Size) -> jax.Array:
     return lax.dynamic_slice(first, start, (size, first.shape[-1]), allow_negative_indices=False)
 
 
-def first_positions(spec: Spec, cut: Cut, operands: Operands) -> jax.Array:
-    """Where the first tap of each position reads, before its offset: `(blocks * size, n)`, in int32."""
+def regular(spec: Spec, cut: Cut, operands: Operands) -> Regular:
+    """The regular positions of all blocks, in int32."""
     window, (_, size, positions, _) = spec.window, sizes(spec, cut, operands)
-    return pad(regular_positions(window).reshape(positions, window.rank), 0, cut.blocks * size)
+    first = pad(regular_positions(window).reshape(positions, window.rank), 0, cut.blocks * size)
+    return Regular(first, regular_taps(window))
 
 
 def pad(array: jax.Array, axis: int, length: Size) -> jax.Array:
