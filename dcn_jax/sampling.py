@@ -9,7 +9,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -119,23 +119,24 @@ def locate(points: Positions, scale: jax.Array | None, border: Border, method: s
     points `(*query, OG, n)`, scale of each point's weights `(*query, OG)`, or None -> arrays `(*query, OG)`.
     """
     regular, offset = points.regular, points.offset.astype(_numerics.wide(points.offset.dtype))
-    group = lax.broadcasted_iota(jnp.int32, offset.shape[:-1], offset.ndim - 2)
+    groups = offset.shape[-2]
+    group = lax.broadcasted_iota(jnp.int32, offset.shape[:-1], offset.ndim - 2) if groups > 1 else None
     axes = [
         Positions(regular if regular.ndim == 0 else regular[..., axis], offset[..., axis])
         for axis in range(offset.shape[-1])
     ]
-    return locate_along(axes, group, offset.shape[-2], scale, border, method)
+    return locate_along(axes, group, groups, scale, border, method)
 
 
 def locate_along(
     axes: Sequence[Positions],
-    group: jax.Array,
+    group: jax.Array | None,
     groups: int,
     scale: jax.Array | None,
     border: Border,
     method: str = "linear",
 ) -> Rows:
-    """`locate`, of positions along each spatial axis and each point's offset group, in any shapes that broadcast."""
+    """`locate`, of positions along each spatial axis and each point's offset group, in any shapes that broadcast; None: one."""
     rows = math.prod(border.spatial) * groups
     if not countable(rows):
         raise ValueError(
@@ -146,7 +147,9 @@ def locate_along(
         index = pixel[0]
         for size, along in zip(border.spatial[1:], pixel[1:], strict=True):
             index = index * int32(size) + along
-        indices.append(jnp.where(read, index * groups + group, int32(rows)))
+        if group is not None:
+            index = index * groups + group
+        indices.append(_select(read, index, int32(rows)))
         weights.append(share if scale is None else share * scale.astype(share.dtype))
     return Rows(tuple(indices), tuple(weights))
 
@@ -178,7 +181,8 @@ def _sum_rows_jvp(span, primals, tangents):
     if moving:
         # Behind the barrier, or XLA would keep the rows that y has read to save reading them again, which costs more. And
         # all corners at once: of a product for each, XLA's CPU backend would compile each.
-        again = lax.optimization_barrier(jnp.stack([at.row[i] for i in moving]))
+        moved = index if len(moving) == len(at.row) else jnp.stack([at.row[i] for i in moving])
+        again = lax.optimization_barrier(moved)
         spread = _spread(jnp.stack([at_dot.weight[i] for i in moving]), y)
         y_dot = jnp.sum(spread * _read(features, again, span, summed).astype(y.dtype), axis=0)
     features_dot = features_dot if summed is None else summed_dot
@@ -221,7 +225,7 @@ def _take(features: jax.Array, index: jax.Array, span: tuple[Size, Size] | None)
     read = features.at[row if span is None else row + int32(first)].get(
         mode="promise_in_bounds", wrap_negative_indices=False
     )
-    return jnp.where((index <= last)[..., None], read, 0)
+    return _select(lax.broadcast_in_dim(index <= last, read.shape, range(index.ndim)), read, 0)
 
 
 def _spread(weight: jax.Array, features: jax.Array) -> jax.Array:
@@ -255,7 +259,7 @@ def neighbours(position: Positions, size: Size, mode: str, method: str):
     # Before floor, where inf - floor(inf) would be NaN. By comparisons and not jnp.clip, because the minimum and maximum
     # of a GPU drop a NaN. Here it stays, makes the weights NaN, and is not near.
     distance = jnp.abs(offset)
-    near, offset_near = distance < _FAR, jnp.where(distance >= _FAR, 0, offset)
+    near, offset_near = distance < _FAR, lax.select(distance >= _FAR, jnp.zeros_like(offset), offset)
     below = jnp.floor(offset_near)
     fraction = offset_near - below
     size = int32(size)
@@ -289,7 +293,12 @@ def _step(pixel: jax.Array, fraction: jax.Array, size: Size, mode: str, method: 
 
 
 def _clip(index: jax.Array, size: Size) -> jax.Array:
-    return jnp.clip(index, 0, size - 1)
+    return lax.clamp(jnp.int32(0), index, jnp.asarray(size - 1, jnp.int32))
+
+
+def _select(read: jax.Array, value: jax.Array, other: Any) -> jax.Array:
+    """`jnp.where` of arrays of one shape, without the call of a function that XLA would have to inline each time."""
+    return lax.select(read, value, jnp.full_like(value, other))
 
 
 def _reflect(index: jax.Array, size: Size) -> jax.Array:

@@ -30,7 +30,9 @@ def product(spec: Spec, cut: Cut, regular: Regular, block: jax.Array, tap: jax.A
     return multiply(spec, samples.reshape(math.prod(samples.shape[:2]), *samples.shape[2:]), matrix_of(wholes, tap))
 
 
-def locate_tap(spec: Spec, cut: Cut, table: Regular, block, tap, wholes: Operands) -> tuple[Positions, jax.Array | None]:
+def locate_tap(
+    spec: Spec, cut: Cut, table: Regular, block, tap, wholes: Operands
+) -> tuple[Positions, jax.Array | None]:
     """Where a tap reads for the positions of a block, `(*B, size, OG, n)`, and its modulations `(*B, size, OG)`."""
     window, (_, size, *_) = spec.window, sizes(spec, cut, wholes)
     batch_axes = len(batch_of(wholes))
@@ -76,6 +78,8 @@ def regular(spec: Spec, cut: Cut, operands: Operands) -> Regular:
 
 def pad(array: jax.Array, axis: int, length: Size) -> jax.Array:
     """`array` with zeros appended along an axis, which is then `length` long."""
+    if array.shape[axis] == length:
+        return array
     return jnp.pad(array, [(0, length - n if a == axis else 0) for a, n in enumerate(array.shape)])
 
 
