@@ -130,9 +130,9 @@ def _sum_pairs_jvp(primals, tangents):
         y_dot = y_dot + _weigh(read, at_dot.weight)
     if not isinstance(summed_dot, SymbolicZero):
         # All at once: the transpose is one scatter-add.
-        read_dot = _rows(summed_dot, jnp.stack(at.row, axis=1))  # (B, rows, size, 2 C)
-        first, second = (jnp.stack(at.weight[i::2], axis=1)[..., None] for i in (0, 1))
-        dot = jnp.sum(_either(first, second, read_dot).astype(y.dtype) * read_dot, axis=1)
+        read_dot = _rows(summed_dot, jnp.stack(at.row))  # (rows, B, size, 2 C)
+        first, second = (jnp.stack(at.weight[i::2])[..., None] for i in (0, 1))
+        dot = jnp.sum(_either(first, second, read_dot).astype(y.dtype) * read_dot, axis=0)
         y_dot = y_dot + dot.reshape(y.shape).astype(y.dtype)
     return y, y_dot
 
@@ -161,7 +161,15 @@ def _fetch(pairs: jax.Array, summed: jax.Array | None, row: jax.Array) -> jax.Ar
     return read.reshape(math.prod(row.shape[:2]), *read.shape[2:])
 
 
-@jax.vmap
 def _rows(pairs: jax.Array, row: jax.Array) -> jax.Array:
-    """The rows of each image: `(B, R', 2 C)`, `(B, …)` -> `(B, …, 2 C)`."""
-    return pairs.at[row].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    """The rows of each image: `(B, R', 2 C)`, `(…, B, size)` -> `(…, B, size, 2 C)`."""
+    batch = row.ndim - 2
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(row.ndim,),
+        collapsed_slice_dims=(1,),
+        start_index_map=(1,),
+        operand_batching_dims=(0,),
+        start_indices_batching_dims=(batch,),
+    )
+    mode = lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    return lax.gather(pairs, row[..., None], numbers, slice_sizes=(1, 1, pairs.shape[-1]), mode=mode)
