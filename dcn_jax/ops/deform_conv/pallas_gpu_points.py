@@ -32,7 +32,7 @@ def locate_points(
     regular = regular_taps(window)[:, :, None] + starts.T[None]  # (K, n, P)
     regular = lax.expand_dims(regular, (0, 1))
     axes = [Positions(regular[..., axis, :], offset[..., axis, :]) for axis in range(window.rank)]
-    group = lax.broadcasted_iota(jnp.int32, (1, offset_groups, 1, 1), 1)
+    group = lax.broadcasted_iota(jnp.int32, (1, offset_groups, 1, 1), 1) if offset_groups > 1 else None
     scale = None if mask is None else by_point(mask)
     at = locate_along(axes, group, offset_groups, scale, Border(window.spatial, window.padding_mode))
 
