@@ -1,10 +1,11 @@
-"""What to compute in: the dtypes of positions, weights and sums."""
+"""What to compute in: the dtypes of positions, weights and sums, and the precision of products."""
 
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def wide(*dtypes: Any) -> Any:
@@ -13,3 +14,13 @@ def wide(*dtypes: Any) -> Any:
     with jax.numpy_dtype_promotion("standard"):
         wider = [dtype for dtype in dtypes if jnp.finfo(dtype).bits >= 32]
         return functools.reduce(jnp.promote_types, wider, jnp.dtype(jnp.float32))
+
+
+def asked_precision(precision: Any) -> Any:
+    """What `lax` makes of `precision` in a product of float32: None, a pair of `lax.Precision`, or a preset of an algorithm.
+
+    It looks at jax_default_matmul_precision too.
+    """
+    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    (dot,) = jax.make_jaxpr(functools.partial(lax.dot, precision=precision))(one, one).eqns
+    return dot.params["precision"]

@@ -1,10 +1,11 @@
-"""Launching a kernel over whole arrays, on a CUDA GPU or in Pallas's interpreter.
+"""Launching a kernel over whole arrays, on a CUDA GPU or in Pallas's interpreter; and any call of Pallas's on its platform.
 
 Every array has one axis before its own, the stack's, which `jax.vmap` fills (see `batching`). Its
 size is that of the stack, or 1 for an array that all members of the stack share.
 """
 
 import contextlib
+import functools
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,10 +35,18 @@ def interpreting() -> bool:
 
 def gpu_in_reach() -> bool:
     """Whether what is traced here may be meant for a CUDA GPU: lowering will tell for certain."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
     plugins = (f"jax_cuda{version}_plugin" for version in (12, 13))
-    return platform in ("gpu", "cuda") or any(map(importlib.util.find_spec, plugins))
+    return _platform() in ("gpu", "cuda") or any(map(importlib.util.find_spec, plugins))
+
+
+def tpu_in_reach() -> bool:
+    """Whether what is traced here may be meant for a TPU: lowering will tell for certain."""
+    return _platform() == "tpu" or importlib.util.find_spec("libtpu") is not None
+
+
+def _platform() -> str:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def stack_size(arrays: Any) -> int:
@@ -86,7 +95,7 @@ def launch(
         interpret=interpret,
         name=name,
     )
-    run = call if interpret else lambda *arrays: _launch_p.bind(*arrays, jaxpr=jax.make_jaxpr(call)(*arrays))
+    run = call if interpret else functools.partial(on_platform, "cuda", call)
     return dict.fromkeys(results) | dict(zip(made, run(*arrays), strict=True))
 
 
@@ -96,23 +105,39 @@ def _whole(array) -> pl.BlockSpec:
     return pl.BlockSpec((None, *rest), lambda *at: (at[-1] if array.shape[0] > 1 else 0, *(0 for _ in rest)))
 
 
+def on_platform(platform: str, call: Callable, *arrays: jax.Array) -> list[jax.Array]:
+    """`call(*arrays)`, a call of Pallas's, which compiles for "cuda" or "tpu" alone."""
+    return _launch_p.bind(*arrays, jaxpr=jax.make_jaxpr(call)(*arrays), platform=platform)
+
+
 # The launch is a primitive of our own for what only its lowering can do: say which platforms will
 # not do, and keep from the user a warning. JAX >= 0.11 gives it each time: this way into the GPU
 # will be replaced.
 _launch_p = Primitive("pallas_launch")
 _launch_p.multiple_results = True
-_launch_p.def_abstract_eval(lambda *_, jaxpr: jaxpr.out_avals)
+_launch_p.def_abstract_eval(lambda *_, jaxpr, platform: jaxpr.out_avals)
+
+_NAMES = {"cuda": ("pallas", "CUDA GPUs"), "tpu": ("matmul", "TPUs")}
 
 
-def _lower_for_cuda(context, *operands, jaxpr):
+def _lower(context, *operands, jaxpr, platform, here=None):
+    if platform != here:
+        name, wanted = _NAMES[platform]
+        raise ValueError(f"implementation={name!r} runs on {wanted} alone; use implementation='xla' here, or None")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-        return mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(context, *operands)
+        try:
+            return mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(context, *operands)
+        except NotImplementedError as error:
+            if "automatically partitioned" not in str(error):
+                raise
+            raise NotImplementedError(
+                f"implementation={_NAMES[platform][0]!r} runs on one device, and this program is partitioned over several; "
+                "call the op inside jax.shard_map, on each device's part of the batch, or use implementation='xla', which "
+                "is partitioned as it is"
+            ) from error
 
 
-def _lower_elsewhere(*_, **__):
-    raise ValueError("implementation='pallas' runs on CUDA GPUs alone; use implementation='xla' here, or None")
-
-
-mlir.register_lowering(_launch_p, _lower_elsewhere)
-mlir.register_lowering(_launch_p, _lower_for_cuda, platform="cuda")
+mlir.register_lowering(_launch_p, _lower)
+for _here in _NAMES:
+    mlir.register_lowering(_launch_p, functools.partial(_lower, here=_here), platform=_here)

@@ -23,13 +23,17 @@ class Pass(NamedTuple):
     """One direction of an op; hashable."""
 
     run: Callable  # (plan, operands) -> results, both NamedTuples of stacked arrays (or None)
-    batched: frozenset[str]  # the operands and results whose second axis is the batch, by name
+    # The operands and results whose second axis is the batch, by name; None leaves it to `shard_map`, for a TPU's compiler
+    # asks nobody how to partition (jax issue 38196).
+    batched: frozenset[str] | None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def keep_local(direction: Pass, plan: Any, operands):
     """`direction.run(plan, operands)`, where the first operand's stack and batch lie."""
     run = functools.partial(direction.run, plan)
+    if direction.batched is None:
+        return run(operands)
     stack = stack_size(operands)
     axes_in = _name_axes(operands, stack, direction.batched)
     axes_out = _name_axes(jax.eval_shape(run, operands), stack, direction.batched)

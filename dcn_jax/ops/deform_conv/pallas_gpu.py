@@ -18,7 +18,7 @@ from jax.sharding import AxisType
 
 from dcn_jax._by_platform import Computation, by_platform
 from dcn_jax._mesh import on_any_mesh
-from dcn_jax._numerics import wide
+from dcn_jax._numerics import asked_precision, wide
 from dcn_jax._pallas import batching, sharding
 from dcn_jax._pallas.launch import gpu_in_reach, interpreting, launch, stack_size
 from dcn_jax.ops.deform_conv import pallas_gpu_kernels as kernels
@@ -83,13 +83,8 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
 
 
 def _product(precision: Any) -> lax.DotAlgorithmPreset | None:
-    """How to make a float32 product, by `precision` as lax understands it; None if the kernels cannot.
-
-    lax looks at jax_default_matmul_precision too.
-    """
-    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-    (dot,) = jax.make_jaxpr(functools.partial(lax.dot, precision=precision))(one, one).eqns
-    asked = dot.params["precision"]
+    """How to make a float32 product, by `precision` as lax understands it; None if the kernels cannot."""
+    asked = asked_precision(precision)
     return _PRODUCTS.get(lax.DotAlgorithmPreset.DEFAULT if asked is None else asked)
 
 
