@@ -13,9 +13,11 @@ PUBLIC = [getattr(dcn_jax, name) for name in dcn_jax.__all__]
 
 SIGNATURES = {
     "deform_conv": "x, kernel, offset, mask=None, bias=None, *, strides=1, padding='SAME', kernel_dilation=1, "
-    "feature_group_count=1, padding_mode='zeros', precision=None, preferred_element_type=None, implementation=None",
+    "feature_group_count=1, padding_mode='zeros', precision=None, preferred_element_type=None, max_offset=None, "
+    "implementation=None",
     "select_implementation": "x, kernel, offset, mask=None, *, strides=1, padding='SAME', kernel_dilation=1, "
-    "feature_group_count=1, padding_mode='zeros', precision=None, preferred_element_type=None, implementation=None",
+    "feature_group_count=1, padding_mode='zeros', precision=None, preferred_element_type=None, max_offset=None, "
+    "implementation=None",
     "dcnv3": "x, offset, mask, *, window=(3, 3), strides=1, padding=1, kernel_dilation=1, offset_scale=1.0, "
     "remove_center=False",
     "dcnv4": "x, offset_mask, *, groups, window=(3, 3), strides=1, padding=1, kernel_dilation=1, offset_scale=1.0, "

@@ -5,6 +5,7 @@ No time: it shows relayouts and passes over memory that nobody meant, and compar
 """
 
 import math
+import pathlib
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -46,6 +47,22 @@ def kernels_in_loops(program: str) -> list[int]:
     return sorted(
         sum(bool(_KERNELS.search(line)) and " = s32[] " not in line for line in computations[body]) for body in bodies
     )
+
+
+def bundles_in_loops(folder: pathlib.Path, name: str) -> list[int]:
+    """How many bundles of instructions each loop of a TPU kernel has, by what its compiler dumped into `folder`.
+
+    Bundles in no loop are the first; each loop within another begins where its own first bundle stands.
+    """
+    (file,) = (file for file in folder.glob("*-final_bundles.txt") if re.search(rf"-{name}[.\d]*-\d+-final", file.name))
+    counts, depth = [0], 0
+    for line in file.read_text().splitlines():
+        if bundle := re.match(r"\s*(?:\d+:?)?\s*0x[0-9a-f]+\s+.*?: (>*) ?\{", line):
+            if len(bundle[1]) != depth:
+                depth = len(bundle[1])
+                counts.append(0)
+            counts[-1] += 1
+    return counts
 
 
 def _entry(program: str) -> str:

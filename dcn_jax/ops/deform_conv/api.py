@@ -11,7 +11,7 @@ from dcn_jax.geometry import Padding
 from dcn_jax.ops.deform_conv import xla
 from dcn_jax.ops.deform_conv.call import Arrays, Spec, check_call
 
-IMPLEMENTATIONS = ("xla", "pallas")
+IMPLEMENTATIONS = ("xla", "pallas", "matmul")
 
 
 def deform_conv(
@@ -28,6 +28,7 @@ def deform_conv(
     padding_mode: str | Sequence[str] = "zeros",
     precision: Any = None,
     preferred_element_type: Any = None,
+    max_offset: int | float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Convolve with taps that read at learned, fractional offsets and are scaled by a learned modulation.
@@ -60,8 +61,11 @@ def deform_conv(
             wraps in longitude alone, ("zeros", "wrap"). "CIRCULAR" and "REFLECT" set it themselves.
         precision: of the matrix products, as in `jax.lax.dot_general`.
         preferred_element_type: dtype of the result; by default the dtype of x (promoted with kernel and bias).
-        implementation: "xla" (pure jax.numpy, everywhere), "pallas" (fused GPU kernels), or None for the fastest that
-            is sound for these arguments here (`select_implementation` tells which).
+        max_offset: no offset is larger: those beyond ±max_offset pixels are clipped to it, and there, as at ±max_offset
+            itself, the derivative by the offset is zero; a NaN stays one. None for no bound.
+        implementation: "xla" (pure jax.numpy, everywhere), "pallas" (fused GPU kernels), "matmul" (TPU kernels for
+            offsets that `max_offset` bounds, without gathers; on several of them inside `jax.shard_map`), or None for the fastest that is sound for these
+            arguments here (`select_implementation` tells which).
 
     Returns:
         `(*batch, *out_spatial, features)`. Positions are computed in float32 or wider and products are accumulated in
@@ -75,7 +79,8 @@ def deform_conv(
     Derivatives of every order, in both modes, with respect to every array. At whole-number positions the derivative
     with respect to the position is the right-hand one, as in torchvision (mmcv sets it to zero where a coordinate is
     exactly -1 or the map's size). Offsets of ±inf or 1e30 read zero (with "edge" the border), with a zero gradient; a
-    NaN offset makes NaN at its own output position alone.
+    NaN offset makes NaN at its own output position alone. With "matmul" a pixel that is not finite makes NaN of output
+    positions around it too.
 
     Batch and spatial sizes may be symbolic (`jax.export.symbolic_shape`), with "xla".
 
@@ -100,6 +105,7 @@ def deform_conv(
         padding_mode=padding_mode,
         precision=precision,
         preferred_element_type=preferred_element_type,
+        max_offset=max_offset,
     )
     name, _ = _choose(spec, arrays, implementation)
     return _backend(name).run(spec, arrays)
@@ -118,6 +124,7 @@ def select_implementation(
     padding_mode: str | Sequence[str] = "zeros",
     precision: Any = None,
     preferred_element_type: Any = None,
+    max_offset: int | float | None = None,
     implementation: str | None = None,
 ) -> tuple[str, str]:
     """Tell which implementation `deform_conv` would take for these arguments, and why not another.
@@ -146,6 +153,7 @@ def select_implementation(
         padding_mode=padding_mode,
         precision=precision,
         preferred_element_type=preferred_element_type,
+        max_offset=max_offset,
         shapes_alone=True,
     )
     return _choose(spec, arrays, implementation)
@@ -155,11 +163,14 @@ def _backend(name: str) -> ModuleType:
     """The backend of that name: a `refusal` and a `run`."""
     if name == "xla":
         return xla
-    from dcn_jax.ops.deform_conv import (
-        pallas_gpu,
-    )  # here, for importing Pallas takes time that most users need not spend
+    # Here, for importing Pallas takes time that most users need not spend.
+    if name == "pallas":
+        from dcn_jax.ops.deform_conv import pallas_gpu
 
-    return pallas_gpu
+        return pallas_gpu
+    from dcn_jax.ops.deform_conv import pallas_tpu
+
+    return pallas_tpu
 
 
 def _choose(spec: Spec, arrays: Arrays, implementation: str | None) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from numbers import Real
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -32,6 +33,7 @@ class Spec(NamedTuple):
     dtype: jnp.dtype  # of x and kernel in the products
     out_dtype: jnp.dtype
     precision: Any  # of the products, as the caller gave it
+    max_offset: float | None = None  # no offset is larger
 
     @property
     def accumulate(self) -> jnp.dtype:
@@ -49,6 +51,7 @@ def check_call(
     padding_mode: Any,
     precision: Any,
     preferred_element_type: Any,
+    max_offset: Any = None,
     shapes_alone: bool = False,
 ) -> tuple[Spec, Arrays]:
     """Check the arguments of `deform_conv`; with `shapes_alone`, arrays may be `jax.ShapeDtypeStruct`s.
@@ -85,7 +88,9 @@ def check_call(
 
     dtype = jnp.result_type(x.dtype, kernel.dtype)
     out_dtype = _result_dtype(dtype if bias is None else jnp.result_type(dtype, bias.dtype), preferred_element_type)
-    spec = Spec(window, offset_groups, int(feature_group_count), dtype, out_dtype, precision)
+    spec = Spec(window, offset_groups, int(feature_group_count), dtype, out_dtype, precision, _bound(max_offset))
+    if spec.max_offset is not None and not shapes_alone:
+        offset = clip(offset, spec.max_offset)
     return spec, Arrays(x, kernel, offset, mask, bias)
 
 
@@ -103,12 +108,29 @@ def kernel_shape(window: tuple[int, ...], channels: int, features: int, feature_
     return (*window, channels // feature_group_count, features)
 
 
+def clip(offset: jax.Array, bound: float) -> jax.Array:
+    """Offsets beyond ±`bound` brought there, where their derivative is zero, as it is at ±`bound`; a NaN stays."""
+    limit = jnp.asarray(bound, offset.dtype)
+    return lax.clamp(-limit, offset, limit)
+
+
 def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
     """`y` `(…, F)` + `bias` `(F,)`, in the wider of their dtypes."""
     if bias is None:
         return y
     y = y.astype(_numerics.wide(y.dtype, bias.dtype))
     return y + lax.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
+
+
+def _bound(max_offset: Any) -> float | None:
+    if max_offset is None:
+        return None
+    wanted = "a number of pixels, which bounds offsets along every axis, or None for no bound"
+    if not isinstance(max_offset, Real) or isinstance(max_offset, bool):
+        raise TypeError(f"max_offset={max_offset!r} is a {type(max_offset).__name__}; wanted {wanted}")
+    if not 0 <= float(max_offset) < math.inf:
+        raise ValueError(f"max_offset={max_offset!r} must be finite and not negative: {wanted}")
+    return float(max_offset)
 
 
 def _window_rank(kernel: jax.Array) -> int:

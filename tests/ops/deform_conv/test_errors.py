@@ -50,6 +50,10 @@ OPTION_ERRORS = [
     ({"feature_group_count": 2.0}, TypeError, "feature_group_count=2.0 is a float; wanted an int"),
     ({"feature_group_count": None}, TypeError, "feature_group_count=None is a NoneType; wanted an int"),
     ({"feature_group_count": True}, TypeError, "feature_group_count=True is a bool; wanted an int"),
+    ({"max_offset": -1}, ValueError, "max_offset=-1 must be finite and not negative: a number of pixels"),
+    ({"max_offset": float("inf")}, ValueError, "max_offset=inf must be finite and not negative"),
+    ({"max_offset": (4, 4)}, TypeError, "max_offset=(4, 4) is a tuple; wanted a number of pixels, which bounds offsets along every axis, or None"),
+    ({"max_offset": True}, TypeError, "max_offset=True is a bool; wanted a number of pixels"),
     ({"strides": (1, 2, 1)}, ValueError, "strides=(1, 2, 1) has 3 entries; wanted an int or 2 ints, one per spatial axis"),
     ({"kernel_dilation": 0}, ValueError, "kernel_dilation=0 is too small; wanted at least 1 on each axis"),
     ({"kernel_dilation": "2"}, TypeError, "kernel_dilation='2' is not made of ints"),
@@ -61,8 +65,8 @@ OPTION_ERRORS = [
     ({"preferred_element_type": jnp.int32}, TypeError, "preferred_element_type=int32 is not a floating-point or complex dtype"),
     ({"preferred_element_type": "wide"}, TypeError, "preferred_element_type='wide' is not a dtype; wanted a floating-point or complex one, or None"),
     ({"preferred_element_type": 3}, TypeError, "preferred_element_type=3 is not a dtype"),
-    ({"implementation": "cuda"}, ValueError, "implementation='cuda' is not known; wanted one of ('xla', 'pallas') or None"),
-    ({"implementation": 3}, ValueError, "implementation=3 is not known; wanted one of ('xla', 'pallas') or None"),
+    ({"implementation": "cuda"}, ValueError, "implementation='cuda' is not known; wanted one of ('xla', 'pallas', 'matmul') or None"),
+    ({"implementation": 3}, ValueError, "implementation=3 is not known; wanted one of ('xla', 'pallas', 'matmul') or None"),
 ]  # fmt: skip
 
 KIND_ERRORS = [
