@@ -275,6 +275,14 @@ def split(
     return offset, float(mask_scale) * jax.nn.sigmoid(z[..., offsets:]) if modulated else None
 
 
+def bound_for(implementation: str | None, max_offset: Bound, rank: int, *, bounded: bool) -> float | None:
+    """The op's `max_offset` for offsets that are `bounded` by the layer's, where the op cannot do without: else it would clip."""
+    bounds = bounds_of(max_offset, rank)
+    if implementation != "matmul" or not bounded or None in bounds:
+        return None
+    return max(bound for bound in bounds if bound is not None)
+
+
 def _bound(z: jax.Array, bounds: tuple[float | None, ...]) -> jax.Array:
     """max_offset · tanh(z / max_offset), axis by axis: `(…, OG * K * n)`."""
     if len(set(bounds)) == 1:

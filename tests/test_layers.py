@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 
 import dcn_jax
+from dcn_jax._pallas.launch import interpret
 from tests.support.layers import FRAMEWORKS, PLAIN, convolutions, fill, linen, nnx_
 from tests.support.running import quick_jit
 
@@ -170,6 +171,22 @@ def with_offset_bias(layer, z):
     params = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), jax.eval_shape(layer.init))
     params["offset_conv"]["bias"] = jnp.asarray(z, jnp.float32)
     return params
+
+
+def test_the_bound_is_passed_on_to_the_implementation_that_needs_one(make):
+    """The largest of the axes', for the branch's own offsets alone: others would be clipped."""
+    options = {"max_offset": (1.0, 2.0), "precision": "highest"}
+    layer, plain = make(4, 6, (2, 2), implementation="matmul", **options), make(4, 6, (2, 2), **options)
+    params = fill(plain, scale=2.0)
+    with interpret():
+        y = quick_jit(layer.apply)(params, X)
+        np.testing.assert_allclose(y, quick_jit(plain.apply)(params, X), rtol=0, atol=1e-4)
+        for given in ({"base_offset": jnp.ones((5, 6, 2))}, {"offset": jnp.ones((5, 6, 8))}):
+            with pytest.raises(ValueError, match="max_offset=None"):
+                jax.eval_shape(layer.apply, params, X, **given)
+        with pytest.raises(ValueError, match="max_offset=None"):
+            jax.eval_shape(make(4, 6, (2, 2), implementation="matmul", max_offset=(1.0, None)).apply, params, X)
+    assert "clamp" not in str(jax.make_jaxpr(plain.apply)(params, X))
 
 
 def test_max_offset_bounds_smoothly(make):

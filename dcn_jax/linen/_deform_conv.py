@@ -58,7 +58,8 @@ class DeformConv(nn.Module):
             one per axis, where None leaves an axis unbounded and 0 undeformed.
         offset_kernel_init: initializer of `offset_conv/kernel`.
         offset_bias_init: initializer of `offset_conv/bias`.
-        implementation: of the op: "xla", "pallas" or None for the fastest that is sound.
+        implementation: of the op: "xla", "pallas", "matmul" (on a TPU, where `max_offset` bounds the branch's offsets) or
+            None for the fastest that is sound.
         padding_mode: what the map is beyond its border: "zeros", "edge", "wrap", "reflect" or "symmetric", for all axes
             or one per axis. The default branch reads the map so too.
         offset_conv_cls: makes the branch in the place of that convolution, called as
@@ -144,6 +145,7 @@ class DeformConv(nn.Module):
         channels = inputs.shape[-1]
         self._check_options(channels, window.rank)
         _branch.check_call(offset, mask, offset_inputs, base_offset, offset_branch=self.offset_branch)
+        bounded = offset is None and base_offset is None  # by max_offset, and nothing is added after it
         if offset is None:
             seen = _branch.view(inputs, offset_inputs, window, own=self.offset_conv_cls is not None)
             offset, mask = _branch.split(
@@ -173,6 +175,7 @@ class DeformConv(nn.Module):
             **geometry,
             feature_group_count=self.feature_group_count,
             precision=self.precision,
+            max_offset=_branch.bound_for(self.implementation, self.max_offset, window.rank, bounded=bounded),
             implementation=self.implementation,
         )
 
