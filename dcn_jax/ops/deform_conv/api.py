@@ -180,7 +180,7 @@ def _choose(spec: Spec, arrays: Arrays, implementation: str | None) -> tuple[str
         reason = "the fused GPU kernels have not been timed beside it yet, so nobody knows where they are faster"
         if _deterministic():
             reason += ", and they add gradients atomically, in any order, which --xla_gpu_deterministic_ops rules out"
-        return "xla", f"{reason}; ask for them with implementation='pallas'"
+        return "xla", f"{reason}; on a GPU, ask for them with implementation='pallas'"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is not known; wanted one of {IMPLEMENTATIONS} or None")
     if problem := _backend(implementation).refusal(spec, arrays):
