@@ -36,6 +36,7 @@ def one_layer(monkeypatch):
     monkeypatch.setattr(training, "ResNet", OneLayer)
 
 
+@pytest.mark.slow
 def test_a_step_of_a_resnet_trains_every_parameter():
     plain, deformed = (training.make_network(name, 18, "bfloat16") for name in ("plain", "xla"))
     batch = jax.ShapeDtypeStruct((2, 32, 32, 3), "bfloat16"), jax.ShapeDtypeStruct((2,), "int32")
@@ -47,6 +48,7 @@ def test_a_step_of_a_resnet_trains_every_parameter():
     assert counts[1] - counts[0] == 2 * training.deformable_layers(18) == 24  # kernel and bias of each branch
 
 
+@pytest.mark.slow
 def test_a_row_for_each_network_that_can_train(one_layer, tmp_path, capsys):
     command = ["--depth", "18", "--batch", "2", "--size", "16", "--quick", "--json", str(tmp_path / "rows.json")]
     rows = training.main([*command, "--implementation", "xla", "pallas"])
