@@ -1,5 +1,6 @@
 """Programs: compiled functions, the inputs they are timed on, and the errors of their results."""
 
+import argparse
 import functools
 import math
 import time
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from benchmarks.rows import reason
 from benchmarks.workloads import Workload
 
 MODES = ("forward", "forward_backward")
@@ -20,6 +22,16 @@ SORTED = 2**20
 def warm_up(device: str) -> float:
     """Seconds of calls before each run: after another process's turn, cores wake up only by and by."""
     return 0.01 if device == "gpu" else 0.05
+
+
+def use_device(parser: argparse.ArgumentParser, name: str | None) -> str:
+    """The platform of a command's `--device`, None for JAX's own choice; ends the command where JAX has no such device."""
+    if name == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        return jax.devices(name)[0].platform
+    except RuntimeError as error:
+        parser.error(f"--device {name}: {reason(error)}; install JAX for it, or leave --device out")
 
 
 class Program:

@@ -51,9 +51,9 @@ from benchmarks.aims import AIMS, aims_table
 from benchmarks.measure import Measurement, Settings, compile_ahead, compile_stack, prepare, visits
 from benchmarks.peers.process import PEERS, peer_problem, start_peers, threads
 from benchmarks.plot import plot
-from benchmarks.programs import MODES
+from benchmarks.programs import MODES, use_device
 from benchmarks.report import print_results
-from benchmarks.rows import STACKS, counted, reason, spoken
+from benchmarks.rows import STACKS, counted, spoken
 from benchmarks.suites import COMPILED, DTYPES, SUITES, Comparison, singly
 from benchmarks.workloads import WORKLOADS
 
@@ -110,12 +110,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args, unknown = p.parse_known_args(argv)
     if problem := unknown_problem(unknown, args) or problem_of(args):
         p.error(problem)
-    if args.device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-    try:
-        args.device = jax.devices(args.device)[0].platform
-    except RuntimeError as error:
-        p.error(f"--device {args.device}: {reason(error)}; install JAX for it, or leave --device out")
+    args.device = use_device(p, args.device)
     if not args.workload:
         args.suite = args.suite or args.device
     if args.minutes is None:

@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.launches import count_launches
+from benchmarks.programs import use_device
 from benchmarks.report import STYLE
 from benchmarks.rows import reason, show
 from dcn_jax.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -195,12 +196,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for option in ("batch", "size", "repeats"):
         if getattr(args, option) < 1:
             p.error(f"--{option} {getattr(args, option)}: wanted at least 1")
-    if args.device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-    try:
-        args.device = jax.devices(args.device)[0].platform
-    except RuntimeError as error:
-        p.error(f"--device {args.device}: {reason(error)}; install JAX for it, or leave --device out")
+    args.device = use_device(p, args.device)
     args.implementation = args.implementation or (["xla", "pallas"] if args.device == "gpu" else ["xla"])
     return args
 

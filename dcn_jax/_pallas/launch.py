@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import pallas as pl
@@ -33,20 +33,36 @@ def interpreting() -> bool:
     return _interpreting.value
 
 
-def gpu_in_reach() -> bool:
-    """Whether what is traced here may be meant for a CUDA GPU: lowering will tell for certain."""
-    plugins = (f"jax_cuda{version}_plugin" for version in (12, 13))
-    return _platform() in ("gpu", "cuda") or any(map(importlib.util.find_spec, plugins))
+class _Target(NamedTuple):
+    """What kernels are made for, and what messages say of it."""
+
+    implementation: str
+    devices: str
+    platforms: tuple[str, ...]  # JAX's names of it
+    plugins: tuple[str, ...]  # modules that compile for it
+    install: str
 
 
-def tpu_in_reach() -> bool:
-    """Whether what is traced here may be meant for a TPU: lowering will tell for certain."""
-    return _platform() == "tpu" or importlib.util.find_spec("libtpu") is not None
+_TARGETS = {
+    "cuda": _Target(
+        "pallas", "CUDA GPUs", ("gpu", "cuda"), ("jax_cuda12_plugin", "jax_cuda13_plugin"), "jax's CUDA plugin"
+    ),
+    "tpu": _Target("matmul", "TPUs", ("tpu",), ("libtpu",), "libtpu"),
+}
 
 
-def _platform() -> str:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+def out_of_reach(platform: str) -> str | None:
+    """Why what is traced here cannot be meant for "cuda" or "tpu"; None where it may be: lowering will tell for certain."""
+    target, device = _TARGETS[platform], jax.sharding.get_abstract_mesh().abstract_device
+    here = jax.default_backend() if device is None else device.platform
+    if interpreting() or here in target.platforms or any(map(importlib.util.find_spec, target.plugins)):
+        return None
+    name = target.platforms[0]
+    return (
+        f"it runs on {target.devices}, and JAX's backend here is {jax.default_backend()!r} (to compile for a {name.upper()} "
+        f"ahead of time, trace under jax.sharding.use_abstract_mesh with an abstract_device of platform {name!r}, or "
+        f"install {target.install})"
+    )
 
 
 def stack_size(arrays: Any) -> int:
@@ -117,13 +133,13 @@ _launch_p = Primitive("pallas_launch")
 _launch_p.multiple_results = True
 _launch_p.def_abstract_eval(lambda *_, jaxpr, platform: jaxpr.out_avals)
 
-_NAMES = {"cuda": ("pallas", "CUDA GPUs"), "tpu": ("matmul", "TPUs")}
-
 
 def _lower(context, *operands, jaxpr, platform, here=None):
+    target = _TARGETS[platform]
     if platform != here:
-        name, wanted = _NAMES[platform]
-        raise ValueError(f"implementation={name!r} runs on {wanted} alone; use implementation='xla' here, or None")
+        raise ValueError(
+            f"implementation={target.implementation!r} runs on {target.devices} alone; use implementation='xla' here, or None"
+        )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
         try:
@@ -132,12 +148,12 @@ def _lower(context, *operands, jaxpr, platform, here=None):
             if "automatically partitioned" not in str(error):
                 raise
             raise NotImplementedError(
-                f"implementation={_NAMES[platform][0]!r} runs on one device, and this program is partitioned over several; "
+                f"implementation={target.implementation!r} runs on one device, and this program is partitioned over several; "
                 "call the op inside jax.shard_map, on each device's part of the batch, or use implementation='xla', which "
                 "is partitioned as it is"
             ) from error
 
 
 mlir.register_lowering(_launch_p, _lower)
-for _here in _NAMES:
+for _here in _TARGETS:
     mlir.register_lowering(_launch_p, functools.partial(_lower, here=_here), platform=_here)

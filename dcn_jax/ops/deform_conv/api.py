@@ -64,8 +64,8 @@ def deform_conv(
         max_offset: no offset is larger: those beyond ±max_offset pixels are clipped to it, and there, as at ±max_offset
             itself, the derivative by the offset is zero; a NaN stays one. None for no bound.
         implementation: "xla" (pure jax.numpy, everywhere), "pallas" (fused GPU kernels), "matmul" (TPU kernels for
-            offsets that `max_offset` bounds, without gathers; on several of them inside `jax.shard_map`), or None for the fastest that is sound for these
-            arguments here (`select_implementation` tells which).
+            offsets that `max_offset` bounds, without gathers; on several of them inside `jax.shard_map`), or None for
+            the fastest that is sound for these arguments here (`select_implementation` tells which).
 
     Returns:
         `(*batch, *out_spatial, features)`. Positions are computed in float32 or wider and products are accumulated in

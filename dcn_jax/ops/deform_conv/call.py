@@ -90,7 +90,7 @@ def check_call(
     out_dtype = _result_dtype(dtype if bias is None else jnp.result_type(dtype, bias.dtype), preferred_element_type)
     spec = Spec(window, offset_groups, int(feature_group_count), dtype, out_dtype, precision, _bound(max_offset))
     if spec.max_offset is not None and not shapes_alone:
-        offset = clip(offset, spec.max_offset)
+        offset = _clip(offset, spec.max_offset)
     return spec, Arrays(x, kernel, offset, mask, bias)
 
 
@@ -108,7 +108,7 @@ def kernel_shape(window: tuple[int, ...], channels: int, features: int, feature_
     return (*window, channels // feature_group_count, features)
 
 
-def clip(offset: jax.Array, bound: float) -> jax.Array:
+def _clip(offset: jax.Array, bound: float) -> jax.Array:
     """Offsets beyond ±`bound` brought there, where their derivative is zero, as it is at ±`bound`; a NaN stays."""
     limit = jnp.asarray(bound, offset.dtype)
     return lax.clamp(-limit, offset, limit)

@@ -20,7 +20,7 @@ from dcn_jax._by_platform import Computation, by_platform
 from dcn_jax._mesh import on_any_mesh
 from dcn_jax._numerics import asked_precision, wide
 from dcn_jax._pallas import batching, sharding
-from dcn_jax._pallas.launch import gpu_in_reach, interpreting, launch, stack_size
+from dcn_jax._pallas.launch import interpreting, launch, out_of_reach, stack_size
 from dcn_jax.ops.deform_conv import pallas_gpu_kernels as kernels
 from dcn_jax.ops.deform_conv import xla
 from dcn_jax.ops.deform_conv.call import Arrays, Spec, add_bias
@@ -56,11 +56,8 @@ def refusal(spec: Spec, arrays: Arrays) -> str | None:
     kinds = set(jax.sharding.get_abstract_mesh().axis_types)
     if AxisType.Manual in kinds and len(kinds) > 1:  # JAX cannot partition what is inside
         reasons.append("it is in a shard_map over some axes of its mesh (the kernels go in one over all axes)")
-    if not interpreting() and not gpu_in_reach():
-        reasons.append(
-            f"it runs on CUDA GPUs, and JAX's backend here is {jax.default_backend()!r} (to compile for a GPU ahead of time, "
-            "trace under jax.sharding.use_abstract_mesh with an abstract_device of platform 'gpu', or install jax's CUDA plugin)"
-        )
+    if problem := out_of_reach("cuda"):
+        reasons.append(problem)
     return "; and ".join(reasons) or None
 
 

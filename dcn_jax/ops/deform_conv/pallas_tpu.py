@@ -16,7 +16,7 @@ from jax.export import is_symbolic_dim
 from dcn_jax import _numerics
 from dcn_jax._mesh import on_any_mesh
 from dcn_jax._pallas import batching, sharding
-from dcn_jax._pallas.launch import interpreting, tpu_in_reach
+from dcn_jax._pallas.launch import interpreting, out_of_reach
 from dcn_jax._pallas.reverse import reverse_only
 from dcn_jax.ops.deform_conv import xla
 from dcn_jax.ops.deform_conv.call import Arrays, Spec
@@ -76,11 +76,8 @@ def refusal(spec: Spec, arrays: Arrays) -> str | None:
                 f"chip (of {ON_CHIP / 2**20:.0f}, for strips as wide as the map, the kernel and its gradient: call the op for "
                 "some of the features at a time, or for parts of a wide map)"
             )
-    if not interpreting() and not tpu_in_reach():
-        reasons.append(
-            f"it runs on TPUs, and JAX's backend here is {jax.default_backend()!r} (to compile for a TPU ahead of time, trace "
-            "under jax.sharding.use_abstract_mesh with an abstract_device of platform 'tpu', or install libtpu)"
-        )
+    if problem := out_of_reach("tpu"):
+        reasons.append(problem)
     return "; and ".join(reasons) or None
 
 

@@ -41,7 +41,10 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
 
 
 def convolve(spec: Spec, x, kernel, offset, mask, bias) -> jax.Array:
-    """`run` on a mesh that leaves all to the partitioner, or none: bring the arrays to one axis of positions, sum over the taps, and bring the result back."""
+    """Bring the arrays to one axis of positions, sum over the taps, and bring the result back.
+
+    On a mesh whose axes are in the types, `run` is to be called.
+    """
     window, groups = spec.window, spec.offset_groups
     batch, channels = x.shape[: -window.rank - 1], x.shape[-1]
     per_tap = math.prod(window.out_spatial), groups, window.taps
