@@ -21,6 +21,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -180,7 +181,10 @@ def table_of(rows: list[dict], args: argparse.Namespace) -> Table:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command's options."""
     p = argparse.ArgumentParser(
-        prog="python -m benchmarks.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.training",
+        usage=argparse.SUPPRESS,  # an error is one line then
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = "xla", "pallas", "default"
     p.add_argument("--device", choices=("cpu", "gpu"), help="cpu, gpu (default: JAX's own choice)")
@@ -225,4 +229,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
