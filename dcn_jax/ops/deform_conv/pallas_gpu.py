@@ -1,7 +1,7 @@
 """The op as fused GPU kernels, which gather, interpolate, modulate and multiply in one pass.
 
-`_op` tells what computes the op and its derivatives; `_convolve` and `_pull` are the op and its
-gradients by the kernels, `_prepare` finds what they read. `_forward` and `_backward` launch the kernels of `pallas_gpu_kernels`, over a call that is cut by
+`_convolve` and `_pull` are the op and its gradients by the kernels, `_prepare` finds what they read.
+`_forward` and `_backward` launch the kernels of `pallas_gpu_kernels`, over a call that is cut by
 `pallas_gpu_tiles`. What kernels of any op need is in `_pallas`. What was counted, and what to try, is
 in pallas_gpu.md.
 """
@@ -16,10 +16,10 @@ from jax import lax
 from jax.export import is_symbolic_dim
 from jax.sharding import AxisType
 
-from dcn_jax._by_platform import Computation, by_platform
 from dcn_jax._mesh import on_any_mesh
 from dcn_jax._numerics import asked_precision, wide
 from dcn_jax._pallas import batching, sharding
+from dcn_jax._pallas.derivatives import by_kernels
 from dcn_jax._pallas.launch import interpreting, launch, out_of_reach, stack_size
 from dcn_jax.ops.deform_conv import pallas_gpu_kernels as kernels
 from dcn_jax.ops.deform_conv import xla
@@ -85,36 +85,17 @@ def _product(precision: Any) -> lax.DotAlgorithmPreset | None:
     return _PRODUCTS.get(lax.DotAlgorithmPreset.DEFAULT if asked is None else asked)
 
 
-# --- the op and its derivatives -----------------------------------------------------------------------------------
-
-_ORDERS = tuple((("default", order),) for order in ("result", "gradients", "what follows"))
+# --- the op and its gradients -------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # a call outside of jit compiles once, not each time
 def _op(spec: Spec, plan: Plan, arrays: Arrays) -> jax.Array:
-    """The op and its gradients by the kernels; its tangents, and what is derived from its gradients, by the XLA form."""
-    leaves, tree = jax.tree.flatten(arrays)
-
-    def by_xla(*leaves):
-        return xla.convolve(spec, *tree.unflatten(leaves))
-
-    def compute(order, *leaves):
-        return _convolve(spec, plan, tree.unflatten(leaves)) if order == "result" else by_xla(*leaves)
-
-    def gradients(order, active, g, *leaves):
-        if order == "gradients":
-            found = jax.tree.leaves(_pull(plan, tree.unflatten(leaves), g))
-            return [found[i] for i in active]
-
-        def of_active(*moving):
-            moved = dict(zip(active, moving, strict=True))
-            return by_xla(*(moved.get(i, leaf) for i, leaf in enumerate(leaves)))
-
-        return list(jax.vjp(of_active, *(leaves[i] for i in active))[1](g))
-
-    return by_platform(
-        Computation(compute, gradients, by_xla, _ORDERS, gradients_of_maps=True, holds=sharding.holds_kernels()),
-        *leaves,
+    return by_kernels(
+        functools.partial(_convolve, spec, plan),
+        functools.partial(_pull, plan),
+        lambda arrays: xla.convolve(spec, *arrays),
+        arrays,
+        holds=sharding.holds_kernels(),
     )
 
 

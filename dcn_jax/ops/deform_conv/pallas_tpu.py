@@ -1,6 +1,6 @@
 """The op as TPU kernels, for offsets that are bounded: products with hat functions, without a gather or a scatter.
 
-`run` brings a call to what is launched; `_op` and `_gradients` are the op and its derivative. How the
+`run` brings a call to what is launched; `_convolve` and `_pull` are the op and its gradients. How the
 kernels read is in `pallas_tpu_kernels`. They compile for TPUs v5e and v6e and are right in Pallas's
 interpreter, and nobody has run them on a TPU.
 """
@@ -16,8 +16,8 @@ from jax.export import is_symbolic_dim
 from dcn_jax import _numerics
 from dcn_jax._mesh import on_any_mesh
 from dcn_jax._pallas import batching, sharding
+from dcn_jax._pallas.derivatives import by_kernels
 from dcn_jax._pallas.launch import interpreting, out_of_reach
-from dcn_jax._pallas.reverse import reverse_only
 from dcn_jax.ops.deform_conv import xla
 from dcn_jax.ops.deform_conv.call import Arrays, Spec
 from dcn_jax.ops.deform_conv.pallas_tpu_launch import BACKWARD, FORWARD, ON_CHIP, BackwardOperands, Operands, Plan
@@ -114,8 +114,7 @@ def _arrange(plan: Plan, out_dtype, x, kernel, offset, mask, bias) -> jax.Array:
         flat(jnp.ones(points, jnp.float32) if mask is None else mask.astype(jnp.float32)),
         (jnp.zeros(kernel.shape[-1:]) if bias is None else bias).astype(jnp.float32),
     )
-    operands = jax.tree.map(functools.partial(reverse_only, implementation="matmul"), sharding.vary_alike(operands))
-    y = cast(jax.Array, _op(plan, operands))
+    y = _op(plan, sharding.vary_alike(operands))
     return y.reshape(*batch, *y.shape[1:]).astype(out_dtype)
 
 
@@ -124,47 +123,28 @@ def _precision(precision: Any) -> lax.Precision | None:
     return _PRECISIONS.get(_numerics.asked_precision(precision))
 
 
-# --- derivatives --------------------------------------------------------------------------------------------------
+# --- the op and its gradients, at the operands of a call -----------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)  # a call outside of jit compiles once, not each time
 def _op(plan: Plan, operands: Operands) -> jax.Array:
     """y: `(B, Ho, Wo, F)`."""
+
+    def by_xla(operands):
+        x, kernel, *rest = operands
+        return xla.convolve(plan.spec, x, kernel.reshape(*plan.spec.window.size, *kernel.shape[1:]), *rest)
+
+    return by_kernels(functools.partial(_convolve, plan), functools.partial(_pull, plan), by_xla, operands)
+
+
+def _convolve(plan: Plan, operands: Operands) -> jax.Array:
+    """The op by the kernels."""
     return batching.run_pass(FORWARD, plan, operands).y
 
 
-def _op_forward(plan, operands):
-    return _op(plan, operands), operands
-
-
-def _op_backward(plan, operands, g):
-    return (_gradients(plan, operands, reverse_only(g, "matmul")),)
-
-
-_op.defvjp(_op_forward, _op_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gradients(plan: Plan, operands: Operands, g: jax.Array) -> Operands:
-    """The gradients of `_op` at `g`, the gradient of y."""
+def _pull(plan: Plan, operands: Operands, g: jax.Array) -> Operands:
+    """The gradients by the kernels, at `g`, the gradient of y."""
     x, kernel, offset, mask, _ = operands
     made = batching.run_pass(BACKWARD, plan, BackwardOperands(x, kernel, offset, mask, g))
     bias_bar = jnp.sum(g, axis=(0, 1, 2), dtype=jnp.float32)
     return Operands(made.x_bar, made.kernel_bar, made.offset_bar, made.mask_bar, bias_bar)
-
-
-def _gradients_forward(plan, operands, g):
-    return _gradients(plan, operands, g), (operands, g)
-
-
-def _gradients_backward(plan, given, cotangents):
-    """By way of XLA, as is every derivative after it."""
-
-    def op(operands):
-        kernel = operands.kernel.reshape(*plan.spec.window.size, *operands.kernel.shape[1:])
-        return xla.run(plan.spec, Arrays(*operands._replace(kernel=kernel)))
-
-    return jax.vjp(lambda operands, g: jax.vjp(op, operands)[1](g)[0], *given)[1](cotangents)
-
-
-_gradients.defvjp(_gradients_forward, _gradients_backward)

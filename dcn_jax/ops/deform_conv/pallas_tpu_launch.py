@@ -39,7 +39,7 @@ class Plan(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What `_op` is computed of. Where it is launched, each has the stack's axis before its own."""
+    """What y is computed of. Where it is launched, each has the stack's axis before its own."""
 
     x: jax.Array  # (B, H, W, C)
     kernel: jax.Array  # (K, C, F)
@@ -49,7 +49,7 @@ class Operands(NamedTuple):
 
 
 class ForwardResults(NamedTuple):
-    """Of `_op`."""
+    """The result."""
 
     y: jax.Array
 

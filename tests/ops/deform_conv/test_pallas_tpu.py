@@ -1,6 +1,7 @@
 """The TPU kernels for bounded offsets, in Pallas's interpreter: `implementation="matmul"`."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -147,10 +148,22 @@ def test_vmap_and_derivatives_of_derivatives(interpreted):
     jax.tree.map(functools.partial(assert_close, tolerance=2e-5), *together)
 
 
-def test_forward_mode_is_refused(interpreted):
-    x, *rest = SMALL.arrays
-    with pytest.raises(NotImplementedError, match=r"'matmul' is differentiated in reverse.*use implementation='xla'"):
-        jax.jvp(lambda x: matmul(x, *rest, max_offset=BOUND), (x,), (x,))
+def tangents(op, *arrays):
+    return jax.jvp(op, arrays, arrays)
+
+
+def tangents_of_gradients(op, *arrays):
+    gradient, along = jax.linearize(gradients_of(op, SMALL), *arrays)
+    return gradient, along(*arrays)
+
+
+@pytest.mark.parametrize("program", [tangents, tangents_of_gradients])
+def test_forward_mode(interpreted, program):
+    """Of the op, and of its gradients; tangents of offsets at the bound and beyond it count nothing, as by XLA."""
+    ops = functools.partial(exact, max_offset=BOUND), functools.partial(deform_conv, max_offset=BOUND)
+    assert np.any(np.abs(SMALL.arrays[2]) >= BOUND)
+    results = [quick_jit(functools.partial(program, op))(*SMALL.arrays) for op in ops]
+    jax.tree.map(functools.partial(assert_close, tolerance=2e-5), *results)
 
 
 @slow
@@ -222,13 +235,28 @@ def test_lowered_for_another_platform_it_says_so(monkeypatch):
         traced.lower(lowering_platforms=("cpu",))
 
 
-@pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
-def test_the_kernels_are_in_the_lowered_program(monkeypatch, wide):
-    """Lowering for a TPU needs none."""
+def lowered(monkeypatch, program, *arrays):
+    """Of a program of the op and arrays, as text. Lowering for a TPU needs none."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    run = functools.partial(value_and_gradients, functools.partial(matmul, max_offset=BOUND))
-    cotangent = jax.ShapeDtypeStruct((2, 5, 4, 2), jnp.float32)
+    traced = jax.jit(functools.partial(program, functools.partial(matmul, max_offset=BOUND))).trace(*arrays)
+    return traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def gradients_of_map(op, x, *rest):
+    return gradients_of(jax.vmap(op, (0, None, 0, 0, None)), SMALL)(x, *rest)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
+@pytest.mark.parametrize(
+    ("program", "wanted"),
+    [
+        (tangents, ["forward"]),
+        (tangents_of_gradients, ["backward", "forward"]),
+        (gradients_of_map, ["backward", "forward"]),
+    ],
+)
+def test_one_launch_for_each_pass(monkeypatch, program, wanted, wide):
+    """Derivatives of other kinds are by way of XLA."""
     with jax.enable_x64(wide):
-        text = jax.jit(run).trace(SMALL.arrays, cotangent).lower(lowering_platforms=("tpu",)).as_text()
-    assert "deform_conv_forward" in text
-    assert "deform_conv_backward" in text
+        text = lowered(monkeypatch, program, *SMALL.arrays)
+    assert sorted(re.findall(r'kernel_name = "deform_conv_(\w+)"', text)) == wanted
