@@ -11,7 +11,7 @@ from flax import nnx
 
 from tests.support import dcn_layers
 from tests.support import dcn_oracle as oracle
-from tests.support.running import assert_close, quick_jit
+from tests.support.running import assert_close, normal, quick_jit
 
 pytestmark = pytest.mark.lenient
 frameworks = pytest.mark.parametrize("framework", dcn_layers.FRAMEWORKS)
@@ -73,7 +73,7 @@ def test_any_geometry(kind, options):
     """linen equals nnx, in values and gradients, where the size of the map changes."""
     options = options | {"center_feature_scale": True, "offset_scale": 1.5}
     (init, linen), (_, nnx_layer) = (make(f, kind, **options) for f in dcn_layers.FRAMEWORKS)
-    params, x = filled(init), jax.random.normal(jax.random.key(1), (2, 7, 8, 8))
+    params, x = filled(init), normal(2, 7, 8, 8, seed=1)
 
     def loss(apply, params, x):
         y = apply(params, x)
@@ -92,7 +92,7 @@ def test_a_strided_layer_is_the_whole_one_at_every_second_place(framework, kind)
     """Offsets, weights and what is mixed in are taken where the op's outputs stand."""
     options = {"dw_kernel_size": 3, "center_feature_scale": True}
     (init, whole), (_, strided) = (make(framework, kind, stride=s, **options) for s in (1, 2))
-    params, x = filled(init), jax.random.normal(jax.random.key(1), (2, 7, 8, 8))
+    params, x = filled(init), normal(2, 7, 8, 8, seed=1)
     assert_close(quick_jit(strided)(params, x), quick_jit(whole)(params, x)[:, ::2, ::2], 1e-5)
     (init, whole), (_, padded) = (make(framework, kind, pad=p, **options) for p in (1, 2))
     assert_close(quick_jit(padded)(params, x)[:, 1:-1, 1:-1], quick_jit(whole)(params, x), 1e-5)
@@ -112,7 +112,7 @@ def test_a_fresh_dcnv3_is_a_mean_over_the_window(framework):
 def test_half_precision_keeps_offsets_wide(framework, kind):
     init, apply = make(framework, kind, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), filled(init))
-    x = jax.random.normal(jax.random.key(1), (5, 6, 8), jnp.bfloat16)
+    x = normal(5, 6, 8, seed=1).astype(jnp.bfloat16)
     assert jax.eval_shape(apply, params, x).dtype == jnp.bfloat16
     program = str(jax.make_jaxpr(apply)(params, x))
     features = "36" if kind == "DCNv3" else "56"
@@ -153,5 +153,5 @@ def test_a_norm_and_an_activation_of_one_s_own():
         "nnx": functools.partial(nnx.RMSNorm, use_scale=False),
     }
     layers = [make(f, "DCNv3", norm_layer=norms[f], act_layer=jnp.tanh) for f in norms]
-    params, x = filled(layers[0][0]), jax.random.normal(jax.random.key(1), (5, 6, 8))
+    params, x = filled(layers[0][0]), normal(5, 6, 8, seed=1)
     assert_close(*(quick_jit(apply)(params, x) for _, apply in layers), 1e-5)

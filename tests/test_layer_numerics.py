@@ -7,10 +7,10 @@ import pytest
 from jax import export
 
 from tests.support.layers import FRAMEWORKS, PLAIN, convolutions, fill
-from tests.support.running import assert_close, quick_jit
+from tests.support.running import assert_close, normal, quick_jit
 
 pytestmark = pytest.mark.lenient
-X = jax.random.normal(jax.random.key(0), (2, 5, 6, 4))
+X = normal(2, 5, 6, 4)
 
 
 @pytest.fixture(params=FRAMEWORKS)
@@ -104,7 +104,7 @@ def test_float64_stays_float64(make):
 def test_a_rolled_panorama_gives_a_rolled_result(make, options):
     """At offsets of several pixels: the branch reads round the back too. With "zeros" it does not."""
     layer, plain = make(4, 6, (3, 3), max_offset=6.0, **options), make(4, 6, (3, 3), max_offset=6.0)
-    params, x = fill(layer), jax.random.normal(jax.random.key(1), (2, 5, 8, 4))
+    params, x = fill(layer), normal(2, 5, 8, 4, seed=1)
     axes, shift = ((1, 2), (2, 3)) if "padding_mode" not in options or options["padding_mode"] == "wrap" else (2, 3)
 
     @quick_jit
@@ -130,7 +130,7 @@ def test_a_rolled_panorama_gives_a_rolled_result(make, options):
 )
 def test_without_offsets_it_is_flax_s_own_convolution(make, framework, padding, options):
     """And what the branch emits is what Flax's would, of the same padding."""
-    x = jax.random.normal(jax.random.key(1), (2, 7, 8, 4))
+    x = normal(2, 7, 8, 4, seed=1)
     layer = make(4, 6, (3, 2), padding=padding, max_offset=0, modulated=False, **options)
     free = make(4, 6, (3, 2), padding=padding, modulated=False, **options)
     plain = make(4, 6, (3, 2), padding=padding, layer=PLAIN[framework], **options)
@@ -212,7 +212,7 @@ def test_an_exported_layer_takes_any_size(make, name):
     loaded = export.deserialize(exported.serialize())
     assert loaded.platforms == platforms
     for size in ((1, 5, 6), (3, 4, 4), (2, 9, 7)):
-        x = jax.random.normal(jax.random.key(sum(size)), (*size, 4))
+        x = normal(*size, 4, seed=sum(size))
         assert_close(loaded.call(x), quick_jit(layer.apply)(params, x), 1e-5)
 
 
@@ -228,6 +228,6 @@ def test_an_exported_layer_takes_offsets_and_flow_of_any_size(make):
 
     loaded = export.deserialize(export.export(jax.jit(both))(*shapes).serialize())
     for size in ((1, 5, 6), (2, 4, 9)):
-        arrays = [jax.random.normal(jax.random.key(i), (*size, channels)) for i, channels in enumerate((4, 2, 18))]
+        arrays = [normal(*size, channels, seed=i) for i, channels in enumerate((4, 2, 18))]
         for actual, wanted in zip(loaded.call(*arrays), quick_jit(both)(*arrays), strict=True):
             assert_close(actual, wanted, 1e-5)

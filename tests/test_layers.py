@@ -13,10 +13,10 @@ from jax import lax
 import dcn_jax
 from dcn_jax._pallas.launch import interpret
 from tests.support.layers import FRAMEWORKS, PLAIN, convolutions, fill, linen, nnx_
-from tests.support.running import quick_jit
+from tests.support.running import normal, quick_jit
 
 pytestmark = pytest.mark.lenient
-X = jax.random.normal(jax.random.key(0), (2, 5, 6, 4))
+X = normal(2, 5, 6, 4)
 
 
 @pytest.fixture(params=FRAMEWORKS)
@@ -133,7 +133,7 @@ CONFIGURATIONS = {
 def test_linen_nnx_and_the_formula_agree(name):
     kernel_size, options = CONFIGURATIONS[name]
     rank = 1 if isinstance(kernel_size, int) else len(kernel_size)
-    x = jax.random.normal(jax.random.key(1), (2, *(5, 4, 3)[:rank], 4))
+    x = normal(2, *(5, 4, 3)[:rank], 4, seed=1)
     ours, theirs = linen(4, 6, kernel_size, **options), nnx_(4, 6, kernel_size, **options)
     params = fill(ours)
     assert shapes(params) == shapes(jax.eval_shape(theirs.init))
@@ -220,7 +220,7 @@ def test_what_it_sows_makes_its_result(make):
 def test_batch_axes(make):
     """None, one or many, as Flax's own convolution takes them: each image is its own."""
     layer = make(2, 3, (2, 2), offset_groups=2)
-    params, x = fill(layer), jax.random.normal(jax.random.key(2), (2, 3, 4, 3, 2))
+    params, x = fill(layer), normal(2, 3, 4, 3, 2, seed=2)
 
     @quick_jit
     def all_three(params, x):

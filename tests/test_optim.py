@@ -16,11 +16,12 @@ from flax.core import FrozenDict, freeze
 import dcn_jax.linen
 import dcn_jax.nnx
 from dcn_jax.optim import offset_labels
+from tests.support.running import normal
 
 MAIN, OFFSET = 0.1, 0.003
 pytestmark = pytest.mark.lenient
 
-X = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
+X = normal(2, 6, 6, 3)
 RATES = {"main": optax.sgd(MAIN), "offset": optax.sgd(OFFSET)}
 
 

@@ -11,10 +11,11 @@ from flax.core import freeze
 import dcn_jax.linen
 import dcn_jax.nnx
 from dcn_jax.interop import from_linen, to_linen
+from tests.support.running import normal
 
 pytestmark = pytest.mark.lenient
 
-X = jax.random.normal(jax.random.key(0), (2, 6, 5, 4))
+X = normal(2, 6, 5, 4)
 OPTIONS = {"padding": 1, "offset_groups": 2, "offset_kernel_init": jax.nn.initializers.normal()}
 
 

@@ -12,10 +12,10 @@ from flax import errors
 from flax.core import freeze
 
 from dcn_jax.linen import DeformConv
-from tests.support.running import quick_jit
+from tests.support.running import normal, quick_jit
 
 pytestmark = pytest.mark.lenient
-X = jax.random.normal(jax.random.key(0), (2, 4, 5, 3))
+X = normal(2, 4, 5, 3)
 OWN = {
     "offset_groups": 1,
     "modulated": True,
@@ -188,7 +188,7 @@ def test_remat_and_scan_over_frames_with_flow():
             return carry, carry
 
     scan = nn.scan(Step, variable_broadcast="params", split_rngs={"params": False})()
-    flows = jax.random.normal(jax.random.key(1), (3, 4, 5, 2))
+    flows = normal(3, 4, 5, 2, seed=1)
     params = quick_jit(lambda: scan.init(jax.random.key(0), X, flows)["params"])()
 
     @quick_jit

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 from dcn_jax.nnx import DeformConv
-from tests.support.running import quick_jit
+from tests.support.running import normal, quick_jit
 
 pytestmark = pytest.mark.lenient
-X = jax.random.normal(jax.random.key(0), (2, 4, 5, 3))
+X = normal(2, 4, 5, 3)
 OWN = {
     "offset_groups": 1,
     "modulated": True,
@@ -254,7 +254,7 @@ def test_layers_of_the_same_options_are_the_same_to_jit():
 
 
 def test_scan_over_frames_with_flow(layer):
-    flows = jax.random.normal(jax.random.key(1), (3, 4, 5, 2))
+    flows = normal(3, 4, 5, 2, seed=1)
     graph, state = nnx.split(layer)
 
     @nnx.scan(in_axes=(None, nnx.Carry, 0), out_axes=(nnx.Carry, 0))
@@ -288,7 +288,7 @@ def test_scan_over_frames_with_flow(layer):
 def test_out_sharding_is_that_of_the_result(options):
     """As in Flax's Conv; by default the result lies as the input does. The numbers are those without a mesh."""
     layer = DeformConv(3, 4, (2, 2), offset_kernel_init=nnx.initializers.normal(0.3), **options, rngs=nnx.Rngs(0))
-    x, base = jax.random.normal(jax.random.key(1), (8, 4, 5, 3)), jnp.full((4, 5, 2), 0.25)
+    x, base = normal(8, 4, 5, 3, seed=1), jnp.full((4, 5, 2), 0.25)
     wanted = layer(x, base_offset=base)
     graph, state = nnx.split(layer)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)

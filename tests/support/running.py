@@ -12,6 +12,11 @@ from tests.support import oracle
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
+def normal(*shape, seed=0):
+    """From N(0, 1), in float32, by NumPy: JAX would compile a program for each shape."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
 def compiled(op, **options):
     """`op` with its options bound, compiled quickly."""
     return quick_jit(functools.partial(op, **options))

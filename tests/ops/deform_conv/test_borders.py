@@ -12,7 +12,7 @@ from dcn_jax import linear_sample
 from dcn_jax.geometry import PADDING_MODES, resolve_window
 from tests.support import oracle
 from tests.support.cases import draw
-from tests.support.running import assert_close, quick_jit, value_and_gradients
+from tests.support.running import assert_close, compiled, quick_jit, value_and_gradients
 
 quick = pytest.mark.quick
 MARGIN = 9  # pixels: more than any point of a case lies beyond the map
@@ -94,27 +94,27 @@ ROW = np.float32([10, 20, 30, 40])[:, None]
 )
 def test_a_row_read_beyond_its_ends(op, mode, wanted):
     points = np.float32([[-1.5], [4.25], [7.5]])
-    np.testing.assert_array_equal(linear_sample(ROW, points, padding_mode=mode)[:, 0], wanted)
+    np.testing.assert_array_equal(compiled(linear_sample, padding_mode=mode)(ROW, points)[:, 0], wanted)
     kernel, offset = np.ones((1, 1, 1), np.float32), np.float32([[-1.5], [3.25], [5.5], [0]])
-    y = op(ROW, kernel, offset, padding_mode=mode)
+    y = compiled(op, padding_mode=mode)(ROW, kernel, offset)
     np.testing.assert_array_equal(y[:3, 0], wanted)
 
 
 @pytest.mark.parametrize("mode", PADDING_MODES)
 def test_far_points_read_the_border_or_zero_without_a_gradient(mode):
     far = np.float32([np.inf, -np.inf, 1e30, -1e30, 2.0**30, -(2.0**31)])
-    total = lambda points: jnp.sum(linear_sample(ROW, points, padding_mode=mode))  # noqa: E731
-    read = linear_sample(ROW, far[:, None], padding_mode=mode)[:, 0]
-    np.testing.assert_array_equal(read, [40, 10, 40, 10, 40, 10] if mode == "edge" else np.zeros(6))
-    np.testing.assert_array_equal(jax.grad(total)(far[:, None]), np.zeros((6, 1)))
+    read = functools.partial(linear_sample, ROW, padding_mode=mode)
+    y, (slope,) = quick_jit(functools.partial(value_and_gradients, read))((far[:, None],), np.ones((6, 1), np.float32))
+    np.testing.assert_array_equal(y[:, 0], [40, 10, 40, 10, 40, 10] if mode == "edge" else np.zeros(6))
+    np.testing.assert_array_equal(slope, np.zeros((6, 1)))
 
 
 @pytest.mark.parametrize("mode", PADDING_MODES)
 def test_a_nan_disturbs_nothing_but_its_own_output(mode):
     points = np.float32([[0.5], [np.nan], [2.25]])
-    y, pull = jax.vjp(functools.partial(linear_sample, padding_mode=mode), ROW, points)
+    run = functools.partial(value_and_gradients, functools.partial(linear_sample, padding_mode=mode))
+    y, (d_features, d_points) = quick_jit(run)((ROW, points), np.ones((3, 1), np.float32))
     np.testing.assert_array_equal(y[:, 0], [15, np.nan, 32.5])
-    d_features, d_points = pull(jnp.ones_like(y))
     np.testing.assert_array_equal(d_features[:, 0], [0.5, 0.5, 0.75, 0.25])
     np.testing.assert_array_equal(d_points[[0, 2], 0], [10, 10])
 
@@ -124,7 +124,8 @@ def test_a_nan_disturbs_nothing_but_its_own_output(mode):
 def test_the_derivative_at_a_whole_number_is_the_right_hand_one(mode, size):
     features = np.random.default_rng(0).standard_normal(size).astype(np.float32)
     points = np.arange(-7, size + 6, dtype=np.float32)
-    slope = jax.vmap(jax.grad(lambda p: linear_sample(features[:, None], p[None], padding_mode=mode)[0]))(points)
+    read = lambda p: linear_sample(features[:, None], p[None], padding_mode=mode)[0]  # noqa: E731
+    slope = quick_jit(jax.vmap(jax.grad(read)))(points)
     np.testing.assert_array_equal(slope, np.diff(np.pad(features, (7, 7), mode=mode)))
 
 
@@ -133,10 +134,11 @@ def test_points_many_periods_away(mode):
     """Reduced as whole numbers, and so exactly."""
     periods = {"wrap": 4, "reflect": 6, "symmetric": 8}[mode] * 2**22
     points = np.float32([[0.5], [1.0], [3.0]])
-    near = linear_sample(ROW, points, padding_mode=mode)
+    read = compiled(linear_sample, padding_mode=mode)
+    near = read(ROW, points)
     offset = np.float64(points) + np.float64([[periods], [-periods], [periods]])
     with jax.enable_x64(True):
-        np.testing.assert_array_equal(linear_sample(ROW, offset, padding_mode=mode), near)
+        np.testing.assert_array_equal(read(ROW, offset), near)
 
 
 # Flax's own
@@ -146,12 +148,17 @@ def test_points_many_periods_away(mode):
 @pytest.mark.parametrize("padding", ["CIRCULAR", "REFLECT"])
 @pytest.mark.parametrize("window", [(3, 3), (2, 4)])
 def test_without_offsets_it_is_flaxs_convolution(op, padding, strides, window):
-    conv = nnx.Conv(3, 4, window, strides, padding=padding, kernel_dilation=(1, 2), rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).standard_normal((2, 7, 9, 3)).astype(np.float32)
-    wanted = conv(x)
-    offset = np.zeros((*wanted.shape[:-1], 2 * window[0] * window[1]), np.float32)
     options = {"strides": strides, "padding": padding, "kernel_dilation": (1, 2)}
-    assert_close(op(x, conv.kernel[...], offset, None, conv.bias[...], **options), wanted, 1e-6)
+
+    @quick_jit
+    def both(x):
+        conv = nnx.Conv(3, 4, window, rngs=nnx.Rngs(0), **options)
+        wanted = conv(x)
+        offset = jnp.zeros((*wanted.shape[:-1], 2 * window[0] * window[1]))
+        return op(x, conv.kernel[...], offset, None, conv.bias[...], **options), wanted
+
+    assert_close(*both(x), 1e-6)
 
 
 @pytest.mark.parametrize("modes", [("zeros", "wrap"), ("wrap", "wrap")])

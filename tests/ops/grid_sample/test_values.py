@@ -3,14 +3,13 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dcn_jax import grid_sample, linear_sample
 from dcn_jax.geometry import PADDING_MODES
 from tests.support import oracle
-from tests.support.running import assert_close
+from tests.support.running import assert_close, compiled, quick_jit, value_and_gradients
 
 ROW = np.float32([10, 20, 30, 40])[:, None]
 
@@ -18,7 +17,7 @@ ROW = np.float32([10, 20, 30, 40])[:, None]
 def at_pixels(features, pixels, **options):
     """`grid_sample` at positions in pixels of a 1-D map."""
     grid = (2 * np.float32(pixels) + 1) / features.shape[0] - 1
-    return grid_sample(features, grid[:, None], **options)[:, 0]
+    return compiled(grid_sample, **options)(features, grid[:, None])[:, 0]
 
 
 @pytest.mark.parametrize(
@@ -47,10 +46,11 @@ def test_nearest_rounds_half_to_even():
 def test_x_comes_first():
     image = np.arange(12, dtype=np.float32).reshape(3, 4, 1)
     grid = np.float32([[1, -1], [-1, 1]])
-    np.testing.assert_array_equal(grid_sample(image, grid, align_corners=True)[:, 0], [3, 8])
+    read = compiled(grid_sample, align_corners=True)
+    np.testing.assert_array_equal(read(image, grid)[:, 0], [3, 8])
     volume = np.arange(24, dtype=np.float32).reshape(2, 3, 4, 1)
     grid = np.float32([[1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
-    np.testing.assert_array_equal(grid_sample(volume, grid, align_corners=True)[:, 0], [3, 8, 12])
+    np.testing.assert_array_equal(read(volume, grid)[:, 0], [3, 8, 12])
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
@@ -66,7 +66,7 @@ def test_modes_that_torch_has_not(mode, align_corners):
     padded = features
     for axis, name in enumerate(modes):
         padded = np.pad(padded, [(margin, margin) if a == axis else (0, 0) for a in range(3)], mode=name)
-    y = grid_sample(features, grid.astype(np.float32), padding_mode=mode, align_corners=align_corners)
+    y = compiled(grid_sample, padding_mode=mode, align_corners=align_corners)(features, grid.astype(np.float32))
     assert_close(y, oracle.linear_sample(padded, pixels[:, ::-1] + margin), 1e-5)
 
 
@@ -74,7 +74,7 @@ def test_modes_that_torch_has_not(mode, align_corners):
 def test_any_batch_and_query(batch, query):
     rng = np.random.default_rng(0)
     features, grid = rng.standard_normal((*batch, 3, 4, 2)), rng.uniform(-1.5, 1.5, (*batch, *query, 2))
-    y = grid_sample(features.astype(np.float32), grid.astype(np.float32))
+    y = compiled(grid_sample)(features.astype(np.float32), grid.astype(np.float32))
     assert y.shape == (*batch, *query, 2)
     pixels = ((grid + 1) * [4, 3] - 1)[..., ::-1] / 2
     for image in np.ndindex(*batch):
@@ -97,7 +97,7 @@ def test_the_derivative_at_a_whole_pixel_is_the_right_hand_one(align_corners):
     grid = pixels / np.float32(2) - 1 if align_corners else (2 * pixels + 1) / np.float32(size) - 1
     scale = (size - 1) / 2 if align_corners else size / 2
     read = lambda g: grid_sample(features, g[None], align_corners=align_corners)[0]  # noqa: E731
-    slope = jax.vmap(jax.grad(read))(np.float32(grid))
+    slope = quick_jit(jax.vmap(jax.grad(read)))(np.float32(grid))
     wanted = scale * np.diff(np.pad(features[:, 0], (2, 3)))
     np.testing.assert_allclose(slope, wanted, rtol=1e-6)
 
@@ -111,8 +111,8 @@ def test_far_and_nan_positions_disturb_nothing(mode, method, size, align_corners
     bad = np.float32([np.inf, -np.inf, 1e30, -1e30, np.finfo(np.float32).max, np.nan])
     grid = np.concatenate([bad, np.float32([0.25, -0.3])])[:, None]
     read = functools.partial(grid_sample, method=method, padding_mode=mode, align_corners=align_corners)
-    y, pull = jax.vjp(read, features, grid)
-    d_features, d_grid = pull(jnp.ones_like(y))
+    run = quick_jit(functools.partial(value_and_gradients, read))
+    y, (d_features, d_grid) = run((features, grid), np.ones_like(grid))
     one_pixel = size == 1 and align_corners  # where all finite positions are pixel 0
     far = [features[-1, 0], features[0, 0]] if mode == "edge" else [0, 0]
     np.testing.assert_array_equal(y[:2, 0], far)
@@ -120,9 +120,9 @@ def test_far_and_nan_positions_disturb_nothing(mode, method, size, align_corners
         np.testing.assert_array_equal(y[2:5, 0], [*far, far[0]])
     np.testing.assert_array_equal(d_grid[:5, 0], 0)
     assert np.isnan(y[5])
-    clean, pull = jax.vjp(read, features, grid[6:])
+    clean, (_, d_clean) = run((features, grid[6:]), np.ones_like(grid[6:]))
     np.testing.assert_array_equal(y[6:], clean)
-    np.testing.assert_array_equal(d_grid[6:], pull(jnp.ones_like(clean))[1])
+    np.testing.assert_array_equal(d_grid[6:], d_clean)
     assert np.isfinite(d_features).all()
 
 
@@ -141,9 +141,12 @@ def test_blocks_that_do_not_divide_the_queries():
     features[1, 1], grid[36] = np.inf, np.nan
     cotangent = np.float32(rng.standard_normal((37, 2)))
     pixels = ((grid + 1) * 3 - 1)[:, ::-1] / 2
-    y, pull = jax.vjp(grid_sample, features, grid)
-    wanted, wanted_pull = jax.vjp(linear_sample, features, pixels)
+
+    def run(read, points):
+        return quick_jit(functools.partial(value_and_gradients, read))((features, points), cotangent)
+
+    y, (d_features, d_grid) = run(grid_sample, grid)
+    wanted, (wanted_features, wanted_pixels) = run(linear_sample, pixels)
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-6)
-    (d_features, d_grid), (wanted_features, wanted_pixels) = pull(cotangent), wanted_pull(cotangent)
     assert_close(d_features, wanted_features, 1e-5)
     np.testing.assert_allclose(d_grid, 1.5 * wanted_pixels[:, ::-1], rtol=1e-5, atol=1e-5)

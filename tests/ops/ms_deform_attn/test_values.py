@@ -9,7 +9,7 @@ import pytest
 
 from dcn_jax import ms_deform_attn
 from dcn_jax.ops import _reading
-from tests.support.running import assert_close
+from tests.support.running import assert_close, quick_jit, value_and_gradients
 
 SHAPES = ((3, 4), (2, 2))
 
@@ -33,12 +33,12 @@ def draw(queries=6, heads=2, channels=3, points=2, seed=0, dtype=np.float32, bat
 
 
 def attend(value, locations, weights, **options):
-    return ms_deform_attn(value, SHAPES, locations, weights, **options)
+    return jax.jit(lambda *a: ms_deform_attn(a[0], SHAPES, *a[1:], **options))(value, locations, weights)
 
 
 def with_gradients(value, locations, weights, **options):
-    y, pull = jax.vjp(functools.partial(attend, **options), value, locations, weights)
-    return y, pull(jnp.ones_like(y))
+    run = functools.partial(value_and_gradients, functools.partial(attend, **options))
+    return quick_jit(run)((value, locations, weights), np.ones((len(weights), 6), np.float32))
 
 
 @pytest.mark.parametrize("queries", [0, 1, 8, 21])
@@ -159,7 +159,7 @@ def test_an_infinite_pixel_reaches_only_those_that_read_it(queries):
 def test_the_derivative_at_a_whole_pixel_is_the_right_hand_one():
     row = np.random.default_rng(0).standard_normal(4).astype(np.float32)
     xs = (np.arange(-2, 6) + 0.5) / 4
-    slope = jax.grad(lambda xs: jnp.sum(read_jax(row, xs)))(jnp.float32(xs))
+    slope = quick_jit(jax.grad(lambda xs: jnp.sum(read_jax(row, xs))))(jnp.float32(xs))
     np.testing.assert_allclose(slope, 4 * np.diff(np.pad(row, (2, 3))), rtol=1e-6)
 
 
