@@ -22,6 +22,11 @@ from tests.support.implementations import ABILITIES, IMPLEMENTATIONS, bound
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+# Compiling is most of a test's time, and most of compiling is LLVM's optimising: values do not need it. With
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests compile as users do.
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+    jax.config.update("jax_disable_most_optimizations", True)
+
 # Tracing makes many small objects that live on: where Python seldom looks through them, tests take a fifth less time.
 gc.set_threshold(50_000)
 
@@ -99,3 +104,12 @@ def x64():
     """Double precision, for this test alone."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def optimized():
+    """Programs as users compile them."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

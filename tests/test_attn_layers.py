@@ -11,7 +11,7 @@ import pytest
 from dcn_jax import ms_deform_attn
 from tests.support import attn
 from tests.support.programs import collectives
-from tests.support.running import assert_close, quick_jit
+from tests.support.running import assert_close
 
 pytestmark = pytest.mark.lenient
 frameworks = pytest.mark.parametrize("framework", attn.FRAMEWORKS)
@@ -40,7 +40,7 @@ def test_torch_computes_the_same_with_the_same_gradients(framework, case, x64):
         y, pull = jax.vjp(lambda *inputs: apply(params, *inputs, attn.LEVELS, attn.padding_mask(case)), *inputs)
         return [y, *pull(cotangent)]
 
-    results = quick_jit(run)(params, inputs, *attn.stored(case, "cotangent"))
+    results = jax.jit(run)(params, inputs, *attn.stored(case, "cotangent"))
     names = ["y", *(f"d_{name}" for name in attn.INPUTS)]
     for name, result, expected in zip(names, results, attn.stored(case, *names), strict=True):
         np.testing.assert_allclose(result, expected, rtol=1e-11, atol=1e-12, err_msg=name)
@@ -50,7 +50,7 @@ def test_torch_computes_the_same_with_the_same_gradients(framework, case, x64):
 def test_a_fresh_layer_is_the_published_one(framework):
     """Projections of Xavier's, branches of zeros but for a direction for each head."""
     init, _, _ = make(framework, embed_dim=64, num_heads=8, num_levels=2, num_points=4)
-    params = quick_jit(init)()
+    params = jax.jit(init)()
     for name in ("sampling_offsets", "attention_weights"):
         assert not params[name]["kernel"].any()
     assert not params["attention_weights"]["bias"].any()
@@ -67,7 +67,7 @@ def test_a_fresh_layer_is_the_published_one(framework):
 def test_initializers_of_one_s_own(framework):
     ones, twos = jax.nn.initializers.ones, jax.nn.initializers.constant(2)
     own = {"offset_bias_init": ones, "offset_kernel_init": twos, "attention_bias_init": twos, "kernel_init": ones}
-    params = quick_jit(make(framework, **own)[0])()
+    params = jax.jit(make(framework, **own)[0])()
     assert {name: {kind: set(np.ravel(p)) for kind, p in layer.items()} for name, layer in params.items()} == {
         "sampling_offsets": {"bias": {1}, "kernel": {2}},
         "attention_weights": {"bias": {2}, "kernel": {0}},
@@ -78,7 +78,7 @@ def test_initializers_of_one_s_own(framework):
 
 def test_directions_of_other_heads_and_points():
     init, _, _ = make("nnx", embed_dim=6, num_heads=3, num_levels=3, num_points=(1, 3, 2))
-    bias = np.reshape(quick_jit(init)()["sampling_offsets"]["bias"], (3, 6, 2))
+    bias = np.reshape(jax.jit(init)()["sampling_offsets"]["bias"], (3, 6, 2))
     np.testing.assert_allclose(np.abs(bias).max(-1), np.broadcast_to([1, 1, 2, 3, 1, 2], (3, 6)), rtol=1e-6)
     angles = np.arctan2(bias[..., 1], bias[..., 0]) % (2 * np.pi)
     np.testing.assert_allclose(angles, np.broadcast_to([[0], [2 * np.pi / 3], [4 * np.pi / 3]], (3, 6)), rtol=1e-5)
@@ -89,7 +89,7 @@ def test_directions_of_other_heads_and_points():
 def test_what_is_sown_is_what_was_used(framework, coordinates):
     init, apply, look = make(framework)
     params, (query, points, value) = filled(init), attn.draw(coordinates)
-    seen = quick_jit(lambda *args: look(params, *args, attn.LEVELS))(query, points, value)
+    seen = jax.jit(lambda *args: look(params, *args, attn.LEVELS))(query, points, value)
     assert {name: array.shape for name, array in seen.items()} == {
         "sampling_locations": (2, 5, 2, 3, 2, 2),
         "sampling_weights": (2, 5, 2, 3, 2),
@@ -98,14 +98,14 @@ def test_what_is_sown_is_what_was_used(framework, coordinates):
     projected = value @ params["value_proj"]["kernel"] + params["value_proj"]["bias"]
     y = ms_deform_attn(projected.reshape(2, -1, 2, 4), attn.LEVELS, *seen.values())
     y = y @ params["output_proj"]["kernel"] + params["output_proj"]["bias"]
-    assert_close(quick_jit(lambda *args: apply(params, *args, attn.LEVELS))(query, points, value), y, 1e-5)
+    assert_close(jax.jit(lambda *args: apply(params, *args, attn.LEVELS))(query, points, value), y, 1e-5)
 
 
 def test_a_fresh_box_s_points_lie_on_a_square_within_it():
     init, _, look = make("nnx", num_points=4)
     query, _, value = attn.draw()
     boxes = jnp.broadcast_to(jnp.array([0.4, 0.6, 0.2, 0.1]), (2, 5, 3, 4))
-    seen = quick_jit(lambda: look(init(), query, boxes, value, attn.LEVELS))()
+    seen = jax.jit(lambda: look(init(), query, boxes, value, attn.LEVELS))()
     locations = seen["sampling_locations"]
     # head 0 looks right, head 1 left, up to the box's edges
     wanted = [[[0.4 + sign * 0.1 * p / 4, 0.6] for p in (1, 2, 3, 4)] for sign in (1, -1)]
@@ -117,7 +117,7 @@ def test_levels_that_differ_in_points_by_name_alone():
     (init, apply, look), (_, listed, look_listed) = make("nnx"), make("nnx", num_points=(2, 2, 2))
     params, arguments = filled(init), (*attn.draw(), attn.LEVELS)
     ways = apply, listed, look, look_listed
-    y, other, seen, flat = quick_jit(lambda params: [way(params, *arguments) for way in ways])(params)
+    y, other, seen, flat = jax.jit(lambda params: [way(params, *arguments) for way in ways])(params)
     np.testing.assert_array_equal(other, y)
     for name, array in seen.items():
         np.testing.assert_array_equal(flat[name], array.reshape(flat[name].shape))
@@ -129,7 +129,7 @@ def test_what_is_padding_is_not_seen(framework):
     init, apply, _ = make(framework)
     params, (query, points, value) = filled(init), attn.draw()
     padding = np.random.default_rng(1).uniform(size=value.shape[:-1]) < 0.5
-    run = quick_jit(lambda value, padding: apply(params, query, points, value, attn.LEVELS, padding))
+    run = jax.jit(lambda value, padding: apply(params, query, points, value, attn.LEVELS, padding))
     unseen = np.where(padding[..., None], np.nan, value)
     np.testing.assert_array_equal(run(unseen, padding), run(value, padding))
     everything = run(value, np.ones_like(padding))
@@ -139,9 +139,7 @@ def test_what_is_padding_is_not_seen(framework):
 def test_the_method_is_the_op_s():
     (init, _, look), (_, discrete, _) = make("nnx"), make("nnx", method="discrete")
     params, (query, points, value) = filled(init), attn.draw()
-    seen, y = quick_jit(lambda *args: [way(*args, attn.LEVELS) for way in (look, discrete)])(
-        params, query, points, value
-    )
+    seen, y = jax.jit(lambda *args: [way(*args, attn.LEVELS) for way in (look, discrete)])(params, query, points, value)
     projected = value @ params["value_proj"]["kernel"] + params["value_proj"]["bias"]
     wanted = ms_deform_attn(projected.reshape(2, -1, 2, 4), attn.LEVELS, *seen.values(), method="discrete")
     wanted = wanted @ params["output_proj"]["kernel"] + params["output_proj"]["bias"]
@@ -151,7 +149,7 @@ def test_the_method_is_the_op_s():
 def test_reference_points_of_all_images_and_levels():
     """A batch axis that is missing or 1 and an axis of levels of 1 stand for all."""
     init, apply, _ = make("nnx")
-    apply = quick_jit(apply, static_argnums=4)
+    apply = jax.jit(apply, static_argnums=4)
     params, (query, points, value) = filled(init), attn.draw()
     points = points[:1, :, :1]
     whole = apply(params, query, np.broadcast_to(points, (2, 5, 3, 2)), value, attn.LEVELS)
@@ -162,7 +160,7 @@ def test_reference_points_of_all_images_and_levels():
 @pytest.mark.parametrize("batch", [(), pytest.param((2, 3), marks=pytest.mark.slow)])
 def test_any_batch_axes(batch):
     init, apply, _ = make("nnx")
-    apply = quick_jit(apply, static_argnums=4)
+    apply = jax.jit(apply, static_argnums=4)
     params, inputs = filled(init), attn.draw(batch=batch)
     flat = [array.reshape(-1, *array.shape[len(batch) :]) for array in inputs]
     y = apply(params, *inputs, attn.LEVELS)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from tests.support import dcn_layers
 from tests.support import dcn_oracle as oracle
-from tests.support.running import assert_close, normal, quick_jit
+from tests.support.running import assert_close, normal
 
 pytestmark = pytest.mark.lenient
 frameworks = pytest.mark.parametrize("framework", dcn_layers.FRAMEWORKS)
@@ -34,7 +34,7 @@ def test_torch_computes_the_same(framework, name):
     x, wanted = dcn_layers.stored(name)
     params = dcn_layers.params(name)
     assert jax.tree.map(jnp.shape, jax.eval_shape(init)) == jax.tree.map(jnp.shape, params)
-    assert_close(quick_jit(apply)(params, x), wanted, 2e-6)
+    assert_close(jax.jit(apply)(params, x), wanted, 2e-6)
 
 
 @frameworks
@@ -42,7 +42,7 @@ def test_torch_computes_the_same(framework, name):
 def test_a_fresh_layer(framework, kind):
     """Offsets and weights of zeros, projections of Xavier's, and a depthwise convolution as torch begins it."""
     init, _ = make(framework, kind, channels=64, dw_kernel_size=5, center_feature_scale=True)
-    params = quick_jit(init)()
+    params = jax.jit(init)()
     zeros = {"offset", "mask", "offset_mask", "center_feature_scale_proj_weight", "center_feature_scale_proj_bias"}
     for name in zeros & params.keys():
         assert not any(p.any() for p in jax.tree.leaves(params[name]))
@@ -79,9 +79,7 @@ def test_any_geometry(kind, options):
         y = apply(params, x)
         return (y**2).sum(), y
 
-    grads = [
-        quick_jit(jax.grad(functools.partial(loss, a), (0, 1), has_aux=True))(params, x) for a in (linen, nnx_layer)
-    ]
+    grads = [jax.jit(jax.grad(functools.partial(loss, a), (0, 1), has_aux=True))(params, x) for a in (linen, nnx_layer)]
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), *grads)
 
 
@@ -93,18 +91,18 @@ def test_a_strided_layer_is_the_whole_one_at_every_second_place(framework, kind)
     options = {"dw_kernel_size": 3, "center_feature_scale": True}
     (init, whole), (_, strided) = (make(framework, kind, stride=s, **options) for s in (1, 2))
     params, x = filled(init), normal(2, 7, 8, 8, seed=1)
-    assert_close(quick_jit(strided)(params, x), quick_jit(whole)(params, x)[:, ::2, ::2], 1e-5)
+    assert_close(jax.jit(strided)(params, x), jax.jit(whole)(params, x)[:, ::2, ::2], 1e-5)
     (init, whole), (_, padded) = (make(framework, kind, pad=p, **options) for p in (1, 2))
-    assert_close(quick_jit(padded)(params, x)[:, 1:-1, 1:-1], quick_jit(whole)(params, x), 1e-5)
+    assert_close(jax.jit(padded)(params, x)[:, 1:-1, 1:-1], jax.jit(whole)(params, x), 1e-5)
 
 
 @frameworks
 def test_a_fresh_dcnv3_is_a_mean_over_the_window(framework):
     init, apply = make(framework, "DCNv3")
-    params, x = quick_jit(init)(), np.float32(np.random.default_rng(0).standard_normal((5, 6, 8)))
+    params, x = jax.jit(init)(), np.float32(np.random.default_rng(0).standard_normal((5, 6, 8)))
     v = np.float64(x) @ np.float64(params["input_proj"]["kernel"])
     mean = oracle.dcnv3(v, np.zeros((5, 6, 36)), np.full((5, 6, 18), 1 / 9))
-    assert_close(quick_jit(apply)(params, x), mean @ np.float64(params["output_proj"]["kernel"]), 1e-5)
+    assert_close(jax.jit(apply)(params, x), mean @ np.float64(params["output_proj"]["kernel"]), 1e-5)
 
 
 @frameworks
@@ -154,4 +152,4 @@ def test_a_norm_and_an_activation_of_one_s_own():
     }
     layers = [make(f, "DCNv3", norm_layer=norms[f], act_layer=jnp.tanh) for f in norms]
     params, x = filled(layers[0][0]), normal(5, 6, 8, seed=1)
-    assert_close(*(quick_jit(apply)(params, x) for _, apply in layers), 1e-5)
+    assert_close(*(jax.jit(apply)(params, x) for _, apply in layers), 1e-5)

@@ -11,7 +11,7 @@ from flax import nnx
 
 import dcn_jax
 from tests.support.layers import FRAMEWORKS, PLAIN, fill, linen, nnx_
-from tests.support.running import normal, quick_jit
+from tests.support.running import normal
 
 pytestmark = pytest.mark.lenient
 X = normal(2, 5, 6, 4)
@@ -48,8 +48,8 @@ def test_an_offset_from_outside_is_used_as_it_is(make, mask, modulated):
     """No bound and no scale, any number of offset groups, and no branch that runs."""
     layer = make(4, 6, (2, 2), max_offset=0.1, mask_scale=2.0, modulated=modulated)
     params = fill(layer)
-    y, seen = quick_jit(lambda p, *args: (layer.apply(p, *args), layer.look(p, *args)))(params, X, OFFSET, mask)
-    wanted = quick_jit(dcn_jax.deform_conv)(X, params["kernel"], OFFSET, mask, params["bias"])
+    y, seen = jax.jit(lambda p, *args: (layer.apply(p, *args), layer.look(p, *args)))(params, X, OFFSET, mask)
+    wanted = jax.jit(dcn_jax.deform_conv)(X, params["kernel"], OFFSET, mask, params["bias"])
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(seen.pop("offset"), OFFSET)
     if mask is not None:
@@ -60,9 +60,9 @@ def test_an_offset_from_outside_is_used_as_it_is(make, mask, modulated):
 
 def test_without_a_branch_there_are_no_parameters_of_one(make):
     layer, params = without_branch(make)
-    y = quick_jit(layer.apply)(params, X, OFFSET, MASK)
+    y = jax.jit(layer.apply)(params, X, OFFSET, MASK)
     np.testing.assert_allclose(
-        y, quick_jit(dcn_jax.deform_conv)(X, params["kernel"], OFFSET, MASK, params["bias"]), rtol=1e-5, atol=1e-5
+        y, jax.jit(dcn_jax.deform_conv)(X, params["kernel"], OFFSET, MASK, params["bias"]), rtol=1e-5, atol=1e-5
     )
 
 
@@ -70,7 +70,7 @@ def test_one_offset_and_mask_serve_all_images(make):
     """Their gradients have the shapes that were given."""
     layer, params = without_branch(make)
 
-    @quick_jit
+    @jax.jit
     def values_and_gradients(offset, mask):
         return jax.value_and_grad(lambda *args: (layer.apply(params, X, *args) ** 2).sum(), (0, 1))(offset, mask)
 
@@ -90,7 +90,7 @@ def test_the_branch_sees_other_features(make):
     params = fill(layer)
     assert params["offset_conv"]["kernel"].shape == (2, 2, 7, 24)
 
-    @quick_jit
+    @jax.jit
     def both(params):
         seen = layer.look(params, X, offset_inputs=OTHER)
         z = jax.lax.conv_general_dilated(
@@ -100,7 +100,7 @@ def test_the_branch_sees_other_features(make):
 
     seen, z, y = both(params)
     np.testing.assert_allclose(seen["offset"], z[..., :16], rtol=1e-4, atol=1e-4)
-    wanted = quick_jit(dcn_jax.deform_conv)(X, params["kernel"], **seen, bias=params["bias"])
+    wanted = jax.jit(dcn_jax.deform_conv)(X, params["kernel"], **seen, bias=params["bias"])
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -110,7 +110,7 @@ def test_a_base_offset_is_added_after_the_bound(make, shape):
     layer = make(4, 6, (2, 2), offset_groups=2, max_offset=0.5)
     params, base = fill(layer), 4 * normal(*shape, seed=4)
 
-    @quick_jit
+    @jax.jit
     def with_and_without(params, base):
         return layer.look(params, X), layer.look(params, X, base_offset=base), layer.apply(params, X, base_offset=base)
 
@@ -118,7 +118,7 @@ def test_a_base_offset_is_added_after_the_bound(make, shape):
     per_tap = np.tile(base, 8) if shape[-1] == 2 else base  # numpy repeats the last axis whole: dy, dx, dy, dx, …
     np.testing.assert_allclose(moved["offset"], plain["offset"] + per_tap, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(moved["mask"], plain["mask"])
-    wanted = quick_jit(dcn_jax.deform_conv)(X, params["kernel"], **moved, bias=params["bias"])
+    wanted = jax.jit(dcn_jax.deform_conv)(X, params["kernel"], **moved, bias=params["bias"])
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
     assert np.abs(moved["offset"]).max() > 4
 
@@ -126,7 +126,7 @@ def test_a_base_offset_is_added_after_the_bound(make, shape):
 def test_gradients_reach_the_other_features_and_the_base_offset(make):
     layer = make(4, 6, (2, 2), beside={"offset_inputs": jnp.zeros((5, 5, 7))})
     params, base = fill(layer), jnp.full((5, 6, 2), 0.3)
-    gradients = quick_jit(
+    gradients = jax.jit(
         jax.grad(lambda o, b: (layer.apply(params, X, offset_inputs=o, base_offset=b) ** 2).sum(), (0, 1))
     )(OTHER, base)
     assert [g.shape for g in gradients] == [OTHER.shape, base.shape]
@@ -173,7 +173,7 @@ def test_a_branch_of_one_s_own(name):
     assert set(params["offset_conv"]) == ({"first", "last"} if name == "several layers" else {"kernel", "bias"})
     branch = OWN[name]["linen"](24)
 
-    @quick_jit
+    @jax.jit
     def all_three(params, x):
         z = branch.apply({"params": params["offset_conv"]}, x)
         mask = jax.nn.sigmoid(z[..., 16:])
@@ -218,7 +218,7 @@ def test_each_axis_has_a_bound_of_its_own(make_one, max_offset):
     layer = make_one(4, 2, (1, 2, 1), offset_groups=2, max_offset=max_offset)
     params, x = fill(layer), normal(3, 4, 5, 4, seed=5)
     free = make_one(4, 2, (1, 2, 1), offset_groups=2)
-    bounded, z = (each.reshape(*x.shape[:-1], -1, 3) for each in quick_jit(
+    bounded, z = (each.reshape(*x.shape[:-1], -1, 3) for each in jax.jit(
         lambda p: (layer.look(p, x)["offset"], free.look(p, x)["offset"])
     )(params))  # fmt: skip
     for axis, bound in enumerate(max_offset if isinstance(max_offset, (tuple, list)) else (max_offset,) * 3):
@@ -226,7 +226,7 @@ def test_each_axis_has_a_bound_of_its_own(make_one, max_offset):
         if bound is not None:
             wanted = bound * np.tanh(wanted / bound) if bound else np.zeros_like(wanted)
         np.testing.assert_allclose(along, wanted, rtol=1e-4, atol=1e-5)
-    gradient = quick_jit(jax.grad(lambda p: (layer.apply(p, x) ** 2).sum()))(params)
+    gradient = jax.jit(jax.grad(lambda p: (layer.apply(p, x) ** 2).sum()))(params)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
 
 
@@ -234,8 +234,8 @@ def test_a_layer_whose_depth_stays_undeformed(make):
     """max_offset=(0, …): each slice is convolved as if it were alone, whatever the branch emits."""
     layer = make(4, 6, (1, 2, 2), max_offset=(0, 8, 8))
     params, x = fill(layer), normal(3, 4, 5, 4, seed=6)
-    flat = quick_jit(lambda p, x: jnp.stack([layer.apply(p, x[i : i + 1])[0] for i in range(3)]))(params, x)
-    np.testing.assert_allclose(quick_jit(layer.apply)(params, x), flat, rtol=1e-5, atol=1e-5)
+    flat = jax.jit(lambda p, x: jnp.stack([layer.apply(p, x[i : i + 1])[0] for i in range(3)]))(params, x)
+    np.testing.assert_allclose(jax.jit(layer.apply)(params, x), flat, rtol=1e-5, atol=1e-5)
 
 
 # ---- errors

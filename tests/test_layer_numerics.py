@@ -7,7 +7,7 @@ import pytest
 from jax import export
 
 from tests.support.layers import FRAMEWORKS, PLAIN, convolutions, fill
-from tests.support.running import assert_close, normal, quick_jit
+from tests.support.running import assert_close, normal
 
 pytestmark = pytest.mark.lenient
 X = normal(2, 5, 6, 4)
@@ -33,7 +33,7 @@ def test_offsets_of_a_half_layer_are_as_near_as_its_products(make, dtype):
     full, half = make(4, 6, (3, 3)), make(4, 6, (3, 3), dtype=dtype)
     params = fill(full, scale=0.05)
     params["offset_conv"]["bias"] = jnp.linspace(7.8, 8.2, 27)
-    wanted, got = quick_jit(lambda p: (full.look(p, X), half.look(p, X)))(params)
+    wanted, got = jax.jit(lambda p: (full.look(p, X), half.look(p, X)))(params)
     products = (
         float(jnp.finfo(dtype).eps) * jnp.abs(params["offset_conv"]["kernel"]).sum((0, 1, 2)).max() * jnp.abs(X).max()
     )
@@ -62,7 +62,7 @@ def test_derivatives_through_a_half_branch(make):
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(jnp.float32), fill(full, scale=0.1))
     x = X.astype(jnp.bfloat16).astype(jnp.float32)
 
-    @quick_jit
+    @jax.jit
     def derivatives(params):
         def of(layer):
             def loss(params):
@@ -107,13 +107,13 @@ def test_a_rolled_panorama_gives_a_rolled_result(make, options):
     params, x = fill(layer), normal(2, 5, 8, 4, seed=1)
     axes, shift = ((1, 2), (2, 3)) if "padding_mode" not in options or options["padding_mode"] == "wrap" else (2, 3)
 
-    @quick_jit
+    @jax.jit
     def both(params, x):
         rolled = jnp.roll(x, shift, axes)
         return [(each.apply(params, rolled), jnp.roll(each.apply(params, x), shift, axes)) for each in (layer, plain)]
 
     (actual, wanted), (broken, otherwise) = both(params, x)
-    assert np.abs(quick_jit(layer.look)(params, x)["offset"]).mean() > 1.5
+    assert np.abs(jax.jit(layer.look)(params, x)["offset"]).mean() > 1.5
     assert_close(actual, wanted, 1e-5)
     assert np.abs(broken - otherwise).max() > 0.1 * np.abs(wanted).max()
 
@@ -137,7 +137,7 @@ def test_without_offsets_it_is_flax_s_own_convolution(make, framework, padding, 
     branch = make(4, 12, (3, 2), padding=padding, layer=PLAIN[framework], **options)
     params = fill(layer)
 
-    @quick_jit
+    @jax.jit
     def all_four(p):
         main = {"kernel": p["kernel"], "bias": p["bias"]}
         emitted = free.look(p, x)["offset"], branch.apply(p["offset_conv"], x)
@@ -172,7 +172,7 @@ def test_the_branch_reads_its_map_beyond_the_border_as_numpy_pads_it(make, mode,
         width = [(max(low, 0), max(high, 0)) if a == axis else (0, 0) for a in range(4)]
         kept = slice(max(-low, 0), -max(-high, 0) or None)
         padded = np.pad(padded, width, mode=MODES[one])[(slice(None),) * axis + (kept,)]
-    actual, wanted = quick_jit(lambda p: (layer.look(p, X), valid.look(p, jnp.asarray(padded))))(fill(layer))
+    actual, wanted = jax.jit(lambda p: (layer.look(p, X), valid.look(p, jnp.asarray(padded))))(fill(layer))
     assert_close(actual["offset"], wanted["offset"], 1e-5)
 
 
@@ -213,7 +213,7 @@ def test_an_exported_layer_takes_any_size(make, name):
     assert loaded.platforms == platforms
     for size in ((1, 5, 6), (3, 4, 4), (2, 9, 7)):
         x = normal(*size, 4, seed=sum(size))
-        assert_close(loaded.call(x), quick_jit(layer.apply)(params, x), 1e-5)
+        assert_close(loaded.call(x), jax.jit(layer.apply)(params, x), 1e-5)
 
 
 @pytest.mark.slow
@@ -229,5 +229,5 @@ def test_an_exported_layer_takes_offsets_and_flow_of_any_size(make):
     loaded = export.deserialize(export.export(jax.jit(both))(*shapes).serialize())
     for size in ((1, 5, 6), (2, 4, 9)):
         arrays = [normal(*size, channels, seed=i) for i, channels in enumerate((4, 2, 18))]
-        for actual, wanted in zip(loaded.call(*arrays), quick_jit(both)(*arrays), strict=True):
+        for actual, wanted in zip(loaded.call(*arrays), jax.jit(both)(*arrays), strict=True):
             assert_close(actual, wanted, 1e-5)

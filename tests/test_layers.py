@@ -13,7 +13,7 @@ from jax import lax
 import dcn_jax
 from dcn_jax._pallas.launch import interpret
 from tests.support.layers import FRAMEWORKS, PLAIN, convolutions, fill, linen, nnx_
-from tests.support.running import normal, quick_jit
+from tests.support.running import normal
 
 pytestmark = pytest.mark.lenient
 X = normal(2, 5, 6, 4)
@@ -65,7 +65,7 @@ def test_without_bias_the_offset_convolution_keeps_its_own(make):
 
 def test_the_offset_branch_starts_at_zero_and_the_kernel_like_flax_s(make, framework):
     params, plain = (
-        quick_jit(layer.init)() for layer in (make(4, 6, (3, 3)), make(4, 6, (3, 3), layer=PLAIN[framework]))
+        jax.jit(layer.init)() for layer in (make(4, 6, (3, 3)), make(4, 6, (3, 3), layer=PLAIN[framework]))
     )
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(params["offset_conv"]))
     np.testing.assert_array_equal(params["kernel"], plain["kernel"])  # the same key draws the same kernel
@@ -76,7 +76,7 @@ def test_initializers(make):
     ones, twos = jax.nn.initializers.constant(1), jax.nn.initializers.constant(2)
     threes, fours = jax.nn.initializers.constant(3), jax.nn.initializers.constant(4)
     layer = make(4, 6, (2, 2), kernel_init=ones, bias_init=twos, offset_kernel_init=threes, offset_bias_init=fours)
-    params = quick_jit(layer.init)()
+    params = jax.jit(layer.init)()
     flat = [params["kernel"], params["bias"], params["offset_conv"]["kernel"], params["offset_conv"]["bias"]]
     for value, leaf in enumerate(flat, start=1):
         np.testing.assert_array_equal(leaf, value)
@@ -138,7 +138,7 @@ def test_linen_nnx_and_the_formula_agree(name):
     params = fill(ours)
     assert shapes(params) == shapes(jax.eval_shape(theirs.init))
 
-    @quick_jit
+    @jax.jit
     def all_three(params, x):
         return ours.apply(params, x), theirs.apply(params, x), by_hand(params, x, **options)
 
@@ -153,7 +153,7 @@ def test_a_fresh_layer_is_a_share_of_the_plain_convolution(make, framework, opti
     bias = jax.nn.initializers.constant(0.25)
     layer = make(4, 6, (3, 3), bias_init=bias, **options)
     plain = make(4, 6, (3, 3), bias_init=bias, layer=PLAIN[framework])
-    ours, theirs = quick_jit(lambda x: (layer.apply(layer.init(), x), plain.apply(plain.init(), x)))(X)
+    ours, theirs = jax.jit(lambda x: (layer.apply(layer.init(), x), plain.apply(plain.init(), x)))(X)
     np.testing.assert_allclose(ours - 0.25, share * (theirs - 0.25), rtol=1e-5, atol=1e-5)
 
 
@@ -161,7 +161,7 @@ def test_offsets_come_before_logits_group_by_group(make):
     """Only the biases of the offset convolution are set: each channel's meaning shows in what is sown."""
     layer = make(4, 6, (1, 2), offset_groups=2)
     z = jnp.linspace(-1, 1, 2 * 2 * 3)
-    seen = quick_jit(layer.look)(with_offset_bias(layer, z), X)
+    seen = jax.jit(layer.look)(with_offset_bias(layer, z), X)
     np.testing.assert_allclose(seen["offset"][1, 2, 3], z[:8], rtol=1e-6)
     np.testing.assert_allclose(seen["mask"][1, 2, 3], jax.nn.sigmoid(z[8:]), rtol=1e-6)
 
@@ -179,8 +179,8 @@ def test_the_bound_is_passed_on_to_the_implementation_that_needs_one(make):
     layer, plain = make(4, 6, (2, 2), implementation="matmul", **options), make(4, 6, (2, 2), **options)
     params = fill(plain, scale=2.0)
     with interpret():
-        y = quick_jit(layer.apply)(params, X)
-        np.testing.assert_allclose(y, quick_jit(plain.apply)(params, X), rtol=0, atol=1e-4)
+        y = jax.jit(layer.apply)(params, X)
+        np.testing.assert_allclose(y, jax.jit(plain.apply)(params, X), rtol=0, atol=1e-4)
         for given in ({"base_offset": jnp.ones((5, 6, 2))}, {"offset": jnp.ones((5, 6, 8))}):
             with pytest.raises(ValueError, match="max_offset=None"):
                 jax.eval_shape(layer.apply, params, X, **given)
@@ -192,7 +192,7 @@ def test_the_bound_is_passed_on_to_the_implementation_that_needs_one(make):
 def test_max_offset_bounds_smoothly(make):
     layer = make(4, 2, (2, 2), max_offset=2.0, modulated=False)
     z = jnp.array([0.0, 0.01, -0.02, -0.7, 1.5, 3.0, -50.0, 1e9])
-    offset = quick_jit(layer.look)(with_offset_bias(layer, z), X)["offset"][0, 0, 0]
+    offset = jax.jit(layer.look)(with_offset_bias(layer, z), X)["offset"][0, 0, 0]
     np.testing.assert_allclose(offset, 2.0 * np.tanh(z / 2.0), rtol=1e-5)
     np.testing.assert_allclose(offset[:3], z[:3], rtol=1e-4)  # small offsets are left alone
     assert np.abs(offset).max() <= 2.0
@@ -209,7 +209,7 @@ def test_what_it_sows_makes_its_result(make):
     layer = make(4, 6, (2, 2), offset_groups=2, mask_scale=2.0, max_offset=1.0)
     params = fill(layer)
 
-    @quick_jit
+    @jax.jit
     def both(params, x):
         seen = layer.look(params, x)
         return layer.apply(params, x), dcn_jax.deform_conv(x, params["kernel"], **seen, bias=params["bias"])
@@ -222,7 +222,7 @@ def test_batch_axes(make):
     layer = make(2, 3, (2, 2), offset_groups=2)
     params, x = fill(layer), normal(2, 3, 4, 3, 2, seed=2)
 
-    @quick_jit
+    @jax.jit
     def all_three(params, x):
         return layer.apply(params, x), layer.apply(params, x[1]), layer.apply(params, x[1, 2])
 
@@ -279,7 +279,7 @@ def test_half_precision_is_near_float32(make_one, dtype, tolerance):
     def gradient(layer):
         return jax.grad(lambda params: (layer.apply(params, X).astype(jnp.float32) ** 2).mean())
 
-    expected, actual = quick_jit(lambda params: (gradient(full)(params), gradient(layer)(params)))(params)
+    expected, actual = jax.jit(lambda params: (gradient(full)(params), gradient(layer)(params)))(params)
     for wanted, got in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
         assert got.dtype == jnp.float32  # that of the parameters
         np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
@@ -290,7 +290,7 @@ def test_positions_stay_in_float32_when_the_layer_computes_in_bfloat16(make):
     layer = make(1, 1, 1, dtype="bfloat16", modulated=False)
     x = (jnp.arange(3000) % 2).astype(jnp.float32)[:, None] * 2  # 0, 2, 0, 2, …: half-way it is 1 everywhere
     params = with_offset_bias(layer, [0.5]) | {"kernel": jnp.ones((1, 1, 1))}
-    np.testing.assert_array_equal(quick_jit(layer.apply)(params, x)[:-1], 1)
+    np.testing.assert_array_equal(jax.jit(layer.apply)(params, x)[:-1], 1)
 
 
 def test_precision_reaches_both_products(make):
@@ -317,7 +317,7 @@ def test_an_own_promote_dtype_is_used(make):
 def test_gradients_reach_every_parameter(make):
     """Of a fresh layer too: its offsets are zero, their gradient is not."""
     layer = make(4, 6, (3, 3))
-    gradients = quick_jit(lambda x: jax.grad(lambda p: (layer.apply(p, x) ** 2).sum())(layer.init()))(X)
+    gradients = jax.jit(lambda x: jax.grad(lambda p: (layer.apply(p, x) ** 2).sum())(layer.init()))(X)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.all(np.isfinite(leaf)), path
         assert np.any(leaf), path
@@ -326,7 +326,7 @@ def test_gradients_reach_every_parameter(make):
 def test_vmap_over_images_is_the_batch(make):
     layer = make(4, 6, (2, 2))
     params = fill(layer)
-    together, mapped = quick_jit(lambda p, x: (layer.apply(p, x), jax.vmap(lambda image: layer.apply(p, image))(x)))(
+    together, mapped = jax.jit(lambda p, x: (layer.apply(p, x), jax.vmap(lambda image: layer.apply(p, image))(x)))(
         params, X
     )
     np.testing.assert_allclose(together, mapped, rtol=1e-5, atol=1e-5)

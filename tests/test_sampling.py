@@ -12,7 +12,7 @@ from jax.test_util import check_grads
 
 from dcn_jax import linear_sample
 from tests.support import oracle
-from tests.support.running import assert_close, compiled, quick_jit, value_and_gradients
+from tests.support.running import assert_close, compiled, value_and_gradients
 
 sample = compiled(linear_sample)
 
@@ -55,7 +55,7 @@ def test_no_channels():
 def test_vmap(in_axes):
     features, points = draw((4, 3), 2, (5,))
     stacks = [a if axis is None else np.stack([a, 0.5 * a], axis) for a, axis in zip((features, points), in_axes, strict=True)]  # fmt: skip
-    together = quick_jit(jax.vmap(linear_sample, in_axes))(*stacks)
+    together = jax.jit(jax.vmap(linear_sample, in_axes))(*stacks)
     for i in range(2):
         scale = [1 if axis is None else (1, 0.5)[i] for axis in in_axes]
         assert_close(together[i], oracle.linear_sample(scale[0] * features, np.float32(scale[1]) * points), 1e-6)
@@ -76,7 +76,7 @@ def test_the_derivative_at_a_whole_number_is_the_right_hand_one():
     """Everywhere, at the border of the map too: -1 leads into it, its last pixel and its size lead out."""
     features = np.random.default_rng(0).standard_normal(4).astype(np.float32)
     points = np.arange(-3, 7, dtype=np.float32)
-    slope = quick_jit(jax.vmap(jax.grad(lambda point: linear_sample(features[:, None], point[None])[0])))(points)
+    slope = jax.jit(jax.vmap(jax.grad(lambda point: linear_sample(features[:, None], point[None])[0])))(points)
     padded = np.pad(features, (3, 4))  # pixels -3 to 7
     np.testing.assert_array_equal(slope, np.diff(padded))
 
@@ -110,7 +110,7 @@ def test_gradients_of_half_precision_are_summed_in_float32():
     """300 points read one pixel; a sum of ones in bfloat16 stops at 256."""
     features, points = jnp.ones((2, 1), jnp.bfloat16), jnp.zeros((300, 1))
     total = lambda features: jnp.sum(linear_sample(features, points).astype(np.float32))  # noqa: E731
-    gradient = quick_jit(jax.grad(total))(features)
+    gradient = jax.jit(jax.grad(total))(features)
     assert float(gradient[0, 0]) == 300
 
 
@@ -138,7 +138,7 @@ def test_hostile_points():
     features, points = draw((3, 2), query=(8,))
     far = (np.inf, -np.inf, 1e30, -1e30, 2.0**31, -(2.0**31), float(np.finfo(np.float32).max), -1.0001, 3.0001)
 
-    program = quick_jit(functools.partial(value_and_gradients, linear_sample))
+    program = jax.jit(functools.partial(value_and_gradients, linear_sample))
 
     def run(features, points):
         sampled, gradients = program((features, points), np.ones((len(points), features.shape[-1])))

@@ -6,7 +6,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 
 @pytest.fixture(autouse=True)
-def _compiled_anew():
+def _compiled_anew(optimized):
     jax.config.update("jax_enable_compilation_cache", False)
     reset_cache()  # JAX looks at the option once
     yield

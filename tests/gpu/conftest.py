@@ -6,6 +6,6 @@ from tests.support import gpu
 
 
 @pytest.fixture(autouse=True)
-def _mode():
+def _mode(optimized):
     with gpu.mode():
         yield

@@ -12,7 +12,6 @@ import dcn_jax.linen
 import dcn_jax.nnx
 from dcn_jax.interop import from_linen, from_torch, to_linen, to_torch
 from tests.support import attn, dcn_layers
-from tests.support.running import quick_jit
 
 pytestmark = pytest.mark.lenient
 
@@ -56,7 +55,7 @@ def test_pytorch_s_weights_give_its_numbers_and_come_back(name, x64):
     make, state, inputs, y = LAYERS[name]
     layer = from_torch(abstract(make, name, param_dtype=jnp.float64), state(name))
     arrays = [np.asarray(a, np.float64) if getattr(a, "dtype", None) == np.float32 else a for a in inputs(name)]
-    result = quick_jit(lambda: layer(*arrays))()
+    result = jax.jit(lambda: layer(*arrays))()
     assert result.dtype == np.float64
     np.testing.assert_allclose(result, y(name), rtol=1e-10, atol=1e-10)
     back = to_torch(layer)

@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from dcn_jax.interop import to_onnx
 from dcn_jax.models.resnet import BasicBlock, Bottleneck, ResNet, resnet50
 from dcn_jax.nnx import DeformConv
-from tests.support.running import assert_close, quick_jit
+from tests.support.running import assert_close
 
 pytestmark = pytest.mark.lenient
 
@@ -58,7 +58,7 @@ def check_runtime(proto, model, *inputs, tolerance=1e-5):
     session = onnxruntime.InferenceSession(proto.SerializeToString())
     for x in inputs:
         (y,) = session.run(["output"], {"input": x})
-        assert_close(y, quick_jit(lambda x: model(x))(x), tolerance)
+        assert_close(y, jax.jit(lambda x: model(x))(x), tolerance)
 
 
 def attributes_of(node):
@@ -97,7 +97,7 @@ def test_a_layer_over_open_sizes(shape, options):
 
     x = images(1, 4, 5, 4)
     (y,) = ReferenceEvaluator(checked(model, SHAPE, opset=19)).run(["output"], {"input": x})
-    assert_close(y, quick_jit(lambda x: model(x))(x), 1e-5)
+    assert_close(y, jax.jit(lambda x: model(x))(x), 1e-5)
 
 
 @pytest.mark.parametrize("size", [(6, 5), (7, 8)])

@@ -12,7 +12,7 @@ from flax import errors
 from flax.core import freeze
 
 from dcn_jax.linen import DeformConv
-from tests.support.running import normal, quick_jit
+from tests.support.running import normal
 
 pytestmark = pytest.mark.lenient
 X = normal(2, 4, 5, 3)
@@ -91,8 +91,8 @@ def test_it_works_in_setup_and_shared():
 
 def test_frozen_parameters():
     layer = noisy(2, (2, 2))
-    variables = quick_jit(lambda: layer.init(jax.random.key(0), X))()
-    frozen, plain = (quick_jit(layer.apply)(v, X) for v in (freeze(variables), variables))
+    variables = jax.jit(lambda: layer.init(jax.random.key(0), X))()
+    frozen, plain = (jax.jit(layer.apply)(v, X) for v in (freeze(variables), variables))
     np.testing.assert_array_equal(frozen, plain)
 
 
@@ -124,10 +124,10 @@ def test_scan_over_depth_equals_a_loop():
 
     depth = 3
     stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)()
-    params = quick_jit(lambda: stack.init(jax.random.key(0), X, None)["params"])()
+    params = jax.jit(lambda: stack.init(jax.random.key(0), X, None)["params"])()
     assert params["layer"]["kernel"].shape == (depth, 2, 2, 3, 3)
 
-    @quick_jit
+    @jax.jit
     def both(params, x):
         scanned, _ = stack.apply({"params": params}, x, None)
         for i in range(depth):
@@ -140,12 +140,12 @@ def test_scan_over_depth_equals_a_loop():
 def test_remat_changes_no_gradient():
     options = {"features": 2, "kernel_size": (2, 2), "offset_kernel_init": nn.initializers.normal(0.3)}
     plain, remat = DeformConv(**options), nn.remat(DeformConv)(**options)
-    params = quick_jit(lambda: plain.init(jax.random.key(0), X)["params"])()
+    params = jax.jit(lambda: plain.init(jax.random.key(0), X)["params"])()
 
     def gradient(layer, params):
         return jax.grad(lambda p: (layer.apply({"params": p}, X) ** 2).sum())(params)
 
-    expected, actual = quick_jit(lambda params: (gradient(plain, params), gradient(remat, params)))(params)
+    expected, actual = jax.jit(lambda params: (gradient(plain, params), gradient(remat, params)))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), actual, expected)
 
 
@@ -189,9 +189,9 @@ def test_remat_and_scan_over_frames_with_flow():
 
     scan = nn.scan(Step, variable_broadcast="params", split_rngs={"params": False})()
     flows = normal(3, 4, 5, 2, seed=1)
-    params = quick_jit(lambda: scan.init(jax.random.key(0), X, flows)["params"])()
+    params = jax.jit(lambda: scan.init(jax.random.key(0), X, flows)["params"])()
 
-    @quick_jit
+    @jax.jit
     def both(params):
         _, scanned = scan.apply({"params": params}, X, flows)
         layer, x, frames = DeformConv(3, (2, 2)), X, []

@@ -11,7 +11,7 @@ import pytest
 
 from dcn_jax.linen import MSDeformAttn
 from tests.support import attn
-from tests.support.running import assert_close, quick_jit
+from tests.support.running import assert_close
 
 pytestmark = pytest.mark.lenient
 small = functools.partial(MSDeformAttn, **attn.SMALL)
@@ -61,7 +61,7 @@ def test_remat_takes_the_sizes_as_static():
         layer = kind(**attn.SMALL)
         return jax.grad(lambda v: (layer.apply(v, query, points, value, attn.LEVELS) ** 2).sum())(variables)
 
-    plain, again = quick_jit(lambda: [gradient(k) for k in (MSDeformAttn, nn.remat(MSDeformAttn, static_argnums=4))])()
+    plain, again = jax.jit(lambda: [gradient(k) for k in (MSDeformAttn, nn.remat(MSDeformAttn, static_argnums=4))])()
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), again, plain)
 
 

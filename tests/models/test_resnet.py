@@ -18,7 +18,7 @@ from dcn_jax.models import resnet
 from dcn_jax.models.resnet import BasicBlock, Bottleneck, ResNet
 from dcn_jax.nnx import DeformConv
 from dcn_jax.optim import offset_labels
-from tests.support.running import assert_close, quick_jit
+from tests.support.running import assert_close
 
 pytestmark = pytest.mark.lenient
 MAKERS = {name: getattr(resnet, name) for name in ("resnet18", "resnet34", "resnet50", "resnet101")}
@@ -203,7 +203,7 @@ def test_the_network_is_torchvision_s(block, depths):
     nnx.update(deformed, nnx.from_flat_state({**flat, **branches}))
 
     parameters = {".".join(map(str, path)): p[...] for path, p in flat.items()}
-    seen, logits = quick_jit(functools.partial(written_out, block=block, depths=depths))(parameters, x)
+    seen, logits = jax.jit(functools.partial(written_out, block=block, depths=depths))(parameters, x)
     for net in (model, deformed):
         graph, state = nnx.split(net)
 
@@ -211,7 +211,7 @@ def test_the_network_is_torchvision_s(block, depths):
             net = nnx.merge(graph, state)
             return net.stages(x), net(x)
 
-        stages, y = quick_jit(run)(state, x)
+        stages, y = jax.jit(run)(state, x)
         assert_close(y, logits, 1e-5)
         for actual, wanted in zip(stages, seen, strict=True):
             assert_close(actual, wanted, 1e-5)
@@ -226,7 +226,7 @@ def train(model, optimizer, x, labels, *, steps):
     optimizer = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
     graph, state = nnx.split((model, optimizer))
 
-    @quick_jit
+    @jax.jit
     def step(state):
         def loss(model):
             return optax.softmax_cross_entropy_with_integer_labels(model(x), labels).mean()
@@ -266,7 +266,7 @@ def test_training_steps():
         model(images(1, 32, 32, 3))
         return nnx.state(model)
 
-    jax.tree.map(np.testing.assert_array_equal, quick_jit(run)(state), state)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(run)(state), state)
 
 
 @pytest.mark.slow
@@ -284,7 +284,7 @@ def test_remat_changes_neither_gradients_nor_statistics():
         f = jax.grad(loss, has_aux=True)
         x = images(2, 32, 32, 3)
         anew.append(len(re.findall(r"= (?:checkpoint|remat)\w*\[", str(jax.make_jaxpr(loss)(parameters, x)))))
-        results.append(quick_jit(f)(parameters, x))
+        results.append(jax.jit(f)(parameters, x))
     assert anew == [0, 4]
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), *results)
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from dcn_jax.nnx import DeformConv
-from tests.support.running import normal, quick_jit
+from tests.support.running import normal
 
 pytestmark = pytest.mark.lenient
 X = normal(2, 4, 5, 3)
@@ -36,7 +36,7 @@ def parts():
     def make():
         return DeformConv(3, 3, (2, 2), offset_kernel_init=nnx.initializers.normal(0.3), rngs=nnx.Rngs(0))
 
-    return nnx.graphdef(nnx.eval_shape(make)), quick_jit(lambda: nnx.state(make()))()
+    return nnx.graphdef(nnx.eval_shape(make)), jax.jit(lambda: nnx.state(make()))()
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_metadata():
 
 def test_split_and_merge(layer):
     graph, state = nnx.split(layer)
-    merged, kept = quick_jit(lambda state, x: (nnx.merge(graph, state)(x), layer(x)))(state, X)
+    merged, kept = jax.jit(lambda state, x: (nnx.merge(graph, state)(x), layer(x)))(state, X)
     np.testing.assert_array_equal(merged, kept)
 
 
@@ -107,7 +107,7 @@ def test_outside_of_capture_it_keeps_nothing(layer):
     """And warns of nothing: plain `sow` does both, and fails in any layer that jax.jit, grad or vmap closes over."""
     before = nnx.graphdef(layer)
     layer(X)
-    quick_jit(lambda x: layer(x))(X)
+    jax.jit(lambda x: layer(x))(X)
     assert nnx.graphdef(layer) == before
     assert not jax.tree.leaves(nnx.pop(layer, nnx.Intermediate))
 
@@ -157,7 +157,7 @@ def test_an_optimizer_step_changes_every_parameter_and_lowers_the_loss(layer):
 
 def test_a_layer_that_jax_closes_over(layer):
     """jax.jit, grad and vmap of functions that call it, without passing it."""
-    together, mapped = quick_jit(lambda x: (layer(x), jax.vmap(layer)(x)))(X)
+    together, mapped = jax.jit(lambda x: (layer(x), jax.vmap(layer)(x)))(X)
     np.testing.assert_allclose(together, mapped, rtol=1e-5, atol=1e-5)
     assert jax.eval_shape(jax.grad(lambda x: layer(x).sum()), X).shape == X.shape
 
@@ -170,14 +170,14 @@ def test_vmap_over_layers_and_scan_over_depth():
 
     keys = jax.random.split(jax.random.key(0), 3)
     graph = nnx.graphdef(nnx.eval_shape(make, keys))
-    state = quick_jit(lambda keys: nnx.state(make(keys)))(keys)
+    state = jax.jit(lambda keys: nnx.state(make(keys)))(keys)
     assert state["kernel"].shape == (3, 2, 2, 3, 3)
 
     @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
     def scanned(layer, x):
         return x + layer(x)
 
-    @quick_jit
+    @jax.jit
     def both(state, x):
         y = scanned(nnx.merge(graph, state), x)
         for i in range(3):
@@ -194,7 +194,7 @@ def test_remat_changes_no_gradient(layer):
     def gradient(call, state):
         return jax.grad(lambda state: (call(nnx.merge(graph, state), X) ** 2).sum())(state)
 
-    expected, actual = quick_jit(lambda s: (gradient(lambda layer, x: layer(x), s), gradient(remat, s)))(state)
+    expected, actual = jax.jit(lambda s: (gradient(lambda layer, x: layer(x), s), gradient(remat, s)))(state)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), actual, expected)
 
 
@@ -262,7 +262,7 @@ def test_scan_over_frames_with_flow(layer):
         y = layer(x, base_offset=flow)
         return y, y
 
-    @quick_jit
+    @jax.jit
     def both(state):
         _, together = scanned(nnx.merge(graph, state), X, flows)
         x, frames = X, []

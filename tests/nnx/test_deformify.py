@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 
 from dcn_jax.nnx import DeformConv, deformify
-from tests.support.running import assert_close, quick_jit
+from tests.support.running import assert_close
 
 pytestmark = pytest.mark.lenient
 X = np.random.default_rng(0).standard_normal((2, 7, 6, 4)).astype(np.float32)
@@ -27,7 +27,7 @@ def everywhere(path, module):
 
 def run(model, *args):
     graph, state = nnx.split(model)
-    return quick_jit(lambda state: nnx.merge(graph, state)(*args))(state)
+    return jax.jit(lambda state: nnx.merge(graph, state)(*args))(state)
 
 
 def kinds(model):
@@ -170,7 +170,7 @@ def test_each_kind_of_convolution_computes_what_it_did(name):
     shape, options = CONVS[name]
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     layer = conv(**options)
-    actual, wanted = quick_jit(lambda x: (deformify(layer, everywhere)(x), layer(x)))(x)
+    actual, wanted = jax.jit(lambda x: (deformify(layer, everywhere)(x), layer(x)))(x)
     assert_close(actual, wanted, 1e-6)
 
 
@@ -235,7 +235,7 @@ def test_options_reach_the_layers():
 
 def test_without_modulation():
     layer = conv()
-    actual, wanted = quick_jit(lambda x: (deformify(layer, everywhere, modulated=False)(x), layer(x)))(X)
+    actual, wanted = jax.jit(lambda x: (deformify(layer, everywhere, modulated=False)(x), layer(x)))(X)
     assert_close(actual, wanted, 1e-6)
 
 
@@ -268,7 +268,7 @@ def test_the_copy_trains():
     copy = deformify(net, lambda path, module: path == ("listed", 0))
     graph, parameters, rest = nnx.split(copy, nnx.Param, ...)
 
-    @quick_jit
+    @jax.jit
     def gradients(parameters):
         copy = nnx.merge(graph, parameters, rest, copy=True)
         return nnx.value_and_grad(lambda model: jnp.sum(jnp.sin(model(X))))(copy)[1]

@@ -15,7 +15,7 @@ from jax.test_util import check_grads
 from dcn_jax import dcnv3, deform_conv
 from tests.support import dcn_oracle as oracle
 from tests.support.programs import collectives
-from tests.support.running import assert_close, compiled, quick_jit, value_and_gradients
+from tests.support.running import assert_close, compiled, value_and_gradients
 
 TORCH = np.load(Path(__file__).parent.parent / "support" / "data" / "dcn.npz")
 TORCH_OPTIONS = json.loads(str(TORCH["options"]))["ops"]
@@ -40,7 +40,7 @@ def test_values_and_gradients(name, x64):
     wanted = oracle.dcnv3(*arrays, **options)
     cotangent = np.random.default_rng(1).standard_normal(wanted.shape)
     run = functools.partial(value_and_gradients, functools.partial(dcnv3, **options))
-    y, gradients = quick_jit(run)(arrays, cotangent)
+    y, gradients = jax.jit(run)(arrays, cotangent)
     assert_close(y, wanted, 1e-12)
     for gradient, exact in zip(gradients, oracle.gradients(cotangent, *arrays, **options), strict=True):
         assert_close(gradient, exact, 1e-12)
@@ -51,7 +51,7 @@ def test_torch_computes_the_same(number, x64):
     options = TORCH_OPTIONS[number]
     arrays = [jnp.asarray(TORCH[f"{number}.{name}"], jnp.float64) for name in ("x", "offset", "mask")]
     run = functools.partial(value_and_gradients, functools.partial(dcnv3, **options))
-    y, gradients = quick_jit(run)(arrays, jnp.asarray(TORCH[f"{number}.cotangent"], jnp.float64))
+    y, gradients = jax.jit(run)(arrays, jnp.asarray(TORCH[f"{number}.cotangent"], jnp.float64))
     assert_close(y, TORCH[f"{number}.y"], 1e-12)
     for gradient, name in zip(gradients, ("x", "offset", "mask"), strict=True):
         assert_close(gradient, TORCH[f"{number}.d_{name}"], 1e-11)
@@ -66,7 +66,7 @@ def test_dtypes(dtype, tolerance):
     x, offset, mask = map(jnp.asarray, oracle.draw((2, 5, 6, 4), 2, remove_center=True, offset_scale=2.0))
     x, mask = x.astype(dtype), mask.astype(dtype)
     run = functools.partial(value_and_gradients, functools.partial(dcnv3, remove_center=True, offset_scale=2.0))
-    y, gradients = quick_jit(run)((x, offset, mask), jnp.ones(x.shape))
+    y, gradients = jax.jit(run)((x, offset, mask), jnp.ones(x.shape))
     assert y.dtype == dtype
     assert [g.dtype for g in gradients] == [x.dtype, offset.dtype, mask.dtype]
     given = np.float64(x), offset, np.float64(mask)
@@ -77,7 +77,7 @@ def test_taps_run_down_the_columns_and_offsets_are_x_first():
     """A map that tells where it was read: 10 · row + column."""
     x = np.add.outer(10 * np.arange(6), np.arange(7)).astype(np.float32)[..., None]
     offset, masks = np.tile(np.float32([0.25, 0.5]), (6, 7, 9)), np.eye(9, dtype=np.float32)
-    read = quick_jit(jax.vmap(lambda mask: dcnv3(x, offset, jnp.broadcast_to(mask, (6, 7, 9)))[3, 3, 0]))(masks)
+    read = jax.jit(jax.vmap(lambda mask: dcnv3(x, offset, jnp.broadcast_to(mask, (6, 7, 9)))[3, 3, 0]))(masks)
     places = [33 + 10 * row + column for column in (-1, 0, 1) for row in (-1, 0, 1)]
     np.testing.assert_allclose(read, [place + 0.25 + 10 * 0.5 for place in places], rtol=1e-6)
 
@@ -120,7 +120,7 @@ def test_derivatives_of_second_order_in_both_modes(x64):
 def test_wild_offsets_and_pixels_disturb_nothing_else(options):
     """An infinite pixel reaches those that read it alone: not the tap that is left out, which would be on it."""
     x, offset, mask = oracle.draw((5, 6, 2), 1, **options)
-    program = quick_jit(lambda *a: value_and_gradients(functools.partial(dcnv3, **options), a, jnp.ones_like(a[0])))
+    program = jax.jit(lambda *a: value_and_gradients(functools.partial(dcnv3, **options), a, jnp.ones_like(a[0])))
 
     def run(*arrays):
         return jax.tree.map(np.asarray, program(*arrays))
@@ -159,7 +159,7 @@ def test_offsets_serve_all_images_and_batches_may_be_empty():
 
 def test_vmap_over_images():
     arrays = [jnp.asarray(a) for a in oracle.draw((2, 5, 6, 4), 2)]
-    np.testing.assert_allclose(quick_jit(jax.vmap(dcnv3))(*arrays), compiled(dcnv3)(*arrays), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.vmap(dcnv3))(*arrays), compiled(dcnv3)(*arrays), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.support import oracle
-from tests.support.running import assert_close, quick_jit, value_and_gradients
+from tests.support.running import assert_close, value_and_gradients
 
 
 def check_against_oracle(op, case, bound, tolerance, *, gradients=None):
@@ -17,7 +17,7 @@ def check_against_oracle(op, case, bound, tolerance, *, gradients=None):
     wanted = oracle.deform_conv(*brought, **case.options)
     cotangent = np.random.default_rng(1).standard_normal(wanted.shape).astype(x.dtype)
     run = functools.partial(value_and_gradients, functools.partial(op, **case.options))
-    y, found = quick_jit(run)(arrays, cotangent)
+    y, found = jax.jit(run)(arrays, cotangent)
     assert y.dtype == x.dtype
     assert_close(np.float64(y), wanted, tolerance)
 

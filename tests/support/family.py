@@ -7,8 +7,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from tests.support.running import quick_jit
-
 FILE = np.load(Path(__file__).with_name("data") / "family.npz")
 OPTIONS = json.loads(str(FILE["options"]))
 
@@ -30,7 +28,7 @@ def read(op, number, names):
 def compute(f, case, dtype):
     """y and the gradients, in `dtype`."""
 
-    @quick_jit
+    @jax.jit
     def run(arguments, cotangent):
         y, pull = jax.vjp(f, *arguments)
         return [y, *pull(cotangent)]

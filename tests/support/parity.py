@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.support.running import quick_jit, value_and_gradients
+from tests.support.running import value_and_gradients
 
 FILE = np.load(Path(__file__).with_name("data") / "torchvision.npz")
 GEOMETRIES = json.loads(str(FILE["options"]))
@@ -51,7 +51,7 @@ def _stored(prefix):
     return {name: FILE[prefix + name] for name in names if "." not in name}
 
 
-def compute(op, number, dtype, jit=quick_jit):
+def compute(op, number, dtype, jit=jax.jit):
     """What `op` makes of each case of a geometry, in `dtype`: pairs of a case and its results by name."""
 
     @jit

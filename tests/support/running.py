@@ -1,4 +1,4 @@
-"""Running the op as tests do: compiled quickly, its gradients beside its result, and compared."""
+"""Running the op as tests do: compiled, its gradients beside its result, and compared."""
 
 import functools
 
@@ -8,9 +8,6 @@ import numpy as np
 
 from tests.support import oracle
 
-# Compiling is most of a first run's time, and most of compiling is LLVM's optimising: values do not need it.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def normal(*shape, seed=0):
     """From N(0, 1), in float32, by NumPy: JAX would compile a program for each shape."""
@@ -18,8 +15,8 @@ def normal(*shape, seed=0):
 
 
 def compiled(op, **options):
-    """`op` with its options bound, compiled quickly."""
-    return quick_jit(functools.partial(op, **options))
+    """`op` with its options bound, compiled."""
+    return jax.jit(functools.partial(op, **options))
 
 
 def value_and_gradients(op, arrays, cotangent):
@@ -41,7 +38,7 @@ def check_against_oracle(op, case, tolerance):
     wanted = oracle.deform_conv(*case.arrays, **case.options)
     cotangent = np.random.default_rng(1).standard_normal(wanted.shape).astype(case.arrays[0].dtype)
     run = functools.partial(value_and_gradients, functools.partial(op, **case.options))
-    y, gradients = quick_jit(run)(case.arrays, cotangent)
+    y, gradients = jax.jit(run)(case.arrays, cotangent)
     assert y.dtype == case.arrays[0].dtype
     assert_close(y, wanted, tolerance)
     wanted = oracle.gradients(cotangent, *case.arrays, **case.options)

@@ -12,7 +12,7 @@ from dcn_jax import linear_sample
 from dcn_jax.geometry import PADDING_MODES, resolve_window
 from tests.support import oracle
 from tests.support.cases import draw
-from tests.support.running import assert_close, compiled, quick_jit, value_and_gradients
+from tests.support.running import assert_close, compiled, value_and_gradients
 
 quick = pytest.mark.quick
 MARGIN = 9  # pixels: more than any point of a case lies beyond the map
@@ -67,7 +67,7 @@ def test_equals_the_oracle_on_a_padded_map(op, name, mode):
     wanted = oracle.deform_conv(padded(x, modes), *rest, **moved(case))
     cotangent = np.random.default_rng(1).standard_normal(wanted.shape).astype(np.float32)
 
-    y, gradients = quick_jit(functools.partial(value_and_gradients, op))(case.arrays, cotangent)
+    y, gradients = jax.jit(functools.partial(value_and_gradients, op))(case.arrays, cotangent)
     assert_close(y, wanted, 1e-5)
     exact = oracle.gradients(cotangent, padded(x, modes), *rest, **moved(case))
     _, fold = jax.vjp(functools.partial(padded, modes=modes), jnp.asarray(x))
@@ -104,7 +104,7 @@ def test_a_row_read_beyond_its_ends(op, mode, wanted):
 def test_far_points_read_the_border_or_zero_without_a_gradient(mode):
     far = np.float32([np.inf, -np.inf, 1e30, -1e30, 2.0**30, -(2.0**31)])
     read = functools.partial(linear_sample, ROW, padding_mode=mode)
-    y, (slope,) = quick_jit(functools.partial(value_and_gradients, read))((far[:, None],), np.ones((6, 1), np.float32))
+    y, (slope,) = jax.jit(functools.partial(value_and_gradients, read))((far[:, None],), np.ones((6, 1), np.float32))
     np.testing.assert_array_equal(y[:, 0], [40, 10, 40, 10, 40, 10] if mode == "edge" else np.zeros(6))
     np.testing.assert_array_equal(slope, np.zeros((6, 1)))
 
@@ -113,7 +113,7 @@ def test_far_points_read_the_border_or_zero_without_a_gradient(mode):
 def test_a_nan_disturbs_nothing_but_its_own_output(mode):
     points = np.float32([[0.5], [np.nan], [2.25]])
     run = functools.partial(value_and_gradients, functools.partial(linear_sample, padding_mode=mode))
-    y, (d_features, d_points) = quick_jit(run)((ROW, points), np.ones((3, 1), np.float32))
+    y, (d_features, d_points) = jax.jit(run)((ROW, points), np.ones((3, 1), np.float32))
     np.testing.assert_array_equal(y[:, 0], [15, np.nan, 32.5])
     np.testing.assert_array_equal(d_features[:, 0], [0.5, 0.5, 0.75, 0.25])
     np.testing.assert_array_equal(d_points[[0, 2], 0], [10, 10])
@@ -125,7 +125,7 @@ def test_the_derivative_at_a_whole_number_is_the_right_hand_one(mode, size):
     features = np.random.default_rng(0).standard_normal(size).astype(np.float32)
     points = np.arange(-7, size + 6, dtype=np.float32)
     read = lambda p: linear_sample(features[:, None], p[None], padding_mode=mode)[0]  # noqa: E731
-    slope = quick_jit(jax.vmap(jax.grad(read)))(points)
+    slope = jax.jit(jax.vmap(jax.grad(read)))(points)
     np.testing.assert_array_equal(slope, np.diff(np.pad(features, (7, 7), mode=mode)))
 
 
@@ -151,7 +151,7 @@ def test_without_offsets_it_is_flaxs_convolution(op, padding, strides, window):
     x = np.random.default_rng(0).standard_normal((2, 7, 9, 3)).astype(np.float32)
     options = {"strides": strides, "padding": padding, "kernel_dilation": (1, 2)}
 
-    @quick_jit
+    @jax.jit
     def both(x):
         conv = nnx.Conv(3, 4, window, rngs=nnx.Rngs(0), **options)
         wanted = conv(x)
@@ -165,7 +165,7 @@ def test_without_offsets_it_is_flaxs_convolution(op, padding, strides, window):
 def test_a_rolled_panorama_gives_a_rolled_result(op, modes):
     """At offsets of many pixels, several times around."""
     (x, kernel, offset, mask, bias), _ = draw((1, 6, 8, 4), (3, 3), 4, offset_groups=2)
-    op = quick_jit(functools.partial(op, padding=1, padding_mode=modes))
+    op = jax.jit(functools.partial(op, padding=1, padding_mode=modes))
     y = op(x, kernel, 5 * offset, mask, bias)
     roll = functools.partial(np.roll, shift=3, axis=2)
     assert_close(op(roll(x), kernel, roll(5 * offset), roll(mask), bias), roll(np.asarray(y)), 1e-5)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.support import oracle
 from tests.support.cases import draw
-from tests.support.running import assert_close, compiled, quick_jit, value_and_gradients
+from tests.support.running import assert_close, compiled, value_and_gradients
 
 needs = pytest.mark.needs
 examples = settings(deadline=None, max_examples=30, derandomize=True)
@@ -40,7 +40,7 @@ class Program:
         self.groups = mask.shape[-1] // self.taps
         self.cotangent = np.random.default_rng(1).standard_normal((*offset.shape[:-1], kernel.shape[-1]))
 
-        self.run = quick_jit(functools.partial(value_and_gradients, op))
+        self.run = jax.jit(functools.partial(value_and_gradients, op))
 
     def arguments(self, offset=None, x=None):
         given_x, kernel, given_offset, mask, bias = self.arrays
@@ -189,7 +189,7 @@ def test_a_hostile_corner_is_not_read_from_outside(op):
     def total(x, offset):
         return jnp.sum(op(x, kernel, offset, padding=((0, 3), (0, 1))))
 
-    y, (d_x, d_offset) = quick_jit(jax.value_and_grad(total, (0, 1)))(x, offset)
+    y, (d_x, d_offset) = jax.jit(jax.value_and_grad(total, (0, 1)))(x, offset)
     assert y == 0
     assert not np.any(d_x)
     assert not np.any(d_offset)
@@ -202,7 +202,7 @@ def test_far_offsets_of_half_precision(op, dtype):
     values = jnp.array([jnp.inf, -jnp.inf, largest, -largest, 0.5, jnp.nan], dtype)
     x, kernel = jnp.ones((1, 8, 1), dtype), jnp.ones((1, 1, 1), dtype)
 
-    run = quick_jit(functools.partial(value_and_gradients, functools.partial(op, padding=((0, -2),))))
+    run = jax.jit(functools.partial(value_and_gradients, functools.partial(op, padding=((0, -2),))))
     y, (d_x, _, d_offset) = run((x, kernel, values[None, :, None]), np.ones((1, 6, 1)))
     np.testing.assert_array_equal(np.float32(y[0, :, 0]), [0, 0, 0, 0, 1, np.nan])
     np.testing.assert_array_equal(np.float32(d_x[0, :, 0]), [0, 0, 0, 0, 0.5, 0.5, 0, 0])

@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support.running import quick_jit
-
 
 def test_zero_offsets_are_the_plain_convolution_beyond_2_to_the_24(op):
     x = (np.arange(2**24 + 9) % 97).astype(np.float32)[:, None]
@@ -26,7 +24,7 @@ def test_an_offset_keeps_its_fraction_at_any_size(op, size):
     kernel, offset = np.ones((1, 1, 1), np.float32), np.float32([0.3, -0.7, 2.3, -3.7])[:, None]
     crop = ((-(size - 16), -12),)  # outputs at size - 16 to size - 13, the first at a pixel of 0
 
-    @quick_jit
+    @jax.jit
     def run(x, offset):
         return jax.vjp(lambda offset: op(x, kernel, offset, padding=crop)[:, 0], offset)
 

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 import dcn_jax
-from tests.support.running import quick_jit, value_and_gradients
+from tests.support.running import value_and_gradients
 
 # facebookresearch/detectron2 at 01ae81af: tests/layers/test_deformable.py, test_forward_output. A 5×5 ramp, a 3×3 kernel
 # of ones, padding 1, every offset 0.5.
@@ -26,7 +26,7 @@ DETECTRON2 = [
 def test_detectron2_forward_output(op, modulation):
     x, kernel, offset = np.arange(25.0).reshape(5, 5, 1), np.ones((3, 3, 1, 1)), np.full((5, 5, 18), 0.5)
     mask = None if modulation is None else np.full((5, 5, 9), modulation, np.float32)
-    y = quick_jit(functools.partial(op, padding=1))(*_float32(x, kernel, offset), mask)
+    y = jax.jit(functools.partial(op, padding=1))(*_float32(x, kernel, offset), mask)
     np.testing.assert_allclose(y[..., 0], np.array(DETECTRON2) * (modulation or 1), rtol=1e-6)
 
 
@@ -130,7 +130,7 @@ def _deform(op, params, z, padding):
     ids=["deform_conv", "modulated_deform_conv"],
 )
 def test_mmcv_values_and_gradients(op, params, padding, expected):
-    @quick_jit
+    @jax.jit
     def values_and_gradients(params):
         def total(params):
             y = _deform(op, params, _offset_conv(params, padding), padding)
@@ -153,7 +153,7 @@ def test_mmcv_differs_only_where_a_tap_reads_at_the_border(op):
     outside = np.any((points <= -1) | (points >= 3), axis=-1).repeat(2, axis=-1).reshape(1, 4, 4, 8)
     assert outside.any()
 
-    @quick_jit
+    @jax.jit
     def gradients(params):
         z_bar = jax.grad(lambda z: _deform(op, params, z, 1).sum())(_offset_conv(params, 1))
         z_bar = z_bar.at[..., :8].multiply((~outside).astype(np.float32))

@@ -10,7 +10,7 @@ import pytest
 from dcn_jax import deform_conv
 from tests.support.bounded import check_against_oracle, gradients_of
 from tests.support.cases import draw
-from tests.support.running import assert_close, compiled, quick_jit
+from tests.support.running import assert_close, compiled
 
 CASE = draw((2, 4, 3, 2), (2, 3), 2, offset_groups=2, strides=(1, 2))
 
@@ -39,8 +39,8 @@ def test_infinite_offsets_read_at_the_bound_and_a_nan_stays_one(op):
 def test_in_half_precision_the_bound_is_rounded_to_it():
     x, kernel, offset, mask, bias = CASE.arrays
     offset = jnp.asarray(offset, jnp.bfloat16)
-    bounded = quick_jit(functools.partial(deform_conv, max_offset=1.7, **CASE.options))
-    wanted = quick_jit(functools.partial(deform_conv, **CASE.options))
+    bounded = jax.jit(functools.partial(deform_conv, max_offset=1.7, **CASE.options))
+    wanted = jax.jit(functools.partial(deform_conv, **CASE.options))
     limit = jnp.bfloat16(1.7)
     np.testing.assert_array_equal(
         bounded(x, kernel, offset, mask, bias), wanted(x, kernel, jnp.clip(offset, -limit, limit), mask, bias)
@@ -62,5 +62,5 @@ def test_derivatives_of_derivatives(op):
         inside = jnp.abs(offset) < 2
         return op(x, kernel, jnp.where(inside, offset, 2 * jnp.sign(offset)), *rest, **options)
 
-    ours = quick_jit(functools.partial(second, functools.partial(op, max_offset=2)))(case.arrays)
-    assert_close(ours, quick_jit(functools.partial(second, clipped))(case.arrays), 1e-5)
+    ours = jax.jit(functools.partial(second, functools.partial(op, max_offset=2)))(case.arrays)
+    assert_close(ours, jax.jit(functools.partial(second, clipped))(case.arrays), 1e-5)

@@ -7,13 +7,12 @@ import importlib
 import itertools
 import warnings
 
+import jax
 import numpy as np
 import onnx.backend.test.case.node as onnx_cases
 import pytest
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
-
-from tests.support.running import quick_jit
 
 with warnings.catch_warnings():  # the module fills its arrays' shapes in place, as NumPy 2.5 deprecates
     warnings.filterwarnings("ignore", "Setting the shape on a NumPy array", DeprecationWarning)
@@ -37,7 +36,7 @@ def from_onnx(op, attributes, X, W, offset, B=None, mask=None):
         feature_group_count=attributes.get("group", 1),
     )
     mask = None if mask is None else channels_last(mask)
-    y = quick_jit(run)(channels_last(X), W.transpose(2, 3, 1, 0), channels_last(offset), mask, B)
+    y = jax.jit(run)(channels_last(X), W.transpose(2, 3, 1, 0), channels_last(offset), mask, B)
     return np.moveaxis(y, -1, 1)
 
 

@@ -18,7 +18,7 @@ from dcn_jax._pallas.launch import interpret
 from dcn_jax.ops.deform_conv import pallas_gpu
 from tests.support import aot
 from tests.support.cases import draw
-from tests.support.running import assert_close, check_against_oracle, quick_jit, value_and_gradients
+from tests.support.running import assert_close, check_against_oracle, value_and_gradients
 
 CASE = draw((2, 4, 3, 2), (2, 3), 2, offset_groups=2, strides=(1, 2))
 LINE = draw((2, 4, 2), (2,), 2)
@@ -57,7 +57,7 @@ def test_offset_and_mask_in_float64(interpreted, x64):
 def check_against_xla(program, *arrays):
     """The results of a program of an op and arrays, by the kernels, are those by the XLA form."""
     ops = (functools.partial(deform_conv, implementation=name) for name in ("pallas", "xla"))
-    found, wanted = (jax.tree.leaves(quick_jit(functools.partial(program, op))(*arrays)) for op in ops)
+    found, wanted = (jax.tree.leaves(jax.jit(functools.partial(program, op))(*arrays)) for op in ops)
     for by_kernels, by_xla in zip(found, wanted, strict=True):
         assert_close(by_kernels, by_xla, 1e-5)
 

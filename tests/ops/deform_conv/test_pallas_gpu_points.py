@@ -3,13 +3,13 @@
 import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dcn_jax.geometry import PADDING_MODES, resolve_window
 from dcn_jax.ops.deform_conv.pallas_gpu_points import locate_points
-from tests.support.running import quick_jit
 
 MARGIN = 12  # pixels: more than any point of a case lies beyond the map
 
@@ -62,7 +62,7 @@ def test_rows_and_weights(name):
     (size, options), groups = CASES[name]
     window = resolve_window(size, **options)
     offset, mask = draw(window, groups, masked=name != "plain")
-    row, weight = quick_jit(functools.partial(locate_points, window, groups))(offset, mask)
+    row, weight = jax.jit(functools.partial(locate_points, window, groups))(offset, mask)
     assert (row.dtype, weight.dtype) == (jnp.int32, jnp.float32)
     wanted_row, wanted_weight = expected(window, groups, offset, mask)
     np.testing.assert_array_equal(row, wanted_row)

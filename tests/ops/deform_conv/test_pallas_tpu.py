@@ -16,7 +16,7 @@ from dcn_jax._pallas.launch import interpret
 from tests.support import oracle
 from tests.support.bounded import check_against_oracle, gradients_of
 from tests.support.cases import draw
-from tests.support.running import assert_close, compiled, quick_jit, value_and_gradients
+from tests.support.running import assert_close, compiled, value_and_gradients
 
 matmul = functools.partial(deform_conv, implementation="matmul")
 exact = functools.partial(matmul, precision="highest")
@@ -69,7 +69,7 @@ def test_reading_between_pixels_is_finer_than_one_bfloat16_product(interpreted):
     """The derivative by the modulation is what was read, times a kernel of one."""
     x = jnp.full((3, 3, 1), 1 + 2.0**-12, jnp.float32)
     kernel, offset, mask = jnp.ones((1, 1, 1, 1)), jnp.full((3, 3, 2), 0.3), jnp.ones((3, 3, 1))
-    read = quick_jit(jax.grad(lambda mask: jnp.sum(matmul(x, kernel, offset, mask, max_offset=1))))(mask)
+    read = jax.jit(jax.grad(lambda mask: jnp.sum(matmul(x, kernel, offset, mask, max_offset=1))))(mask)
     np.testing.assert_allclose(read[:2, :2], 1 + 2.0**-12, rtol=0, atol=2.0**-14)
 
 
@@ -85,7 +85,7 @@ def test_weights_are_finer_than_bfloat16(interpreted):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((9, 11, 8)), jnp.bfloat16)
     kernel, offset = jnp.eye(8, dtype=jnp.bfloat16)[None, None], rng.uniform(0.1, 0.9, (9, 11, 2)).astype(np.float32)
-    y = quick_jit(functools.partial(matmul, max_offset=1))(x, kernel, offset)
+    y = jax.jit(functools.partial(matmul, max_offset=1))(x, kernel, offset)
     wanted = jnp.asarray(oracle.deform_conv(np.float64(x), np.float64(kernel), offset), jnp.bfloat16)
     assert jnp.mean(y == wanted) > 0.98
 
@@ -126,7 +126,7 @@ def test_one_set_of_offsets_serves_all_images_and_batch_axes_may_be_any(interpre
     run = functools.partial(value_and_gradients, functools.partial(exact, max_offset=BOUND))
     by_xla = functools.partial(value_and_gradients, functools.partial(deform_conv, max_offset=BOUND))
     cotangent = np.random.default_rng(1).standard_normal((2, 2, 3, 4, 2)).astype(np.float32)
-    results = quick_jit(run)(given, cotangent), quick_jit(by_xla)(given, cotangent)
+    results = jax.jit(run)(given, cotangent), jax.jit(by_xla)(given, cotangent)
     jax.tree.map(functools.partial(assert_close, tolerance=1e-5), *results)
 
 
@@ -144,7 +144,7 @@ def test_vmap_and_derivatives_of_derivatives(interpreted):
         return jax.grad(squares, argnums=(0, 1, 2, 3))(*arrays)
 
     ops = functools.partial(exact, max_offset=BOUND), functools.partial(deform_conv, max_offset=BOUND)
-    together = [quick_jit(jax.vmap(functools.partial(second, op), axes))(*stacked) for op in ops]
+    together = [jax.jit(jax.vmap(functools.partial(second, op), axes))(*stacked) for op in ops]
     jax.tree.map(functools.partial(assert_close, tolerance=2e-5), *together)
 
 
@@ -162,7 +162,7 @@ def test_forward_mode(interpreted, program):
     """Of the op, and of its gradients; tangents of offsets at the bound and beyond it count nothing, as by XLA."""
     ops = functools.partial(exact, max_offset=BOUND), functools.partial(deform_conv, max_offset=BOUND)
     assert np.any(np.abs(SMALL.arrays[2]) >= BOUND)
-    results = [quick_jit(functools.partial(program, op))(*SMALL.arrays) for op in ops]
+    results = [jax.jit(functools.partial(program, op))(*SMALL.arrays) for op in ops]
     jax.tree.map(functools.partial(assert_close, tolerance=2e-5), *results)
 
 
@@ -173,9 +173,7 @@ def test_shard_map(interpreted):
     over, op = P("data"), functools.partial(exact, max_offset=BOUND)
     over_devices = jax.shard_map(op, mesh=mesh, in_specs=(over, P(), over, over, P()), out_specs=over, check_vma=False)
     cotangent = np.random.default_rng(1).standard_normal((2, 5, 4, 2)).astype(np.float32)
-    results = [
-        quick_jit(functools.partial(value_and_gradients, f))(SMALL.arrays, cotangent) for f in (over_devices, op)
-    ]
+    results = [jax.jit(functools.partial(value_and_gradients, f))(SMALL.arrays, cotangent) for f in (over_devices, op)]
     jax.tree.map(functools.partial(assert_close, tolerance=1e-5), *results)
 
 

@@ -12,7 +12,7 @@ from dcn_jax.ops.deform_conv import reference
 from dcn_jax.ops.deform_conv.call import Arrays, check_call
 from tests.support import oracle
 from tests.support.cases import draw
-from tests.support.running import assert_close, quick_jit
+from tests.support.running import assert_close
 
 CASES = {
     "2-D": draw((2, 5, 4, 6), (3, 2), 4, offset_groups=3, feature_group_count=2, strides=(1, 2), padding=1),
@@ -38,12 +38,12 @@ def by_reference(arrays, options):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_is_the_formula(case):
-    y = quick_jit(lambda arrays: by_reference(arrays, case.options))(case.arrays)
+    y = jax.jit(lambda arrays: by_reference(arrays, case.options))(case.arrays)
     assert_close(y, oracle.deform_conv(*case.arrays, **case.options), 1e-6)
 
 
 def by_both(arrays, options):
-    return quick_jit(lambda *arrays: (by_reference(arrays, options), deform_conv(*arrays, **options)))(*arrays)
+    return jax.jit(lambda *arrays: (by_reference(arrays, options), deform_conv(*arrays, **options)))(*arrays)
 
 
 def test_is_the_op_in_every_dtype(x64):
@@ -60,7 +60,7 @@ def test_has_the_gradients_of_the_op():
     given = [array for array in case.arrays if array is not None]
 
     def gradients(f):
-        return quick_jit(jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), (0, 1, 2)))(*given)
+        return jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), (0, 1, 2)))(*given)
 
     of_reference = gradients(lambda *a: by_reference((*a, None, None), case.options))
     for actual, wanted in zip(of_reference, gradients(lambda *a: deform_conv(*a, **case.options)), strict=True):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.support.cases import draw
-from tests.support.running import assert_close, quick_jit, value_and_gradients
+from tests.support.running import assert_close, value_and_gradients
 
 ARRAYS = draw((3, 2, 4, 5, 4), (3, 2), 4, offset_groups=2).arrays
 
@@ -41,7 +41,7 @@ def test_equals_the_call_with_repeated_offsets(op, offset_keeps, mask_keeps):
 
     def run(f):
         with jax.numpy_rank_promotion("allow"):
-            return quick_jit(functools.partial(value_and_gradients, f))((x, kernel, offset, mask, bias), cotangent)
+            return jax.jit(functools.partial(value_and_gradients, f))((x, kernel, offset, mask, bias), cotangent)
 
     y, gradients = run(op)
     wanted, wanted_gradients = run(repeated)

@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 
 from tests.support.cases import draw
 from tests.support.programs import collectives
-from tests.support.running import assert_close, compiled, quick_jit, value_and_gradients
+from tests.support.running import assert_close, compiled, value_and_gradients
 
 needs, quick = pytest.mark.needs, pytest.mark.quick
 
@@ -47,7 +47,7 @@ def test_vmap(op, in_axes):
     """Each slice of a vmapped call is the call of the slices."""
     draws = [draw((2, 4, 3, 2), (2, 3), 2, seed=seed).arrays for seed in range(3)]
     stacked = [arrays[0] if axis is None else np.stack(arrays, axis) for axis, *arrays in zip(in_axes, *draws, strict=True)]  # fmt: skip
-    together = quick_jit(jax.vmap(op, in_axes, 1))(*stacked)
+    together = jax.jit(jax.vmap(op, in_axes, 1))(*stacked)
     alone = compiled(op)
     for i in range(3):
         arguments = [draws[0][j] if axis is None else draws[i][j] for j, axis in enumerate(in_axes)]
@@ -59,8 +59,8 @@ def test_gradients_of_a_vmap_of_a_vmap(op):
     x, kernel, offset, mask, bias = draw((3, 4, 3, 2), (2, 2), 2).arrays
     case = CASE._replace(options={})
     gradient = jax.grad(loss(op, case), (0, 1, 2))
-    each = quick_jit(jax.vmap(gradient, (0, None, 0, 0, None)))(x, kernel, offset, mask, bias)
-    together = quick_jit(gradient)(x, kernel, offset, mask, bias)
+    each = jax.jit(jax.vmap(gradient, (0, None, 0, 0, None)))(x, kernel, offset, mask, bias)
+    together = jax.jit(gradient)(x, kernel, offset, mask, bias)
     assert_close(each[0], together[0], 1e-5)
     assert_close(np.sum(each[1], axis=0), together[1], 1e-5)
     assert_close(each[2], together[2], 1e-5)
@@ -89,7 +89,7 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(op, x64):
     arrays = CASE.astype(np.float64).arrays
     tangents = draw((2, 4, 3, 2), (2, 3), 2, offset_groups=2, strides=(1, 2), seed=1).astype(np.float64).arrays
 
-    @quick_jit
+    @jax.jit
     def both(arrays, tangents):
         f = functools.partial(op, **CASE.options)
         y, y_tangent = jax.jvp(f, arrays, tangents)
@@ -110,12 +110,12 @@ def test_hessian_vector_product(op, x64):
     def along(*arrays):
         return sum(map(jnp.vdot, gradient(*arrays), direction))
 
-    @quick_jit
+    @jax.jit
     def products(arrays):
         return jax.jvp(gradient, arrays, direction)[1], jax.grad(along, tuple(range(5)))(*arrays)
 
     forward, reverse = products(arrays)
-    gradient = quick_jit(gradient)
+    gradient = jax.jit(gradient)
     ahead, behind = (gradient(*[a + h * d for a, d in zip(arrays, direction, strict=True)]) for h in (1e-6, -1e-6))
     for f, r, a, b in zip(forward, reverse, ahead, behind, strict=True):
         assert_close(f, r, 1e-12)
@@ -133,9 +133,9 @@ def test_gradient_of_a_gradient(op):
         gradients = jax.grad(lambda weights: case_loss(x, *weights))(weights)
         return case_loss(x, *[w - 0.01 * g for w, g in zip(weights, gradients, strict=True)])
 
-    gradient = quick_jit(jax.grad(after_a_step))(x, weights)
+    gradient = jax.jit(jax.grad(after_a_step))(x, weights)
     direction = np.random.default_rng(0).standard_normal(x.shape).astype(np.float32)
-    f = quick_jit(after_a_step)
+    f = jax.jit(after_a_step)
     difference = (f(x + 1e-2 * direction, weights) - f(x - 1e-2 * direction, weights)) / 2e-2
     np.testing.assert_allclose(np.vdot(gradient, direction), difference, rtol=1e-2)
 
@@ -151,7 +151,7 @@ def test_the_derivative_at_a_whole_number_is_the_right_hand_one(op, size):
     def total(offset):
         return jnp.sum(op(x, kernel, offset[:, None], padding=padding))
 
-    slope = quick_jit(jax.grad(total))(offset)
+    slope = jax.jit(jax.grad(total))(offset)
     padded = np.pad(x[:, 0], 3 + 1)  # from -4 on
     np.testing.assert_array_equal(slope, np.diff(padded)[1:])
 
@@ -173,7 +173,7 @@ def test_scan_and_remat(op):
         layer = jax.checkpoint(lambda x, kernel: (jnp.tanh(op(x, kernel, offset, mask, bias)), None))
         return jnp.sum(lax.scan(layer, x, kernels)[0] ** 2)
 
-    results = [quick_jit(jax.value_and_grad(f, (0, 1, 2)))(x, kernels, offset) for f in (one_after_another, scanned)]
+    results = [jax.jit(jax.value_and_grad(f, (0, 1, 2)))(x, kernels, offset) for f in (one_after_another, scanned)]
     jax.tree.map(functools.partial(assert_close, tolerance=1e-5), *results)
 
 
@@ -181,7 +181,7 @@ def test_cond_and_while(op):
     """The op inside of branches and of a loop whose length is not known."""
     x, kernel, offset, mask, bias = draw((1, 4, 3, 2), (3, 3), 2).arrays
 
-    @quick_jit
+    @jax.jit
     def run(times):
         def body(_, x):
             return lax.cond(x[0, 0, 0, 0] < 1e9, lambda x: op(x, kernel, offset, mask, bias), jnp.zeros_like, x)
@@ -237,7 +237,7 @@ def test_export_with_a_symbolic_batch_and_back(op):
     for size in (1, 3):
         arrays = x[:size], kernel, offset[:size], mask[:size], bias
         cotangent = np.random.default_rng(1).standard_normal((size, 4, 3, 2)).astype(np.float32)
-        results = [quick_jit(functools.partial(value_and_gradients, f))(arrays, cotangent) for f in (reread.call, op)]
+        results = [jax.jit(functools.partial(value_and_gradients, f))(arrays, cotangent) for f in (reread.call, op)]
         (y, gradients), (wanted, wanted_gradients) = results
         assert_close(y, wanted, 1e-6)
         jax.tree.map(functools.partial(assert_close, tolerance=1e-5), gradients, wanted_gradients)
@@ -322,7 +322,7 @@ def test_batch_sharded_backward_sums_only_gradients_of_parameters(op, mesh, case
     sharded = jax.device_put(cotangent, NamedSharding(mesh, P("data")))
     step = jax.jit(backward(op, case)).lower(arrays, sharded).compile()
 
-    results = step(arrays, sharded), quick_jit(backward(op, case))(case.arrays, cotangent)
+    results = step(arrays, sharded), jax.jit(backward(op, case))(case.arrays, cotangent)
     jax.tree.map(functools.partial(assert_close, tolerance=1e-5), *results)
 
     found = collectives(step.as_text())
@@ -341,7 +341,7 @@ def test_shard_map(op, mesh):
     """With its checks of what varies over the devices, forward and backward."""
     cotangent = np.random.default_rng(1).standard_normal((8, 4, 5, 6)).astype(np.float32)
     over_devices = jax.shard_map(op, mesh=mesh, in_specs=SPECS, out_specs=P("data"))
-    results = [quick_jit(backward(f, PLAIN))(PLAIN.arrays, cotangent) for f in (over_devices, op)]
+    results = [jax.jit(backward(f, PLAIN))(PLAIN.arrays, cotangent) for f in (over_devices, op)]
     jax.tree.map(functools.partial(assert_close, tolerance=1e-5), *results)
 
 
@@ -349,7 +349,7 @@ def test_shard_map(op, mesh):
 def test_explicit_sharding(op):
     """On a mesh as `jax.make_mesh` makes it now, where shardings are part of the types."""
     cotangent = np.random.default_rng(1).standard_normal((8, 4, 5, 6)).astype(np.float32)
-    wanted = quick_jit(backward(op, PLAIN))(PLAIN.arrays, cotangent)
+    wanted = jax.jit(backward(op, PLAIN))(PLAIN.arrays, cotangent)
     with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))):
         arrays = tuple(jax.device_put(array, spec) for array, spec in zip(PLAIN.arrays, SPECS, strict=True))
         y, gradients = jax.jit(backward(op, PLAIN))(arrays, jax.device_put(cotangent, P("data")))

@@ -10,7 +10,7 @@ from jax import lax
 
 from tests.support import oracle
 from tests.support.cases import Case, draw
-from tests.support.running import assert_close, check_against_oracle, compiled, quick_jit, value_and_gradients
+from tests.support.running import assert_close, check_against_oracle, compiled, value_and_gradients
 
 needs, quick = pytest.mark.needs, pytest.mark.quick
 
@@ -175,10 +175,10 @@ def test_half_precision_accumulates_gradients_in_float32(op):
     def total(x, kernel, mask, bias):
         return jnp.sum(op(x, kernel, to_pixel_0, mask, bias), dtype=jnp.float32)
 
-    gradients = quick_jit(jax.grad(total, (0, 1, 3)))(x, jnp.ones((1, 1, 1), dtype), mask, jnp.zeros(1, dtype))
+    gradients = jax.jit(jax.grad(total, (0, 1, 3)))(x, jnp.ones((1, 1, 1), dtype), mask, jnp.zeros(1, dtype))
     assert [g.dtype for g in gradients] == [dtype] * 3
     assert [float(g.ravel()[0]) for g in gradients] == [n] * 3
-    d_mask = quick_jit(jax.grad(total, 2))(x, jnp.ones((1, 1, n), dtype), mask, jnp.zeros(n, dtype))
+    d_mask = jax.jit(jax.grad(total, 2))(x, jnp.ones((1, 1, n), dtype), mask, jnp.zeros(n, dtype))
     np.testing.assert_array_equal(np.float32(d_mask), n)
 
 
@@ -190,7 +190,7 @@ def test_half_precision_is_as_near_as_its_inputs_allow(op, dtype):
     epsilon = float(jnp.finfo(dtype).eps)
     wanted = oracle.deform_conv(*exact.arrays)
     cotangent = np.random.default_rng(1).standard_normal(wanted.shape).astype(dtype)
-    y, gradients = quick_jit(functools.partial(value_and_gradients, op))(rounded.arrays, cotangent)
+    y, gradients = jax.jit(functools.partial(value_and_gradients, op))(rounded.arrays, cotangent)
     assert y.dtype == dtype
     assert_close(np.float64(y), wanted, 2 * epsilon)
     for gradient, wanted in zip(gradients, oracle.gradients(np.float64(cotangent), *exact.arrays), strict=True):

@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 
 from dcn_jax import grid_sample
 from tests.support.programs import collectives
-from tests.support.running import assert_close, quick_jit
+from tests.support.running import assert_close
 
 
 def draw(batch=(2,), spatial=(4, 3), query=(40,), dtype=np.float32, seed=0):
@@ -40,7 +40,7 @@ def test_derivatives_against_finite_differences(x64):
 def test_vmap(in_axes):
     draws = [draw(seed=seed) for seed in range(3)]
     stacked = [a[0] if axis is None else np.stack(a, axis) for axis, a in zip(in_axes, zip(*draws, strict=True), strict=True)]  # fmt: skip
-    together = quick_jit(jax.vmap(grid_sample, in_axes))(*stacked)
+    together = jax.jit(jax.vmap(grid_sample, in_axes))(*stacked)
     for i in range(3):
         alone = [draws[0 if axis is None else i][j] for j, axis in enumerate(in_axes)]
         assert_close(together[i], grid_sample(*alone), 1e-6)
@@ -53,14 +53,14 @@ def test_batch_sharded_it_is_local():
     sharded = [jax.device_put(a, NamedSharding(mesh, P("data"))) for a in arrays]
     step = jax.jit(with_gradients).lower(*sharded).compile()
     assert collectives(step.as_text()) == []
-    jax.tree.map(functools.partial(assert_close, tolerance=1e-5), step(*sharded), quick_jit(with_gradients)(*arrays))
+    jax.tree.map(functools.partial(assert_close, tolerance=1e-5), step(*sharded), jax.jit(with_gradients)(*arrays))
 
 
 def test_shard_map_and_explicit_sharding():
     arrays = (*draw((8,)), np.float32(np.random.default_rng(1).standard_normal((8, 40, 2))))
-    wanted = quick_jit(with_gradients)(*arrays)
+    wanted = jax.jit(with_gradients)(*arrays)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    mapped = quick_jit(jax.shard_map(with_gradients, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
+    mapped = jax.jit(jax.shard_map(with_gradients, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
     jax.tree.map(functools.partial(assert_close, tolerance=1e-5), mapped(*arrays), wanted)
     with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))):
         results = jax.jit(with_gradients)(*[jax.device_put(a, P("data")) for a in arrays])

@@ -9,7 +9,7 @@ import pytest
 from dcn_jax import grid_sample, linear_sample
 from dcn_jax.geometry import PADDING_MODES
 from tests.support import oracle
-from tests.support.running import assert_close, compiled, quick_jit, value_and_gradients
+from tests.support.running import assert_close, compiled, value_and_gradients
 
 ROW = np.float32([10, 20, 30, 40])[:, None]
 
@@ -97,7 +97,7 @@ def test_the_derivative_at_a_whole_pixel_is_the_right_hand_one(align_corners):
     grid = pixels / np.float32(2) - 1 if align_corners else (2 * pixels + 1) / np.float32(size) - 1
     scale = (size - 1) / 2 if align_corners else size / 2
     read = lambda g: grid_sample(features, g[None], align_corners=align_corners)[0]  # noqa: E731
-    slope = quick_jit(jax.vmap(jax.grad(read)))(np.float32(grid))
+    slope = jax.jit(jax.vmap(jax.grad(read)))(np.float32(grid))
     wanted = scale * np.diff(np.pad(features[:, 0], (2, 3)))
     np.testing.assert_allclose(slope, wanted, rtol=1e-6)
 
@@ -111,7 +111,7 @@ def test_far_and_nan_positions_disturb_nothing(mode, method, size, align_corners
     bad = np.float32([np.inf, -np.inf, 1e30, -1e30, np.finfo(np.float32).max, np.nan])
     grid = np.concatenate([bad, np.float32([0.25, -0.3])])[:, None]
     read = functools.partial(grid_sample, method=method, padding_mode=mode, align_corners=align_corners)
-    run = quick_jit(functools.partial(value_and_gradients, read))
+    run = jax.jit(functools.partial(value_and_gradients, read))
     y, (d_features, d_grid) = run((features, grid), np.ones_like(grid))
     one_pixel = size == 1 and align_corners  # where all finite positions are pixel 0
     far = [features[-1, 0], features[0, 0]] if mode == "edge" else [0, 0]
@@ -143,7 +143,7 @@ def test_blocks_that_do_not_divide_the_queries():
     pixels = ((grid + 1) * 3 - 1)[:, ::-1] / 2
 
     def run(read, points):
-        return quick_jit(functools.partial(value_and_gradients, read))((features, points), cotangent)
+        return jax.jit(functools.partial(value_and_gradients, read))((features, points), cotangent)
 
     y, (d_features, d_grid) = run(grid_sample, grid)
     wanted, (wanted_features, wanted_pixels) = run(linear_sample, pixels)

@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 
 from dcn_jax import ms_deform_attn
 from tests.support.programs import collectives
-from tests.support.running import assert_close, quick_jit
+from tests.support.running import assert_close
 
 SHAPES = ((3, 4), (2, 2))
 
@@ -50,7 +50,7 @@ def test_hessian_vector_product(x64, mode):
     arguments, direction = draw(dtype=np.float64), draw(dtype=np.float64, seed=1)
     gradient = jax.grad(lambda *arguments: jnp.sum(jnp.sin(attend(*arguments))), (0, 1, 2))
 
-    @quick_jit
+    @jax.jit
     def product(arguments):
         if mode == "forward over reverse":
             return jax.jvp(gradient, arguments, direction)[1]
@@ -60,7 +60,7 @@ def test_hessian_vector_product(x64, mode):
         along = lambda *arguments: sum(map(jnp.vdot, gradient(*arguments), direction))  # noqa: E731
         return jax.grad(along, (0, 1, 2))(*arguments)
 
-    run = quick_jit(gradient)
+    run = jax.jit(gradient)
     ahead, behind = (run(*[a + h * d for a, d in zip(arguments, direction, strict=True)]) for h in (1e-6, -1e-6))
     for p, a, b in zip(product(arguments), ahead, behind, strict=True):
         assert_close(p, (a - b) / 2e-6, 1e-6)
@@ -70,14 +70,14 @@ def test_hessian_vector_product(x64, mode):
 def test_the_gradient_of_one_argument_alone(wanted):
     arguments = draw()
     total = lambda *arguments: jnp.sum(jnp.sin(attend(*arguments)))  # noqa: E731
-    alone = quick_jit(jax.grad(total, wanted))(*arguments)
-    assert_close(alone, quick_jit(jax.grad(total, (0, 1, 2)))(*arguments)[wanted], 1e-6)
+    alone = jax.jit(jax.grad(total, wanted))(*arguments)
+    assert_close(alone, jax.jit(jax.grad(total, (0, 1, 2)))(*arguments)[wanted], 1e-6)
 
 
 def test_vmap():
     draws = [draw(seed=seed) for seed in range(3)]
     stacked = [np.stack(arrays, axis) for arrays, axis in zip(zip(*draws, strict=True), (0, 1, -1), strict=True)]
-    together = quick_jit(jax.vmap(attend, (0, 1, -1)))(*stacked)
+    together = jax.jit(jax.vmap(attend, (0, 1, -1)))(*stacked)
     for i in range(3):
         assert_close(together[i], attend(*draws[i]), 1e-6)
 
@@ -94,16 +94,16 @@ def test_sharded_it_is_local(over):
     assert collectives(step.as_text()) == []
     results = step(*arrays)
     assert results[1][0].sharding.is_equivalent_to(NamedSharding(mesh, spec), arguments[0].ndim)
-    wanted = quick_jit(with_gradients)(cotangent, *arguments)
+    wanted = jax.jit(with_gradients)(cotangent, *arguments)
     jax.tree.map(functools.partial(assert_close, tolerance=1e-5), results, wanted)
 
 
 def test_shard_map_and_explicit_sharding():
     arguments = draw((8,))
     arrays = (np.float32(np.random.default_rng(1).standard_normal(attend(*arguments).shape)), *arguments)
-    wanted = quick_jit(with_gradients)(*arrays)
+    wanted = jax.jit(with_gradients)(*arrays)
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-    mapped = quick_jit(jax.shard_map(with_gradients, mesh=mesh, in_specs=P("d"), out_specs=P("d")))
+    mapped = jax.jit(jax.shard_map(with_gradients, mesh=mesh, in_specs=P("d"), out_specs=P("d")))
     jax.tree.map(functools.partial(assert_close, tolerance=1e-5), mapped(*arrays), wanted)
     with jax.set_mesh(jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))):
         results = jax.jit(with_gradients)(*[jax.device_put(a, P("d")) for a in arrays])
@@ -119,8 +119,8 @@ def test_shard_map_over_queries_with_maps_and_weights_for_all():
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     specs = P("d"), P(), P("d"), P()
     mapped = jax.shard_map(with_gradients, mesh=mesh, in_specs=specs, out_specs=(P("d"), (P(), P("d"), P())))
-    y, gradients = quick_jit(mapped)(cotangent, value, locations, weights[:5])
-    wanted, (d_value, d_locations, d_weights) = quick_jit(with_gradients)(cotangent, value, locations, weights)
+    y, gradients = jax.jit(mapped)(cotangent, value, locations, weights[:5])
+    wanted, (d_value, d_locations, d_weights) = jax.jit(with_gradients)(cotangent, value, locations, weights)
     d_weights = np.sum(np.reshape(d_weights, (8, 5, 2, 2, 2)), axis=0)
     expected = wanted, (d_value, d_locations, d_weights)
     jax.tree.map(functools.partial(assert_close, tolerance=1e-5), (y, gradients), expected)

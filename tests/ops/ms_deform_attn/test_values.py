@@ -9,7 +9,7 @@ import pytest
 
 from dcn_jax import ms_deform_attn
 from dcn_jax.ops import _reading
-from tests.support.running import assert_close, quick_jit, value_and_gradients
+from tests.support.running import assert_close, value_and_gradients
 
 SHAPES = ((3, 4), (2, 2))
 
@@ -38,7 +38,7 @@ def attend(value, locations, weights, **options):
 
 def with_gradients(value, locations, weights, **options):
     run = functools.partial(value_and_gradients, functools.partial(attend, **options))
-    return quick_jit(run)((value, locations, weights), np.ones((len(weights), 6), np.float32))
+    return jax.jit(run)((value, locations, weights), np.ones((len(weights), 6), np.float32))
 
 
 @pytest.mark.parametrize("queries", [0, 1, 8, 21])
@@ -159,7 +159,7 @@ def test_an_infinite_pixel_reaches_only_those_that_read_it(queries):
 def test_the_derivative_at_a_whole_pixel_is_the_right_hand_one():
     row = np.random.default_rng(0).standard_normal(4).astype(np.float32)
     xs = (np.arange(-2, 6) + 0.5) / 4
-    slope = quick_jit(jax.grad(lambda xs: jnp.sum(read_jax(row, xs))))(jnp.float32(xs))
+    slope = jax.jit(jax.grad(lambda xs: jnp.sum(read_jax(row, xs))))(jnp.float32(xs))
     np.testing.assert_allclose(slope, 4 * np.diff(np.pad(row, (2, 3))), rtol=1e-6)
 
 
