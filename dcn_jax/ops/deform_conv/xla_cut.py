@@ -60,7 +60,7 @@ def cuts_by_platform(spec: Spec, operands: Operands, derivative: bool) -> tuple[
     """A cut for each platform: more blocks take less scratch memory, but each costs time."""
     positions, channels = math.prod(spec.window.out_spatial), operands.rows.shape[-1]
     apart = depthwise(spec, channels)
-    # Where channels are not multiplied together, more blocks take no more time.
+    # The derivative keeps more of a step. Where channels are not multiplied together, more blocks take no more time.
     few = (4 if apart else 2) if derivative else 1
     # A block's samples, of one tap, stay in the caches of a CPU. Sizes that are known only when an exported program is
     # called count for nothing.
@@ -70,7 +70,8 @@ def cuts_by_platform(spec: Spec, operands: Operands, derivative: bool) -> tuple[
     paired = spec.feature_groups == 1 and not apart and spec.offset_groups <= 8
     paired = paired and spec.window.padding_mode[-1] == "zeros" and countable(2 * math.prod(spec.window.spatial))
     cuts = {
-        "default": Cut("tap", few),
+        # A GPU has the memory; and each of the kernels of a step costs it a launch, however little it does.
+        "default": Cut("tap", few if apart else 1),
         "cpu": Cut("tap", few * max(1, round(samples / 1.75e6))),
         # It keeps the 2^n rows of each sample, and pads rows, and groups of channels, to 128 channels.
         "tpu": Cut("pairs" if paired else "tap", 32 if apart else 4),
