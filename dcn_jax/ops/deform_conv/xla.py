@@ -8,6 +8,7 @@ the taps, cut into steps for each platform (`xla_cut`); `_sum_steps` is the loop
 import functools
 import math
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,8 @@ def convolve(spec: Spec, x, kernel, offset, mask, bias) -> jax.Array:
         None if mask is None else flatten(mask, *per_tap),
         summed,
     )
-    y = _sum_taps(spec, operands)
+    # Where no bias is added it is rounded there, and its cotangent is not made wide before it is cut.
+    y = _sum_taps(spec if bias is None else spec._replace(out_dtype=spec.accumulate), operands)
     return add_bias(y.reshape(*batch, *window.out_spatial, kernel.shape[-1]), bias).astype(spec.out_dtype)
 
 
@@ -91,7 +93,7 @@ def _sum_taps(spec: Spec, operands: Operands) -> jax.Array:
         # One position's product, for what JAX has to say of its precision.
         sample = jnp.zeros_like(operands.rows, shape=(1, spec.offset_groups, operands.rows.shape[-1]))
         xla_tap.multiply(spec, sample, operands.matrices[0])
-        return _zeros(spec, (images, positions, features), operands)
+        return _zeros(spec, (images, positions, features), operands).astype(spec.out_dtype)
 
     def gradients(cut, active, y_bar, *arrays):
         found = _pull_steps(spec, cut, tuple(names[i] for i in active), y_bar, named(*arrays))
@@ -116,12 +118,12 @@ def _sum_steps(spec: Spec, cut: Cut, operands: Operands) -> jax.Array:
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # where it is differentiated, too, no samples are kept
     def product(step):
-        return _product(spec, cut, regular, step, wholes)
+        return _product(spec, cut, regular, step, _part(spec, cut, step, wholes))
 
     if cut.step == "deep":
         _, y = lax.scan(lambda i, _: (i + 1, product(_step(spec, cut, i))), jnp.int32(0), length=_count(spec, cut))
         y = y.reshape(cut.blocks, groups, images, size, features // groups).transpose(2, 0, 3, 1, 4)
-        return y.reshape(images, cut.blocks * size, features)[:, :positions]
+        return y.reshape(images, cut.blocks * size, features)[:, :positions].astype(spec.out_dtype)
 
     # One loop, not one within the other, whose arrays are indexed where they lie and not scanned over: so none is moved,
     # and XLA sees that the gradient of the kernel is a sum over the steps, which it takes over devices once, after the loop.
@@ -135,7 +137,7 @@ def _sum_steps(spec: Spec, cut: Cut, operands: Operands) -> jax.Array:
     zeros = _zeros(spec, (cut.blocks, *_shape(spec, cut, operands)), operands)
     (_, total), _ = lax.scan(add, (jnp.int32(0), zeros), length=_count(spec, cut))
     y = jnp.moveaxis(total.reshape(cut.blocks, images, size, features), 0, 1)
-    return y.reshape(images, cut.blocks * size, features)[:, :positions]
+    return y.reshape(images, cut.blocks * size, features)[:, :positions].astype(spec.out_dtype)
 
 
 def _pull_steps(spec: Spec, cut: Cut, active: tuple[str, ...], y_bar: jax.Array, operands: Operands) -> Operands:
@@ -153,16 +155,19 @@ def _pull_steps(spec: Spec, cut: Cut, active: tuple[str, ...], y_bar: jax.Array,
     def add(carry, _):
         i, sums = carry
         step = _step(spec, cut, i)
+        part = _part(spec, cut, step, wholes._replace(matrices=operands.matrices))
 
         def of_active(moving):
-            return _product(spec, cut, regular, step, wholes._replace(**moving))
+            return _product(spec, cut, regular, step, part._replace(**moving))
 
-        _, pull = jax.vjp(of_active, {name: getattr(wholes, name) for name in active})
-        bar = lax.dynamic_index_in_dim(y_bar, step[0], keepdims=False, allow_negative_indices=False)
+        _, pull = jax.vjp(of_active, {name: getattr(part, name) for name in active})
+        bar = _hold(cut, y_bar, step[0])
+        bar = lax.dynamic_index_in_dim(bar, step[0], keepdims=False, allow_negative_indices=False)
         if cut.step == "deep":  # (N, F) -> (G, N, F / G)
             bar = bar.reshape(images * size, spec.feature_groups, features // spec.feature_groups).swapaxes(0, 1)
-        (bars,) = pull(bar.reshape(_shape(spec, cut, operands)))
-        return (i - 1, jax.tree.map(operator.add, sums, bars)), None
+        (bars,) = pull(bar.reshape(_shape(spec, cut, operands)).astype(spec.accumulate))
+        sums = {name: _add_part(spec, cut, step, wholes, name, sums[name], bars[name]) for name in active}
+        return (i - 1, sums), None
 
     zeros = jax.tree.map(jnp.zeros_like, wholes)
     zeros_of_active = {name: getattr(zeros, name) for name in active}
@@ -171,15 +176,48 @@ def _pull_steps(spec: Spec, cut: Cut, active: tuple[str, ...], y_bar: jax.Array,
     return undo(zeros._replace(**sums))[0]
 
 
-def _product(spec: Spec, cut: Cut, regular: Regular, step: tuple[jax.Array, jax.Array], wholes: Operands) -> jax.Array:
+def _add_part(spec: Spec, cut: Cut, step: tuple[jax.Array, jax.Array], wholes: Operands, name: str, total, part):
+    """What a step adds to the gradient of an operand, which has its place: the transpose of `xla_tap.take`."""
+    match name:
+        case "offset" | "modulation":  # each is read in one step
+            start, shape = xla_tap.place(spec, cut, *step, wholes, total)
+            return lax.dynamic_update_slice(total, part.astype(total.dtype).reshape(shape), start)
+        case "matrices" if cut.step != "deep":
+            none = jnp.zeros_like(total)
+            return total + lax.dynamic_update_index_in_dim(none, part, step[1], 0, allow_negative_indices=False)
+    return jax.tree.map(operator.add, total, part)
+
+
+def _part(spec: Spec, cut: Cut, step: tuple[jax.Array, jax.Array], wholes: Operands) -> Operands:
+    """What a step reads."""
+    rows, matrices, offset, modulation, _ = wholes
+    held = wholes._replace(
+        rows=_hold(cut, rows, step[0]),
+        matrices=matrices if cut.step == "deep" else _hold(cut, matrices, step[0]),
+        offset=_hold(cut, offset, step[0]),
+        modulation=_hold(cut, modulation, step[0]),
+    )
+    return xla_tap.take(spec, cut, *step, held)
+
+
+def _hold(cut: Cut, arrays: Any, block: jax.Array) -> Any:
+    """`arrays`, of which narrow ones are not to be seen as the same in each step, where the cut says so."""
+
+    def hold(array):
+        return lax.optimization_barrier((array, block))[0] if jnp.finfo(array.dtype).bits < 32 else array
+
+    return jax.tree.map(hold, arrays) if cut.held else arrays
+
+
+def _product(spec: Spec, cut: Cut, regular: Regular, step: tuple[jax.Array, jax.Array], part: Operands) -> jax.Array:
     """What a step adds to its block, of the shape `_shape`."""
     block, tap = step
     match cut.step:
         case "deep":
-            return xla_deep.product(spec, cut, regular.first, block, wholes)
+            return xla_deep.product(spec, cut, regular.first, block, part)
         case "pairs":
-            return xla_pairs.product(spec, cut, regular, block, tap, wholes)
-    return xla_tap.product(spec, cut, regular, block, tap, wholes)
+            return xla_pairs.product(spec, cut, regular, block, tap, part)
+    return xla_tap.product(spec, cut, regular, block, tap, part)
 
 
 def _shape(spec: Spec, cut: Cut, operands: Operands) -> tuple[Size, ...]:

@@ -26,6 +26,9 @@ class Cut(NamedTuple):
 
     step: str  # "tap": one tap of a block of positions; "deep": all its taps; "pairs": one tap, pixels read in pairs
     blocks: int  # of positions
+    # Whether steps take narrow arrays as they are: XLA's CPU backend takes bfloat16 to float32 in order to slice it, and
+    # would do so before the loop, with all of an array.
+    held: bool = False
 
 
 class Sizes(NamedTuple):
@@ -60,6 +63,7 @@ def cuts_by_platform(spec: Spec, operands: Operands, derivative: bool) -> tuple[
     """A cut for each platform: more blocks take less scratch memory, but each costs time."""
     positions, channels = math.prod(spec.window.out_spatial), operands.rows.shape[-1]
     apart = depthwise(spec, channels)
+    narrow = any(jnp.finfo(array.dtype).bits < 32 for array in jax.tree.leaves(operands._replace(summed=None)))
     # The derivative keeps more of a step. Where channels are not multiplied together, more blocks take no more time.
     few = (4 if apart else 2) if derivative else 1
     # A block's samples, of one tap, stay in the caches of a CPU. Sizes that are known only when an exported program is
@@ -72,12 +76,14 @@ def cuts_by_platform(spec: Spec, operands: Operands, derivative: bool) -> tuple[
     cuts = {
         # A GPU has the memory; and each of the kernels of a step costs it a launch, however little it does.
         "default": Cut("tap", few if apart else 1),
-        "cpu": Cut("tap", few * max(1, round(samples / 1.75e6))),
+        "cpu": Cut("tap", few * max(1, round(samples / 1.75e6)), narrow),
         # It keeps the 2^n rows of each sample, and pads rows, and groups of channels, to 128 channels.
         "tpu": Cut("pairs" if paired else "tap", 32 if apart else 4),
     }
+    if narrow and derivative:  # a step is in float32 all the same
+        cuts["cpu"] = Cut("tap", _dividing(3 * cuts["cpu"].blocks, positions), narrow)
     if deep := _blocks_of_all_taps(spec, operands, derivative):
-        cuts["cpu"] = Cut("deep", deep)
+        cuts["cpu"] = Cut("deep", deep, narrow)
     most = positions if isinstance(positions, int) else 8
     cuts = {platform: cut._replace(blocks=min(cut.blocks, most)) for platform, cut in cuts.items()}
     return tuple((name, cut) for name, cut in cuts.items() if name == "default" or cut != cuts["default"])
@@ -93,13 +99,18 @@ def _blocks_of_all_taps(spec: Spec, operands: Operands, derivative: bool) -> int
         return None
     samples = images * positions * spec.offset_groups * channels * jnp.dtype(spec.accumulate).itemsize
     columns = samples * spec.window.taps
-    # So many that scratch memory stays a share of the columns, and more where they outgrow the caches. Where they divide
-    # the positions, nothing is padded. What comes from several images or groups is brought into one order, in a copy.
-    several = images > 1 or spec.feature_groups > 1
-    least, most_bytes = (20 if several else 16, 1.75e6) if derivative else (5, 3.5e6)
-    blocks = max(least, round(columns / most_bytes))
-    blocks = next((n for n in range(blocks, min(2 * blocks, positions)) if positions % n == 0), min(blocks, positions))
+    # So many that scratch memory stays a share of the columns, and more where they outgrow the caches. What comes from several
+    # images or groups is brought into one order, in a copy; and of narrow arrays a step is in float32 all the same.
+    several, narrow = images > 1 or spec.feature_groups > 1, jnp.finfo(spec.dtype).bits < 32
+    least, most_bytes, more = (20 if several else 16, 1.75e6, 1.5 if narrow else 1) if derivative else (5, 3.5e6, 1)
+    blocks = min(_dividing(max(round(more * least), round(columns / most_bytes)), positions), positions)
     # Each block adds to the gradient of the whole kernel. Where that is much beside its samples, one tap at a time is as
     # fast; but not with several offset groups, whose samples that path's derivative takes twice as long to make.
-    few = images * positions < 2 * blocks * features // spec.feature_groups
+    few = images * positions * more < 2 * blocks * features // spec.feature_groups
     return None if derivative and few and spec.offset_groups == 1 else blocks
+
+
+def _dividing(blocks: int, positions: Size) -> int:
+    """So many blocks, or up to twice as many, that they divide the positions where they can: then none of these is padded."""
+    wanted = range(blocks, 2 * blocks if isinstance(positions, int) else blocks)
+    return next((n for n in wanted if positions % n == 0), blocks)

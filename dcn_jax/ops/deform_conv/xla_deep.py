@@ -8,37 +8,35 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dcn_jax._numerics import wide
-from dcn_jax.geometry import Size, int32, regular_taps
+from dcn_jax.geometry import Size, regular_taps
 from dcn_jax.ops.deform_conv import xla_tap
 from dcn_jax.ops.deform_conv.call import Spec
 from dcn_jax.ops.deform_conv.xla_cut import Cut, Operands, sizes
 from dcn_jax.sampling import Border, Positions, locate
 
 
-def product(spec: Spec, cut: Cut, first: jax.Array, block: jax.Array, wholes: Operands) -> jax.Array:
+def product(spec: Spec, cut: Cut, first: jax.Array, block: jax.Array, part: Operands) -> jax.Array:
     """What all taps add to a block: `(G, B * size, F / G)`."""
-    groups, (taps, channels, features) = spec.feature_groups, wholes.matrices.shape
-    images, size, *_ = sizes(spec, cut, wholes)
+    groups, (taps, channels, features) = spec.feature_groups, part.matrices.shape
+    images, size, *_ = sizes(spec, cut, part)
     depth = taps * channels
-    samples = _samples(spec, size, first, wholes._replace(matrices=None), block).reshape(groups, images * size, depth)
-    matrices = wholes.matrices.astype(spec.dtype)
+    samples = _samples(spec, size, first, part._replace(matrices=None), block).reshape(groups, images * size, depth)
+    matrices = part.matrices.astype(spec.dtype)
     einsum: Any = partial(jnp.einsum, precision=spec.precision, preferred_element_type=spec.accumulate)
     if groups == 1:
         return einsum("nc,cf->nf", samples[0], matrices.reshape(depth, features))[None]
     return einsum("gnc,cgf->gnf", samples, matrices.reshape(depth, groups, features // groups))
 
 
-def _read_block(spec: Spec, size: Size, first: jax.Array, wholes: Operands, block: jax.Array) -> jax.Array:
+def _read_block(spec: Spec, size: Size, first: jax.Array, part: Operands, block: jax.Array) -> jax.Array:
     """The samples of a block, of all taps, each group's together: `(G, B, size, K, channels read at one point …)`.
 
     No axis is 1 long, for XLA's CPU backend would copy the samples.
     """
-    window, batch_axes = spec.window, wholes.rows.ndim - 2
+    window, batch_axes = spec.window, part.rows.ndim - 2
     taps, groups = window.taps, math.lcm(spec.offset_groups, spec.feature_groups)
 
-    def take(array):  # (*B, P, OG, K * …) -> (*B, size, K, OG, …)
-        array = lax.dynamic_slice_in_dim(array, block * int32(size), size, batch_axes, allow_negative_indices=False)
+    def by_tap(array):  # (*B, size, OG, K * …) -> (*B, size, K, OG, …)
         array = array.reshape(*array.shape[: batch_axes + 1], spec.offset_groups, taps, array.shape[-1] // taps)
         array = jnp.repeat(array, groups // spec.offset_groups, batch_axes + 1)
         return array.swapaxes(batch_axes + 1, batch_axes + 2)
@@ -49,12 +47,11 @@ def _read_block(spec: Spec, size: Size, first: jax.Array, wholes: Operands, bloc
 
     first = xla_tap.take_block(first, block, size)
     regular = first[:, None, None] + regular_taps(window).reshape(1, taps, 1, window.rank)  # (size, K, 1, n)
-    offset = take(wholes.offset).astype(wide(wholes.offset.dtype, jnp.finfo(spec.accumulate).dtype))
-    points = Positions(lax.expand_dims(regular, range(batch_axes)), offset)
-    scale = None if wholes.modulation is None else take(wholes.modulation)[..., 0]
+    points = Positions(lax.expand_dims(regular, range(batch_axes)), by_tap(part.offset))
+    scale = None if part.modulation is None else by_tap(part.modulation)[..., 0]
     at = locate(points, scale, Border(window.spatial, window.padding_mode))
-    summed = None if wholes.summed is None else by_group(wholes.summed)
-    samples = xla_tap.read_images(by_group(wholes.rows), summed, at)
+    summed = None if part.summed is None else by_group(part.summed)
+    samples = xla_tap.read_images(by_group(part.rows), summed, at)
     # (B, size, K, groups, …), groups of features outside
     several = spec.feature_groups, groups // spec.feature_groups
     samples = samples.reshape(*samples.shape[:3], *several, samples.shape[-1]).astype(spec.dtype)
@@ -63,18 +60,18 @@ def _read_block(spec: Spec, size: Size, first: jax.Array, wholes: Operands, bloc
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _samples(spec: Spec, size: Size, first: jax.Array, wholes: Operands, block: jax.Array) -> jax.Array:
+def _samples(spec: Spec, size: Size, first: jax.Array, part: Operands, block: jax.Array) -> jax.Array:
     """`_read_block`, as an array of its own in the shape it has."""
     # XLA's CPU backend would join the reshaping for the product to the reading, find for each channel anew to which tap and
     # group it belongs, and take three times as long. It does not reach into a branch; an optimization barrier it drops.
     read = partial(_read_block, spec, size)
-    wanted = jax.eval_shape(read, first, wholes, block)
+    wanted = jax.eval_shape(read, first, part, block)
 
-    def zeros(first, wholes, block):
+    def zeros(first, part, block):
         del first, block
-        return jnp.zeros_like(wholes.rows, wanted.dtype, wanted.shape)
+        return jnp.zeros_like(part.rows, wanted.dtype, wanted.shape)
 
-    return lax.cond(block >= 0, read, zeros, first, wholes, block)
+    return lax.cond(block >= 0, read, zeros, first, part, block)
 
 
 @_samples.defjvp

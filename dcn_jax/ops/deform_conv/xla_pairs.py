@@ -19,29 +19,29 @@ from dcn_jax._numerics import wide
 from dcn_jax.geometry import Size, int32
 from dcn_jax.ops.deform_conv.call import Spec
 from dcn_jax.ops.deform_conv.xla_cut import Cut, Operands
-from dcn_jax.ops.deform_conv.xla_tap import Regular, locate_tap, matrix_of, multiply, one_batch_axis
+from dcn_jax.ops.deform_conv.xla_tap import Regular, multiply, one_batch_axis, points_of
 from dcn_jax.sampling import Border, Positions, Rows, neighbours, read_narrow
 
 
-def product(spec: Spec, cut: Cut, regular: Regular, block: jax.Array, tap: jax.Array, wholes: Operands) -> jax.Array:
+def product(spec: Spec, cut: Cut, regular: Regular, block: jax.Array, tap: jax.Array, part: Operands) -> jax.Array:
     """What a tap adds to a block, `(B * size, F)`: one offset group after another, so that no channels are moved.
 
-    `wholes` has maps in pairs, a list of them.
+    `part` has maps in pairs, a list of them.
     """
-    points, scale = locate_tap(spec, cut, regular, block, tap, wholes)
+    points, scale = points_of(spec, cut, regular, block, tap, part)
     if spec.dtype == jnp.bfloat16:
         # To which a TPU rounds float32 itself; said here, their gradients would be rounded too.
         spec = spec._replace(dtype=spec.accumulate, precision=lax.Precision.DEFAULT)
     samples = []
-    for group, rows in enumerate(wholes.rows):
+    for group, rows in enumerate(part.rows):
         at = locate_pairs(
             Positions(points.regular[..., 0, :], points.offset[..., group, :]),
             None if scale is None else scale[..., group],
             Border(spec.window.spatial, spec.window.padding_mode),
         )
-        summed = None if wholes.summed is None else wholes.summed[group]
+        summed = None if part.summed is None else part.summed[group]
         samples.append(sum_pairs(*one_batch_axis(rows, summed, at)))
-    return _add_products(spec, samples, matrix_of(wholes, tap))
+    return _add_products(spec, samples, part.matrices)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

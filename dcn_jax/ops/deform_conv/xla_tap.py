@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dcn_jax._numerics import wide
-from dcn_jax.geometry import Size, Window, int32, regular_positions, regular_taps
+from dcn_jax.geometry import Size, int32, regular_positions, regular_taps
 from dcn_jax.ops.deform_conv.call import Spec
 from dcn_jax.ops.deform_conv.xla_cut import Cut, Operands, batch_of, depthwise, sizes
 from dcn_jax.sampling import Border, Positions, Rows, locate, sum_rows
@@ -22,39 +22,53 @@ class Regular(NamedTuple):
     reach: jax.Array  # (K, n): how far each tap lies from the first
 
 
-def product(spec: Spec, cut: Cut, regular: Regular, block: jax.Array, tap: jax.Array, wholes: Operands) -> jax.Array:
+def product(spec: Spec, cut: Cut, regular: Regular, block: jax.Array, tap: jax.Array, part: Operands) -> jax.Array:
     """What a tap adds to a block: `(B * size, F)`; by offset groups, `(B * size, OG, F / OG)`, where channels are apart."""
-    points, scale = locate_tap(spec, cut, regular, block, tap, wholes)
+    points, scale = points_of(spec, cut, regular, block, tap, part)
     border = Border(spec.window.spatial, spec.window.padding_mode)
-    samples = read_images(wholes.rows, wholes.summed, locate(points, scale, border))
-    return multiply(spec, samples.reshape(math.prod(samples.shape[:2]), *samples.shape[2:]), matrix_of(wholes, tap))
+    samples = read_images(part.rows, part.summed, locate(points, scale, border))
+    return multiply(spec, samples.reshape(math.prod(samples.shape[:2]), *samples.shape[2:]), part.matrices)
 
 
-def locate_tap(
-    spec: Spec, cut: Cut, table: Regular, block, tap, wholes: Operands
-) -> tuple[Positions, jax.Array | None]:
+def points_of(spec: Spec, cut: Cut, table: Regular, block, tap, part: Operands) -> tuple[Positions, jax.Array | None]:
     """Where a tap reads for the positions of a block, `(*B, size, OG, n)`, and its modulations `(*B, size, OG)`."""
-    window, (_, size, *_) = spec.window, sizes(spec, cut, wholes)
-    batch_axes = len(batch_of(wholes))
-    take = partial(_take, batch_axes=batch_axes, size=size, window=window)
+    batch_axes, size = len(batch_of(part)), sizes(spec, cut, part).block
+
+    def by_group(array):  # (*B, size, OG, …), of which one OG is not there
+        return array.reshape(*array.shape[: batch_axes + 1], spec.offset_groups, array.shape[-1])
+
     regular = lax.expand_dims(_regular(table, block, tap, size), range(batch_axes))
-    offset = take(wholes.offset, block, tap).astype(wide(wholes.offset.dtype, jnp.finfo(spec.accumulate).dtype))
-    scale = None if wholes.modulation is None else take(wholes.modulation, block, tap)[..., 0]
-    return Positions(regular, offset), scale
+    scale = None if part.modulation is None else by_group(part.modulation)[..., 0]
+    return Positions(regular, by_group(part.offset)), scale
 
 
-def matrix_of(wholes: Operands, tap: jax.Array) -> jax.Array:
-    """A tap's matrix: `(C / groups, F)`."""
-    return lax.dynamic_index_in_dim(wholes.matrices, tap, keepdims=False, allow_negative_indices=False)
+def take(spec: Spec, cut: Cut, block: jax.Array, tap: jax.Array, wholes: Operands) -> Operands:
+    """What a step reads: offsets and modulations `(*B, size, OG, …)` of a block, of a tap or all, and the matrices of these."""
+    matrices = wholes.matrices
+    if cut.step != "deep":
+        matrices = lax.dynamic_index_in_dim(matrices, tap, keepdims=False, allow_negative_indices=False)
+
+    def slice(array):
+        start, shape = place(spec, cut, block, tap, wholes, array)
+        return lax.dynamic_slice(array, start, shape, allow_negative_indices=False)
+
+    offset = slice(wholes.offset)
+    return wholes._replace(
+        matrices=matrices.astype(spec.accumulate),  # in which their gradient is summed over the steps
+        offset=offset.astype(wide(offset.dtype, jnp.finfo(spec.accumulate).dtype)),
+        modulation=None if wholes.modulation is None else slice(wholes.modulation),
+    )
 
 
-def _take(array: jax.Array, block, tap, *, batch_axes: int, size: Size, window: Window) -> jax.Array:
-    """What one block and tap need of whole blocks: `(*B, blocks * size, OG, K * …)` -> `(*B, size, OG, …)`."""
+def place(
+    spec: Spec, cut: Cut, block, tap, wholes: Operands, array: jax.Array
+) -> tuple[list[jax.Array], tuple[Size, ...]]:
+    """Where in offsets or modulations `(*B, blocks * size, OG, K * …)` a step's part begins, and its shape."""
+    batch_axes, size = len(batch_of(wholes)), sizes(spec, cut, wholes).block
     batch, several = array.shape[:batch_axes], array.shape[batch_axes + 1 : -1]
-    width, zero = array.shape[-1] // window.taps, jnp.zeros_like(tap)
+    width, zero = array.shape[-1] // (1 if cut.step == "deep" else spec.window.taps), jnp.zeros_like(tap)
     start = [*[zero] * batch_axes, block * int32(size), *[zero] * len(several), tap * width]
-    step = lax.dynamic_slice(array, start, (*batch, size, *several, width), allow_negative_indices=False)
-    return step.reshape(*batch, size, *(several or (1,)), width)
+    return start, (*batch, size, *several, width)
 
 
 def _regular(table: Regular, block, tap, size: Size) -> jax.Array:
