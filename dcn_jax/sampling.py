@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
@@ -154,6 +155,52 @@ def locate_along(
     return Rows(tuple(indices), tuple(weights))
 
 
+# Rows of so many channels XLA's CPU backend would read and weigh channel by channel, without vectors.
+_NARROW = 16
+
+
+def sum_corners(features: jax.Array, points: Positions, scale: jax.Array | None, border: Border) -> jax.Array:
+    """`sum_rows` of what `locate` finds, written for a CPU; it is not meant to be differentiated."""
+    rank, query, channels = points.offset.shape[-1], points.offset.shape[:-1], features.shape[-1]
+    dtype = _numerics.wide(features.dtype, points.offset.dtype)
+    narrow = channels <= _NARROW
+    if narrow:  # with an axis for the corners along each spatial axis
+        points, scale = jax.tree.map(lambda array: lax.expand_dims(array, range(rank)), (points, scale))
+    axes = [Positions(points.regular[..., axis], points.offset[..., axis]) for axis in range(rank)]
+    cells = [_cell(position, size, mode) for position, size, mode in zip(axes, *border, strict=True)]
+    group = lax.broadcasted_iota(jnp.int32, cells[0][0].shape, cells[0][0].ndim - 1)
+
+    def corner(above: Sequence[Any]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """A corner, or all along axes of their own, by where it is the one above: its row, its weight, whether it is read."""
+        row: Any = 0
+        weight: Any = 1
+        inside: Any = True
+        for (offset, below, fraction, near), up, size, mode in zip(cells, above, *border, strict=True):
+            pixel = below + up.astype(jnp.int32)
+            if mode == "zeros":  # what is not read need not be a pixel of the map: XLA clamps its row
+                read = pixel.astype(jnp.uint32) < jnp.uint32(int32(size))
+            else:
+                read = ~jnp.isnan(offset) if mode == "edge" else near
+                pixel = INTO_MAP[mode](pixel, int32(size))
+            row, inside = row * int32(size) + pixel, inside & read
+            weight = weight * jnp.where(up, fraction, 1 - fraction)
+        return row * query[-1] + group, weight if scale is None else weight * scale.astype(weight.dtype), inside
+
+    def weighed(row, weight, inside):
+        read = features.at[row].get(mode="promise_in_bounds", wrap_negative_indices=False).astype(dtype)
+        return weight[..., None].astype(dtype) * jnp.where(inside[..., None], read, 0)
+
+    if not narrow:
+        corners = map(corner, itertools.product(np.array([False, True]), repeat=rank))
+        return functools.reduce(operator.add, [weighed(*found) for found in corners])
+    # A sum over an axis makes a loop around which LLVM leaves that over channels as it is, to be made of vectors; it would
+    # unroll it before. And a sum that is written as such XLA hands to a library, which takes ten times as long.
+    shape = (2,) * rank + query
+    found = corner([lax.broadcasted_iota(jnp.uint8, shape, axis) == 1 for axis in range(rank)])
+    parts = weighed(*(jnp.broadcast_to(array, shape).reshape(2**rank, *query) for array in found))
+    return lax.reduce(parts, np.zeros((), dtype), lambda a, b: a - (-b), (0,))
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def sum_rows(
     features: jax.Array, at: Rows, span: tuple[Size, Size] | None = None, summed: jax.Array | None = None
@@ -255,16 +302,8 @@ _FAR = 2.0**30
 
 def neighbours(position: Positions, size: Size, mode: str, method: str):
     """The pixels that a position on an axis reads, each (its index in the map, its weight, whether it is read)."""
-    regular, offset = position
-    # Before floor, where inf - floor(inf) would be NaN. By comparisons and not jnp.clip, because the minimum and maximum
-    # of a GPU drop a NaN. Here it stays, makes the weights NaN, and is not near.
-    distance = jnp.abs(offset)
-    near, offset_near = distance < _FAR, lax.select(distance >= _FAR, jnp.zeros_like(offset), offset)
-    below = jnp.floor(offset_near)
-    fraction = offset_near - below
     size = int32(size)
-    far = jnp.where(offset < 0, -2, size) if mode == "edge" else -2  # outside; the border, where there is one
-    pixel = jnp.where(near, regular + below.astype(jnp.int32), far)
+    offset, pixel, fraction, near = _cell(position, size, mode)
     if method == "linear":
         chosen = ((pixel, 1 - fraction), (pixel + 1, fraction))
     else:
@@ -281,6 +320,20 @@ def neighbours(position: Positions, size: Size, mode: str, method: str):
                 read = near
         neighbours.append((INTO_MAP[mode](index, size), weight, read))
     return neighbours
+
+
+def _cell(position: Positions, size: Size, mode: str) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """A position's offset on an axis, the pixel at or below it, how far above that it lies, and whether it is near."""
+    regular, offset = position
+    # Before floor, where inf - floor(inf) would be NaN. By comparisons and not jnp.clip, because the minimum and maximum
+    # of a GPU drop a NaN. Here it stays, makes the weights NaN, and is not near.
+    distance = jnp.abs(offset)
+    near, offset_near = distance < _FAR, lax.select(distance >= _FAR, jnp.zeros_like(offset), offset)
+    below = jnp.floor(offset_near)
+    fraction = offset_near - below
+    far = jnp.where(offset < 0, -2, size) if mode == "edge" else -2  # outside; the border, where there is one
+    pixel = jnp.where(near, regular + below.astype(jnp.int32), far)
+    return offset, pixel, fraction, near
 
 
 def _step(pixel: jax.Array, fraction: jax.Array, size: Size, mode: str, method: str) -> jax.Array:

@@ -12,7 +12,7 @@ from dcn_jax.geometry import Size, regular_taps
 from dcn_jax.ops.deform_conv import xla_tap
 from dcn_jax.ops.deform_conv.call import Spec
 from dcn_jax.ops.deform_conv.xla_cut import Cut, Operands, sizes
-from dcn_jax.sampling import Border, Positions, locate
+from dcn_jax.sampling import Border, Positions, locate, sum_corners
 
 
 def product(spec: Spec, cut: Cut, first: jax.Array, block: jax.Array, part: Operands) -> jax.Array:
@@ -33,6 +33,24 @@ def _read_block(spec: Spec, size: Size, first: jax.Array, part: Operands, block:
 
     No axis is 1 long, for XLA's CPU backend would copy the samples.
     """
+    rows, summed, points, scale = _locate_block(spec, size, first, part, block)
+    at = locate(points, scale, Border(spec.window.spatial, spec.window.padding_mode))
+    return _by_feature_group(spec, xla_tap.read_images(rows, summed, at))
+
+
+def _read_block_quickly(spec: Spec, size: Size, first: jax.Array, part: Operands, block: jax.Array) -> jax.Array:
+    """`_read_block`, where no derivative is wanted."""
+    rows, summed, points, scale = _locate_block(spec, size, first, part, block)
+    rows, _, (points, scale) = xla_tap.one_batch_axis(rows, None, (points, scale))
+    border = Border(spec.window.spatial, spec.window.padding_mode)
+    samples = jax.vmap(partial(sum_corners, border=border))(rows, points, scale)
+    return _by_feature_group(spec, samples if summed is None else samples.astype(summed.dtype))
+
+
+def _locate_block(
+    spec: Spec, size: Size, first: jax.Array, part: Operands, block: jax.Array
+) -> tuple[jax.Array, jax.Array | None, Positions, jax.Array | None]:
+    """The map, and its wider copy, by group, where a block reads it, `(*B, size, K, groups, n)`, and its modulations."""
     window, batch_axes = spec.window, part.rows.ndim - 2
     taps, groups = window.taps, math.lcm(spec.offset_groups, spec.feature_groups)
 
@@ -49,11 +67,12 @@ def _read_block(spec: Spec, size: Size, first: jax.Array, part: Operands, block:
     regular = first[:, None, None] + regular_taps(window).reshape(1, taps, 1, window.rank)  # (size, K, 1, n)
     points = Positions(lax.expand_dims(regular, range(batch_axes)), by_tap(part.offset))
     scale = None if part.modulation is None else by_tap(part.modulation)[..., 0]
-    at = locate(points, scale, Border(window.spatial, window.padding_mode))
-    summed = None if part.summed is None else by_group(part.summed)
-    samples = xla_tap.read_images(by_group(part.rows), summed, at)
-    # (B, size, K, groups, …), groups of features outside
-    several = spec.feature_groups, groups // spec.feature_groups
+    return by_group(part.rows), None if part.summed is None else by_group(part.summed), points, scale
+
+
+def _by_feature_group(spec: Spec, samples: jax.Array) -> jax.Array:
+    """Samples `(B, size, K, groups, …)` with the groups of features outside."""
+    several = spec.feature_groups, samples.shape[3] // spec.feature_groups
     samples = samples.reshape(*samples.shape[:3], *several, samples.shape[-1]).astype(spec.dtype)
     samples = samples.transpose(3, 0, 1, 2, 4, 5)
     return jnp.squeeze(samples, [axis for axis, n in zip((0, 4), several, strict=True) if n == 1])
@@ -64,7 +83,7 @@ def _samples(spec: Spec, size: Size, first: jax.Array, part: Operands, block: ja
     """`_read_block`, as an array of its own in the shape it has."""
     # XLA's CPU backend would join the reshaping for the product to the reading, find for each channel anew to which tap and
     # group it belongs, and take three times as long. It does not reach into a branch; an optimization barrier it drops.
-    read = partial(_read_block, spec, size)
+    read = partial(_read_block_quickly, spec, size)
     wanted = jax.eval_shape(read, first, part, block)
 
     def zeros(first, part, block):

@@ -103,7 +103,7 @@ def read_images(rows: jax.Array, summed: jax.Array | None, at: Rows) -> jax.Arra
     return jax.vmap(lambda rows, summed, at: sum_rows(rows, at, None, summed))(rows, summed, at)
 
 
-def one_batch_axis(rows: jax.Array, summed: jax.Array | None, at: Rows) -> tuple[jax.Array, jax.Array | None, Rows]:
+def one_batch_axis(rows: jax.Array, summed: jax.Array | None, at: Any) -> tuple[jax.Array, jax.Array | None, Any]:
     """Maps and rows with their batch axes as one, and what is shared repeated."""
     batch = rows.shape[:-2]
 
