@@ -157,15 +157,20 @@ def _pull_steps(spec: Spec, cut: Cut, active: tuple[str, ...], y_bar: jax.Array,
         step = _step(spec, cut, i)
         part = _part(spec, cut, step, wholes._replace(matrices=operands.matrices))
 
-        def of_active(moving):
-            return _product(spec, cut, regular, step, part._replace(**moving))
-
-        _, pull = jax.vjp(of_active, {name: getattr(part, name) for name in active})
         bar = _hold(cut, y_bar, step[0])
-        bar = lax.dynamic_index_in_dim(bar, step[0], keepdims=False, allow_negative_indices=False)
+        bar = lax.dynamic_index_in_dim(bar, step[0], keepdims=False, allow_negative_indices=False).astype(
+            spec.accumulate
+        )
         if cut.step == "deep":  # (N, F) -> (G, N, F / G)
             bar = bar.reshape(images * size, spec.feature_groups, features // spec.feature_groups).swapaxes(0, 1)
-        (bars,) = pull(bar.reshape(_shape(spec, cut, operands)).astype(spec.accumulate))
+            bars = xla_deep.pull(spec, cut, regular.first, step[0], part, active, bar)
+        else:
+
+            def of_active(moving):
+                return _product(spec, cut, regular, step, part._replace(**moving))
+
+            _, pull = jax.vjp(of_active, {name: getattr(part, name) for name in active})
+            (bars,) = pull(bar.reshape(_shape(spec, cut, operands)))
         sums = {name: _add_part(spec, cut, step, wholes, name, sums[name], bars[name]) for name in active}
         return (i - 1, sums), None
 

@@ -12,16 +12,47 @@ from dcn_jax.geometry import Size, regular_taps
 from dcn_jax.ops.deform_conv import xla_tap
 from dcn_jax.ops.deform_conv.call import Spec
 from dcn_jax.ops.deform_conv.xla_cut import Cut, Operands, sizes
-from dcn_jax.sampling import Border, Positions, locate, sum_corners
+from dcn_jax.sampling import Border, Positions, Rows, locate, pull_rows, sum_corners
 
 
 def product(spec: Spec, cut: Cut, first: jax.Array, block: jax.Array, part: Operands) -> jax.Array:
     """What all taps add to a block: `(G, B * size, F / G)`."""
-    groups, (taps, channels, features) = spec.feature_groups, part.matrices.shape
-    images, size, *_ = sizes(spec, cut, part)
+    size = sizes(spec, cut, part).block
+    return _multiply(spec, _samples(spec, size, first, part._replace(matrices=None), block), part.matrices)
+
+
+def pull(spec: Spec, cut: Cut, first, block, part: Operands, active: tuple[str, ...], bar: jax.Array) -> dict:
+    """The transpose of `product`: the gradients by the operands that are `active`."""
+    size, border = sizes(spec, cut, part).block, Border(spec.window.spatial, spec.window.padding_mode)
+
+    def located(moving):
+        rows, summed, points, scale = _locate_block(spec, size, first, part._replace(**moving), block)
+        rows, summed, at = xla_tap.one_batch_axis(rows, summed, locate(points, scale, border))
+        return (rows, summed, at.weight), at.row
+
+    moving = {name: getattr(part, name) for name in active if name != "matrices"}
+    (rows, summed, weight), undo, row = jax.vjp(located, moving, has_aux=True)
+    at = Rows(row, weight)
+    samples = _samples(spec, size, first, part._replace(matrices=None), block)
+    _, pull_product = jax.vjp(partial(_multiply, spec), samples, part.matrices)
+    samples_bar, matrices_bar = pull_product(bar)
+    read = jax.eval_shape(xla_tap.read_images, rows, summed, at)
+    (read_bar,) = jax.linear_transpose(partial(_arrange, spec), read)(samples_bar)
+    if summed is None:
+        rows_bar, weight_bar = jax.vmap(pull_rows)(rows, at, read_bar)
+        summed_bar = None
+    else:
+        summed_bar, weight_bar = jax.vmap(pull_rows)(rows, at, read_bar, summed)
+        rows_bar = jnp.zeros_like(rows)
+    (bars,) = undo((rows_bar, summed_bar, weight_bar))
+    return bars | {"matrices": matrices_bar} if "matrices" in active else bars
+
+
+def _multiply(spec: Spec, samples: jax.Array, matrices: jax.Array) -> jax.Array:
+    """Samples `([G,] B, size, K, …)` times matrices `(K, C / G, F)`: `(G, B * size, F / G)`."""
+    groups, (taps, channels, features) = spec.feature_groups, matrices.shape
     depth = taps * channels
-    samples = _samples(spec, size, first, part._replace(matrices=None), block).reshape(groups, images * size, depth)
-    matrices = part.matrices.astype(spec.dtype)
+    samples, matrices = samples.reshape(groups, samples.size // (groups * depth), depth), matrices.astype(spec.dtype)
     einsum: Any = partial(jnp.einsum, precision=spec.precision, preferred_element_type=spec.accumulate)
     if groups == 1:
         return einsum("nc,cf->nf", samples[0], matrices.reshape(depth, features))[None]
@@ -29,13 +60,10 @@ def product(spec: Spec, cut: Cut, first: jax.Array, block: jax.Array, part: Oper
 
 
 def _read_block(spec: Spec, size: Size, first: jax.Array, part: Operands, block: jax.Array) -> jax.Array:
-    """The samples of a block, of all taps, each group's together: `(G, B, size, K, channels read at one point …)`.
-
-    No axis is 1 long, for XLA's CPU backend would copy the samples.
-    """
+    """The samples of a block, of all taps, each group's together: `(G, B, size, K, channels read at one point …)`."""
     rows, summed, points, scale = _locate_block(spec, size, first, part, block)
     at = locate(points, scale, Border(spec.window.spatial, spec.window.padding_mode))
-    return _by_feature_group(spec, xla_tap.read_images(rows, summed, at))
+    return _arrange(spec, xla_tap.read_images(rows, summed, at))
 
 
 def _read_block_quickly(spec: Spec, size: Size, first: jax.Array, part: Operands, block: jax.Array) -> jax.Array:
@@ -44,7 +72,7 @@ def _read_block_quickly(spec: Spec, size: Size, first: jax.Array, part: Operands
     rows, _, (points, scale) = xla_tap.one_batch_axis(rows, None, (points, scale))
     border = Border(spec.window.spatial, spec.window.padding_mode)
     samples = jax.vmap(partial(sum_corners, border=border))(rows, points, scale)
-    return _by_feature_group(spec, samples if summed is None else samples.astype(summed.dtype))
+    return _arrange(spec, samples if summed is None else samples.astype(summed.dtype))
 
 
 def _locate_block(
@@ -70,8 +98,11 @@ def _locate_block(
     return by_group(part.rows), None if part.summed is None else by_group(part.summed), points, scale
 
 
-def _by_feature_group(spec: Spec, samples: jax.Array) -> jax.Array:
-    """Samples `(B, size, K, groups, …)` with the groups of features outside."""
+def _arrange(spec: Spec, samples: jax.Array) -> jax.Array:
+    """Samples `(B, size, K, groups, …)` with the groups of features outside.
+
+    No axis is 1 long, for XLA's CPU backend would copy the samples.
+    """
     several = spec.feature_groups, samples.shape[3] // spec.feature_groups
     samples = samples.reshape(*samples.shape[:3], *several, samples.shape[-1]).astype(spec.dtype)
     samples = samples.transpose(3, 0, 1, 2, 4, 5)
