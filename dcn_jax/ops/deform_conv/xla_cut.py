@@ -102,7 +102,7 @@ def _blocks_of_all_taps(spec: Spec, operands: Operands, derivative: bool) -> int
     # So many that scratch memory stays a share of the columns, and more where they outgrow the caches. What comes from several
     # images or groups is brought into one order, in a copy; and of narrow arrays a step is in float32 all the same.
     several, narrow = images > 1 or spec.feature_groups > 1, jnp.finfo(spec.dtype).bits < 32
-    least, most_bytes, more = (20 if several else 16, 1.75e6, 1.5 if narrow else 1) if derivative else (5, 3.5e6, 1)
+    least, most_bytes, more = (20 if several else 14, 1.75e6, 1.5 if narrow else 1) if derivative else (5, 3.5e6, 1)
     blocks = min(_dividing(max(round(more * least), round(columns / most_bytes)), positions), positions)
     # Each block adds to the gradient of the whole kernel. Where that is much beside its samples, one tap at a time is as
     # fast; but not with several offset groups, whose samples that path's derivative takes twice as long to make.
