@@ -51,8 +51,8 @@ def pull(spec: Spec, cut: Cut, first, block, part: Operands, active: tuple[str, 
 def _multiply(spec: Spec, samples: jax.Array, matrices: jax.Array) -> jax.Array:
     """Samples `([G,] B, size, K, …)` times matrices `(K, C / G, F)`: `(G, B * size, F / G)`."""
     groups, (taps, channels, features) = spec.feature_groups, matrices.shape
-    depth = taps * channels
-    samples, matrices = samples.reshape(groups, samples.size // (groups * depth), depth), matrices.astype(spec.dtype)
+    depth, (images, size, *_) = taps * channels, samples.shape[1 if groups > 1 else 0 :]
+    samples, matrices = samples.reshape(groups, images * size, depth), matrices.astype(spec.dtype)
     einsum: Any = partial(jnp.einsum, precision=spec.precision, preferred_element_type=spec.accumulate)
     if groups == 1:
         return einsum("nc,cf->nf", samples[0], matrices.reshape(depth, features))[None]
