@@ -125,6 +125,21 @@ def _sum_steps(spec: Spec, cut: Cut, operands: Operands) -> jax.Array:
         y = y.reshape(cut.blocks, groups, images, size, features // groups).transpose(2, 0, 3, 1, 4)
         return y.reshape(images, cut.blocks * size, features)[:, :positions].astype(spec.out_dtype)
 
+    if cut.step == "pairs":  # the taps in a loop of their own, whose sum a TPU keeps on the chip
+
+        def sum_block(block, _):
+            def add_tap(carry, _):
+                tap, total = carry
+                return (tap + 1, total + product((block, tap))), None
+
+            zeros = _zeros(spec, _shape(spec, cut, operands), operands)
+            (_, total), _ = lax.scan(add_tap, (jnp.int32(0), zeros), length=spec.window.taps)
+            return block + 1, total
+
+        _, y = lax.scan(sum_block, jnp.int32(0), length=cut.blocks)
+        y = jnp.moveaxis(y.reshape(cut.blocks, images, size, features), 0, 1)
+        return y.reshape(images, cut.blocks * size, features)[:, :positions].astype(spec.out_dtype)
+
     # One loop, not one within the other, whose arrays are indexed where they lie and not scanned over: so none is moved,
     # and XLA sees that the gradient of the kernel is a sum over the steps, which it takes over devices once, after the loop.
     def add(carry, _):
@@ -155,7 +170,7 @@ def _pull_steps(spec: Spec, cut: Cut, active: tuple[str, ...], y_bar: jax.Array,
     def add(carry, _):
         i, sums = carry
         step = _step(spec, cut, i)
-        part = _part(spec, cut, step, wholes._replace(matrices=operands.matrices))
+        part = _part(spec, cut, step, wholes._replace(matrices=_matrices(spec, cut, operands)))
 
         bar = _hold(cut, y_bar, step[0])
         bar = lax.dynamic_index_in_dim(bar, step[0], keepdims=False, allow_negative_indices=False).astype(
@@ -264,14 +279,20 @@ def _whole_blocks(spec: Spec, cut: Cut, operands: Operands) -> Operands:
     def maps(array):
         return xla_pairs.pair_up(array, border, spec.offset_groups) if cut.step == "pairs" else array
 
-    rows, matrices, offset, modulation, summed = operands
+    rows, _, offset, modulation, summed = operands
     return Operands(
         rows=maps(rows),
-        matrices=matrices.astype(spec.accumulate),  # in which their gradient is summed over the steps
+        matrices=_matrices(spec, cut, operands).astype(spec.accumulate),  # in which their gradient is summed over the steps
         offset=whole(offset),
         modulation=None if modulation is None else whole(modulation),
         summed=None if summed is None else maps(summed),
     )
+
+
+def _matrices(spec: Spec, cut: Cut, operands: Operands) -> jax.Array:
+    """The taps' matrices, for maps in pairs if so cut."""
+    matrices = operands.matrices
+    return xla_pairs.pair_matrices(matrices, spec.offset_groups) if cut.step == "pairs" else matrices
 
 
 def _zeros(spec: Spec, shape: tuple[Size, ...], operands: Operands) -> jax.Array:
