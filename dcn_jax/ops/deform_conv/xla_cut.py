@@ -78,7 +78,7 @@ def cuts_by_platform(spec: Spec, operands: Operands, derivative: bool) -> tuple[
         "default": Cut("tap", few if apart else 1),
         "cpu": Cut("tap", few * max(1, round(samples / 1.75e6)), narrow),
         # It keeps the 2^n rows of each sample, and pads rows, and groups of channels, to 128 channels.
-        "tpu": Cut("pairs" if paired else "tap", 32 if apart else 5 if derivative and spec.offset_groups > 1 else 4),
+        "tpu": Cut("pairs" if paired else "tap", 32 if apart else 5 if spec.offset_groups > 1 else 4),
     }
     if narrow and derivative:  # a step is in float32 all the same
         cuts["cpu"] = Cut("tap", _dividing(3 * cuts["cpu"].blocks, positions), narrow)

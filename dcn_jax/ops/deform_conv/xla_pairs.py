@@ -58,7 +58,7 @@ def _apart(matrix: jax.Array) -> jax.Array:
     return lax.optimization_barrier(matrix)
 
 
-_apart.defjvp(lambda primals, tangents: (*primals, *tangents))
+_apart.defjvp(lambda primals, tangents: (primals[0], tangents[0]))
 
 
 def pair_matrices(matrices: jax.Array, groups: int) -> jax.Array:
@@ -185,8 +185,8 @@ def _spread(first: jax.Array, second: jax.Array, width: int) -> jax.Array:
 
 @_spread.defjvp
 def _spread_jvp(width, primals, tangents):
-    y = _spread(*primals, width)
-    return y, _either(*tangents, width).reshape(y.shape)
+    y = _spread(primals[0], primals[1], width)
+    return y, _either(tangents[0], tangents[1], width).reshape(y.shape)
 
 
 def _rows(pairs: jax.Array, row: jax.Array) -> jax.Array:
