@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from dcn_jax import linear_sample
-from dcn_jax.sampling import Border, Positions, locate, sum_corners, sum_rows
 from tests.support import oracle
 from tests.support.running import assert_close, compiled, value_and_gradients
 
@@ -210,17 +209,3 @@ def test_errors_at_trace_time(features, points, error, message):
 def test_outside_of_jit_it_is_the_same():
     features, points = draw((4, 3), whole=0.2)
     assert_close(linear_sample(features, points), sample(features, points), 1e-6)
-
-
-@pytest.mark.parametrize("channels", [3, 16, 17], ids="{} channels".format)
-@pytest.mark.parametrize("mode", ["zeros", "edge", "wrap", "reflect", "symmetric"])
-def test_the_sum_for_a_cpu_is_the_same(mode, channels):
-    """At points in and around the map, far, infinite and NaN, it reads what `locate` and `sum_rows` do."""
-    features, points = draw((4, 3), 2 * channels)
-    features[3, 2, 0], points[0, :4, 0] = np.inf, (np.inf, -np.inf, np.nan, 3e9)
-    rows, border = jnp.asarray(features.reshape(4 * 3 * 2, channels)), Border((4, 3), (mode, mode))
-    regular = jnp.broadcast_to(jnp.array([1, -1], jnp.int32), (4, 6, 1, 2))
-    at = Positions(regular, jnp.repeat(jnp.asarray(points)[:, :, None], 2, axis=2))
-    scale = jnp.linspace(0.5, 2, 4 * 6 * 2, dtype=np.float32).reshape(4, 6, 2)
-    wanted = jax.jit(lambda: sum_rows(rows, locate(at, scale, border)))()
-    np.testing.assert_allclose(jax.jit(lambda: sum_corners(rows, at, scale, border))(), wanted, rtol=1e-5, atol=1e-5)

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dcn_jax._sampling_cpu import pull_rows, sum_corners
 from dcn_jax.geometry import Size, regular_taps
 from dcn_jax.ops.deform_conv import xla_tap
 from dcn_jax.ops.deform_conv.call import Spec
 from dcn_jax.ops.deform_conv.xla_cut import Cut, Operands, sizes
-from dcn_jax.sampling import Border, Positions, Rows, locate, pull_rows, sum_corners
+from dcn_jax.sampling import Border, Positions, Rows, locate
 
 
 def product(spec: Spec, cut: Cut, first: jax.Array, block: jax.Array, part: Operands) -> jax.Array:
