@@ -282,9 +282,7 @@ def _whole_blocks(spec: Spec, cut: Cut, operands: Operands) -> Operands:
     rows, _, offset, modulation, summed = operands
     return Operands(
         rows=maps(rows),
-        matrices=_matrices(spec, cut, operands).astype(
-            spec.accumulate
-        ),  # in which their gradient is summed over the steps
+        matrices=_matrices(spec, cut, operands).astype(spec.accumulate),  # in which their gradient is summed
         offset=whole(offset),
         modulation=None if modulation is None else whole(modulation),
         summed=None if summed is None else maps(summed),
