@@ -25,7 +25,10 @@ _NARROW = 16
 
 
 def sum_corners(features: jax.Array, points: Positions, scale: jax.Array | None, border: Border) -> jax.Array:
-    """`sum_rows` of what `locate` finds, written for a CPU; it is not meant to be differentiated."""
+    """`sum_rows` of what `locate` finds, written for a CPU: `(R, Cg)`, points `(*query, OG, n)` -> `(*query, OG, Cg)`.
+
+    It is not meant to be differentiated.
+    """
     rank, query, channels = points.offset.shape[-1], points.offset.shape[:-1], features.shape[-1]
     dtype = _numerics.wide(features.dtype, points.offset.dtype)
     narrow = channels <= _NARROW
@@ -69,7 +72,10 @@ def sum_corners(features: jax.Array, points: Positions, scale: jax.Array | None,
 def pull_rows(
     features: jax.Array, at: Rows, y_bar: jax.Array, summed: jax.Array | None = None
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The gradients of `sum_rows` by features, or by `summed`, and by the weights, as a CPU finds them quickly."""
+    """The gradients of `sum_rows` by features, or by `summed`, and by the weights, as a CPU finds them quickly.
+
+    `(R, Cg)`, corners `(*query,)`, the gradient of the result `(*query, Cg)` -> `(R, Cg)`, and `(*query,)` for each corner.
+    """
     index, y_bar = jnp.stack(at.row), y_bar[None]
     again = read_rows(features, lax.optimization_barrier(index), None, summed)
     weight_bar = _sum_channels(y_bar * again.astype(y_bar.dtype))

@@ -8,6 +8,7 @@ the taps, cut into steps for each platform (`xla_cut`); `_sum_steps` is the loop
 import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -120,25 +121,37 @@ def _sum_steps(spec: Spec, cut: Cut, operands: Operands) -> jax.Array:
     def product(step):
         return _product(spec, cut, regular, step, _part(spec, cut, step, wholes))
 
-    if cut.step == "deep":
-        _, y = lax.scan(lambda i, _: (i + 1, product(_step(spec, cut, i))), jnp.int32(0), length=_count(spec, cut))
-        y = y.reshape(cut.blocks, groups, images, size, features // groups).transpose(2, 0, 3, 1, 4)
-        return y.reshape(images, cut.blocks * size, features)[:, :positions].astype(spec.out_dtype)
+    match cut.step:
+        case "deep":
+            _, y = lax.scan(lambda i, _: (i + 1, product(_step(spec, cut, i))), jnp.int32(0), length=_count(spec, cut))
+            y = y.reshape(cut.blocks, groups, images, size, features // groups).transpose(2, 0, 3, 1, 4)
+        case "pairs":
+            y = jnp.moveaxis(_sum_by_block(spec, cut, product, operands), 0, 1)
+        case _:
+            y = jnp.moveaxis(_sum_in_place(spec, cut, product, operands), 0, 1)
+    return y.reshape(images, cut.blocks * size, features)[:, :positions].astype(spec.out_dtype)
 
-    if cut.step == "pairs":  # the taps in a loop of their own, whose sum a TPU keeps on the chip
 
-        def sum_block(block, _):
-            def add_tap(carry, _):
-                tap, total = carry
-                return (tap + 1, total + product((block, tap))), None
+def _sum_by_block(spec: Spec, cut: Cut, product: Callable, operands: Operands) -> jax.Array:
+    """Σ of the steps' products, `(blocks, B, size, F)`: the taps in a loop of their own, whose sum a TPU keeps on the chip."""
+    images, size, _, features = sizes(spec, cut, operands)
 
-            zeros = _zeros(spec, _shape(spec, cut, operands), operands)
-            (_, total), _ = lax.scan(add_tap, (jnp.int32(0), zeros), length=spec.window.taps)
-            return block + 1, total
+    def sum_block(block, _):
+        def add_tap(carry, _):
+            tap, total = carry
+            return (tap + 1, total + product((block, tap))), None
 
-        _, y = lax.scan(sum_block, jnp.int32(0), length=cut.blocks)
-        y = jnp.moveaxis(y.reshape(cut.blocks, images, size, features), 0, 1)
-        return y.reshape(images, cut.blocks * size, features)[:, :positions].astype(spec.out_dtype)
+        zeros = _zeros(spec, _shape(spec, cut, operands), operands)
+        (_, total), _ = lax.scan(add_tap, (jnp.int32(0), zeros), length=spec.window.taps)
+        return block + 1, total
+
+    _, y = lax.scan(sum_block, jnp.int32(0), length=cut.blocks)
+    return y.reshape(cut.blocks, images, size, features)
+
+
+def _sum_in_place(spec: Spec, cut: Cut, product: Callable, operands: Operands) -> jax.Array:
+    """Σ of the steps' products, `(blocks, B, size, F)`, in one loop."""
+    images, size, _, features = sizes(spec, cut, operands)
 
     # One loop, not one within the other, whose arrays are indexed where they lie and not scanned over: so none is moved,
     # and XLA sees that the gradient of the kernel is a sum over the steps, which it takes over devices once, after the loop.
@@ -151,8 +164,7 @@ def _sum_steps(spec: Spec, cut: Cut, operands: Operands) -> jax.Array:
 
     zeros = _zeros(spec, (cut.blocks, *_shape(spec, cut, operands)), operands)
     (_, total), _ = lax.scan(add, (jnp.int32(0), zeros), length=_count(spec, cut))
-    y = jnp.moveaxis(total.reshape(cut.blocks, images, size, features), 0, 1)
-    return y.reshape(images, cut.blocks * size, features)[:, :positions].astype(spec.out_dtype)
+    return total.reshape(cut.blocks, images, size, features)
 
 
 def _pull_steps(spec: Spec, cut: Cut, active: tuple[str, ...], y_bar: jax.Array, operands: Operands) -> Operands:
@@ -173,9 +185,8 @@ def _pull_steps(spec: Spec, cut: Cut, active: tuple[str, ...], y_bar: jax.Array,
         part = _part(spec, cut, step, wholes._replace(matrices=_matrices(spec, cut, operands)))
 
         bar = _hold(cut, y_bar, step[0])
-        bar = lax.dynamic_index_in_dim(bar, step[0], keepdims=False, allow_negative_indices=False).astype(
-            spec.accumulate
-        )
+        bar = lax.dynamic_index_in_dim(bar, step[0], keepdims=False, allow_negative_indices=False)
+        bar = bar.astype(spec.accumulate)
         if cut.step == "deep":  # (N, F) -> (G, N, F / G)
             bar = bar.reshape(images * size, spec.feature_groups, features // spec.feature_groups).swapaxes(0, 1)
             bars = xla_deep.pull(spec, cut, regular.first, step[0], part, active, bar)
