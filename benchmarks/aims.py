@@ -173,19 +173,19 @@ def gpu_aims(rows: list[dict]) -> list[Aim]:
     halves = {(row["workload"], row["mode"]): row.get("torchvision_ms") for row in rows if row["dtype"] == "float16"}
     aims = []
     for mode, single, half, dense in (("forward", 4, 8, 2.5), ("forward_backward", 4, 6, 4)):
-        exact = select(rows, GPU, mode, "float32", "pallas")
+        exact = select(rows, GPU, mode, "float32", "pallas_gpu")
         errors = [row["parity"] for row in exact if row.get("parity") is not None]
         limit = 5e-3 if any(row.get("tf32") for row in exact) else 1e-5
         aims.append(Aim(f"{spoken(mode)}, float32", "relative error, worst", worst(errors), limit))
         for dtype, limit in (("float32", single), ("float16", half), ("bfloat16", half)):
-            label, ours = f"{spoken(mode)}, {dtype}", select(rows, GPU, mode, dtype, "pallas")
+            label, ours = f"{spoken(mode)}, {dtype}", select(rows, GPU, mode, dtype, "pallas_gpu")
             theirs = "torchvision"
             if dtype == "bfloat16":
                 ours = [row | {"torchvision_ms": halves.get((row["workload"], mode))} for row in ours]
                 theirs = "torchvision in float16"
             aims.append(against(label, theirs, ours, "torchvision_ms", limit))
             aims.append(against(label, "deformops", ours, "deformops_ms", 1))
-        ours = select(rows, GPU, mode, "bfloat16", "pallas")
+        ours = select(rows, GPU, mode, "bfloat16", "pallas_gpu")
         label = f"{spoken(mode)}, bfloat16"
         most, name = extreme(max, ours, "ms", "dense_ms")
         aims.append(Aim(label, f"ours / plain, worst: {name}", most, dense))

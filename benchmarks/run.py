@@ -57,7 +57,7 @@ from benchmarks.rows import STACKS, counted, spoken
 from benchmarks.suites import COMPILED, DTYPES, SUITES, Comparison, singly
 from benchmarks.workloads import WORKLOADS
 
-IMPLEMENTATIONS = ("xla", "pallas")
+IMPLEMENTATIONS = ("xla", "pallas_gpu")
 PICTURES = (".png", ".svg", ".pdf")
 
 

@@ -186,7 +186,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = "xla", "pallas", "default"
+    names = "xla", "pallas_gpu", "default"
     p.add_argument("--device", choices=("cpu", "gpu"), help="cpu, gpu (default: JAX's own choice)")
     p.add_argument("--implementation", nargs="+", choices=names, help="default: xla, and on a GPU pallas too")
     p.add_argument("--depth", type=int, choices=NETWORKS, default=50, help="of the ResNet (default: 50)")
@@ -201,7 +201,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if getattr(args, option) < 1:
             p.error(f"--{option} {getattr(args, option)}: wanted at least 1")
     args.device = use_device(p, args.device)
-    args.implementation = args.implementation or (["xla", "pallas"] if args.device == "gpu" else ["xla"])
+    args.implementation = args.implementation or (["xla", "pallas_gpu"] if args.device == "gpu" else ["xla"])
     return args
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.export import is_symbolic_dim
 
-from dcn_jax import _check, _numerics
+from dcn_jax._core import checks, dtypes
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 Size = Any  # an int, or a symbolic dimension of `jax.export`
@@ -103,11 +103,11 @@ def resolve_window(
     if len(size) not in (1, 2, 3):
         raise ValueError(f"window={size!r} has {len(size)} entries; wanted 1, 2 or 3 ints, one per spatial axis")
     rank = len(size)
-    size = _check.per_axis("window", size, rank, minimum=1)
-    spatial = _check.sizes("spatial", spatial, rank)
+    size = checks.per_axis("window", size, rank, minimum=1)
+    spatial = checks.sizes("spatial", spatial, rank)
     # None is 1 everywhere, as in Flax.
-    strides = _check.per_axis("strides", 1 if strides is None else strides, rank, minimum=1)
-    dilation = _check.per_axis("kernel_dilation", 1 if kernel_dilation is None else kernel_dilation, rank, minimum=1)
+    strides = checks.per_axis("strides", 1 if strides is None else strides, rank, minimum=1)
+    dilation = checks.per_axis("kernel_dilation", 1 if kernel_dilation is None else kernel_dilation, rank, minimum=1)
     extent = tuple((k - 1) * d + 1 for k, d in zip(size, dilation, strict=True))
     named = canonical_padding(padding, rank)
     modes = canonical_padding_mode(padding_mode, rank, named)
@@ -164,11 +164,11 @@ def canonical_padding(padding: Padding, rank: int) -> str | tuple[tuple[int, int
         if name not in ("SAME", "SAME_LOWER", "VALID", *_MODE_OF_PADDING):
             raise ValueError(f"padding={padding!r} is not known; wanted {wanted}")
         return name
-    per_axis: Any = [padding] * rank if _check.is_int(padding) else padding
+    per_axis: Any = [padding] * rank if checks.is_int(padding) else padding
     if not isinstance(per_axis, Sequence):
         raise TypeError(f"padding={padding!r} is a {type(padding).__name__}; wanted {wanted}")
     pairs = [tuple(p) if isinstance(p, Sequence) else (p, p) for p in per_axis]
-    if not all(_check.is_int(pad) for pair in pairs for pad in pair):
+    if not all(checks.is_int(pad) for pair in pairs for pad in pair):
         raise TypeError(f"padding={padding!r} is not made of ints; wanted {wanted}")
     if len(pairs) != rank or not all(len(pair) == 2 for pair in pairs):
         raise ValueError(f"padding={padding!r} does not fit {rank} spatial axes; wanted {wanted}")
@@ -248,9 +248,9 @@ def sampling_points(
     resolved = resolve_window(
         window, spatial=spatial, strides=strides, padding=padding, kernel_dilation=kernel_dilation
     )
-    offset = _check.array("offset", offset, jnp.floating)
+    offset = checks.array("offset", offset, jnp.floating)
     check_offset_shape(offset.shape, resolved)
-    return place_taps(offset, resolved, _numerics.wide(offset.dtype))
+    return place_taps(offset, resolved, dtypes.wide(offset.dtype))
 
 
 def check_offset_shape(shape: tuple[int, ...], window: Window) -> int:

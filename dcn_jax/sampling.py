@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from dcn_jax import _check, _numerics
+from dcn_jax._core import checks, dtypes
 from dcn_jax.geometry import Size, canonical_padding_mode, int32
 
 
@@ -65,8 +65,8 @@ def linear_sample(features: jax.Array, points: jax.Array, *, padding_mode: str |
         >>> linear_sample(ramp, jnp.array([[1.25], [-0.5], [4.5], [9.0]]), padding_mode="wrap")[:, 0]
         Array([1.25, 2.  , 2.  , 4.  ], dtype=float32)
     """
-    features = _check.array("features", features, jnp.inexact)
-    points = _check.array("points", points, jnp.floating)
+    features = checks.array("features", features, jnp.inexact)
+    points = checks.array("points", points, jnp.floating)
     if features.ndim < 2 or 0 in features.shape[:-1]:
         raise ValueError(f"features has shape {features.shape}; wanted (*spatial, C) with at least one pixel")
     if points.ndim < 1 or points.shape[-1] != features.ndim - 1:
@@ -75,8 +75,8 @@ def linear_sample(features: jax.Array, points: jax.Array, *, padding_mode: str |
             f"of features, whose shape is {features.shape}"
         )
     dtype, (*spatial, channels) = features.dtype, features.shape
-    points = points.astype(_numerics.wide(points.dtype, jnp.finfo(dtype).dtype))
-    features = features.astype(_numerics.wide(dtype))  # the gradient is summed in the dtype that is gathered from
+    points = points.astype(dtypes.wide(points.dtype, jnp.finfo(dtype).dtype))
+    features = features.astype(dtypes.wide(dtype))  # the gradient is summed in the dtype that is gathered from
     border = Border(tuple(spatial), canonical_padding_mode(padding_mode, len(spatial)))
     at = locate(Positions(jnp.int32(0), points[..., None, :]), None, border)
     return sum_rows(features.reshape(math.prod(spatial), channels), at)[..., 0, :].astype(dtype)
@@ -118,7 +118,7 @@ def locate(points: Positions, scale: jax.Array | None, border: Border, method: s
 
     points `(*query, OG, n)`, scale of each point's weights `(*query, OG)`, or None -> arrays `(*query, OG)`.
     """
-    regular, offset = points.regular, points.offset.astype(_numerics.wide(points.offset.dtype))
+    regular, offset = points.regular, points.offset.astype(dtypes.wide(points.offset.dtype))
     groups = offset.shape[-2]
     group = lax.broadcasted_iota(jnp.int32, offset.shape[:-1], offset.ndim - 2) if groups > 1 else None
     axes = [
@@ -164,7 +164,7 @@ def sum_rows(
     without a copy of them, and no more is touched by the derivative. With `summed`, `features` in a wider dtype, the
     derivative is that with respect to it, and `features` has none.
     """
-    dtype = _numerics.wide(features.dtype, at.weight[0].dtype)
+    dtype = dtypes.wide(features.dtype, at.weight[0].dtype)
     read = [
         w[..., None].astype(dtype) * read_rows(features, i, span, summed).astype(dtype)
         for i, w in zip(*at, strict=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
-from dcn_jax import _check, _extras
+from dcn_jax._core import checks, extras
 from dcn_jax.geometry import Padding, Window, check_offset_shape, resolve_window, sampling_points
 
 if TYPE_CHECKING:
@@ -70,9 +70,9 @@ def plot_sampling(
     image, offset = np.asarray(image), jnp.asarray(np.asarray(offset), jnp.float32)
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[-1] not in (1, 3, 4)):
         raise ValueError(f"image has shape {image.shape}; wanted (H, W), or (H, W, channels) with 1, 3 or 4 channels")
-    spatial = _check.per_axis("spatial", image.shape[:2] if spatial is None else spatial, 2, minimum=1)
+    spatial = checks.per_axis("spatial", image.shape[:2] if spatial is None else spatial, 2, minimum=1)
     geometry = {"strides": strides, "padding": padding, "kernel_dilation": kernel_dilation, "spatial": spatial}
-    resolved = resolve_window(_check.per_axis("window", window, 2, minimum=1), **geometry)
+    resolved = resolve_window(checks.per_axis("window", window, 2, minimum=1), **geometry)
     _check_offset(offset.shape, resolved)
     modulation = _modulation(mask, offset.shape, resolved)
     rows, columns = _positions(at, resolved.out_spatial)
@@ -131,7 +131,7 @@ def _canvas(image: np.ndarray, spatial: tuple[int, ...], ax: "Axes | None") -> "
     try:
         from matplotlib import pyplot as plt
     except ModuleNotFoundError as error:
-        raise _extras.missing("dcn_jax.viz", "viz") from error
+        raise extras.missing("dcn_jax.viz", "viz") from error
 
     ax = plt.subplots()[1] if ax is None else ax
     height, width = spatial

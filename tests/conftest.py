@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items):
     """Leave out each test of an implementation that cannot do what the test needs: it is not skipped, it does not exist."""
     items[:] = [item for item in items if _able(item)]
     for item in items:
-        if _implementation(item) == "pallas" and not item.get_closest_marker("quick"):
+        if _implementation(item) == "pallas_gpu" and not item.get_closest_marker("quick"):
             item.add_marker(pytest.mark.slow)
 
 
@@ -77,7 +77,7 @@ def _able(item):
         raise pytest.UsageError(f"{item.nodeid} needs {unknown}; known are {ABILITIES}")
     implementation = _implementation(item)
     able = implementation is None or needs <= IMPLEMENTATIONS[implementation]
-    if item.get_closest_marker("quick") and (implementation is None or (implementation == "pallas" and not able)):
+    if item.get_closest_marker("quick") and (implementation is None or (implementation == "pallas_gpu" and not able)):
         raise pytest.UsageError(f"{item.nodeid} is marked quick, but does not run over the GPU kernels")
     return able
 

@@ -254,7 +254,7 @@ GOOD = {
         ({"num_points": (2, 2)}, ValueError, "num_points=(2, 2); wanted 3 ints of at least 1, one per level"),
         ({"num_points": 2.5}, TypeError, "num_points=2.5 is not made of ints"),
         ({"method": "bilinear"}, ValueError, "method='bilinear' is not known; wanted one of"),
-        ({"implementation": "pallas"}, ValueError, "implementation='pallas' is not there for ms_deform_attn"),
+        ({"implementation": "pallas_gpu"}, ValueError, "implementation='pallas_gpu' is not there for ms_deform_attn"),
     ],
 )
 def test_options_that_do_not_fit(framework, options, error, message):

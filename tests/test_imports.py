@@ -60,7 +60,7 @@ def test_no_import_runs_up(file):
         ("from dcn_jax.sampling import locate", {"sampling.py"}),
         ("import dcn_jax.ops.deform_conv.api", {"ops/deform_conv/api.py"}),
         ("def f():\n    from dcn_jax.ops import deform_conv", {"ops/deform_conv/__init__.py"}),
-        ("from dcn_jax import _check\nimport jax", set()),
+        ("from dcn_jax._core import checks\nimport jax", set()),
     ],
 )
 def test_an_import_that_runs_up_is_found(source, found):

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 import dcn_jax
-from dcn_jax._pallas.launch import interpret
+from dcn_jax._core.pallas.launch import interpret
 from tests.support.layers import FRAMEWORKS, PLAIN, convolutions, fill, linen, nnx_
 from tests.support.running import normal
 
@@ -176,7 +176,7 @@ def with_offset_bias(layer, z):
 def test_the_bound_is_passed_on_to_the_implementation_that_needs_one(make):
     """The largest of the axes', for the branch's own offsets alone: others would be clipped."""
     options = {"max_offset": (1.0, 2.0), "precision": "highest"}
-    layer, plain = make(4, 6, (2, 2), implementation="matmul", **options), make(4, 6, (2, 2), **options)
+    layer, plain = make(4, 6, (2, 2), implementation="pallas_tpu", **options), make(4, 6, (2, 2), **options)
     params = fill(plain, scale=2.0)
     with interpret():
         y = jax.jit(layer.apply)(params, X)
@@ -185,7 +185,7 @@ def test_the_bound_is_passed_on_to_the_implementation_that_needs_one(make):
             with pytest.raises(ValueError, match="max_offset=None"):
                 jax.eval_shape(layer.apply, params, X, **given)
         with pytest.raises(ValueError, match="max_offset=None"):
-            jax.eval_shape(make(4, 6, (2, 2), implementation="matmul", max_offset=(1.0, None)).apply, params, X)
+            jax.eval_shape(make(4, 6, (2, 2), implementation="pallas_tpu", max_offset=(1.0, None)).apply, params, X)
     assert "clamp" not in str(jax.make_jaxpr(plain.apply)(params, X))
 
 

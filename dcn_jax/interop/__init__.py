@@ -1,6 +1,6 @@
 """To and from other libraries: PyTorch's weights, linen's parameters, checkpoints, orders of channels, ONNX."""
 
-from dcn_jax import _extras
+from dcn_jax._core import extras
 from dcn_jax.interop._files import read_checkpoint
 from dcn_jax.interop._orders import reorder_offsets
 
@@ -9,6 +9,6 @@ try:
     from dcn_jax.interop._onnx import to_onnx
     from dcn_jax.interop._torch import from_torch, to_torch
 except ModuleNotFoundError as error:
-    raise _extras.missing("dcn_jax.interop", "interop") from error
+    raise extras.missing("dcn_jax.interop", "interop") from error
 
 __all__ = ["from_linen", "from_torch", "read_checkpoint", "reorder_offsets", "to_linen", "to_onnx", "to_torch"]

@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dcn_jax import _extras
+from dcn_jax._core import extras
 
 # torch.load(…, weights_only=True) of older versions could be made to run code: CVE-2025-32434 and CVE-2026-24747.
 _SAFE_TORCH = (2, 10)
@@ -61,7 +61,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         from safetensors.numpy import load_file
     except ModuleNotFoundError as error:
-        raise _extras.missing("read_checkpoint", "interop") from error
+        raise extras.missing("read_checkpoint", "interop") from error
     try:
         return load_file(path)
     except Exception as error:  # whatever a hostile file brings about

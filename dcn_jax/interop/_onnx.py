@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from dcn_jax import _check, _extras
+from dcn_jax._core import checks, extras
 from dcn_jax.interop._onnx_graph import Graph, Size, Value
 from dcn_jax.interop._onnx_parts import CONVERTERS, nnx
 
@@ -79,10 +79,10 @@ def to_onnx(
     try:
         import onnx
     except ModuleNotFoundError as error:
-        raise _extras.missing("dcn_jax.interop.to_onnx", "interop") from error
+        raise extras.missing("dcn_jax.interop.to_onnx", "interop") from error
 
     newest = onnx.defs.onnx_opset_version()
-    if not _check.is_int(opset) or not _OLDEST_OPSET <= opset <= newest:
+    if not checks.is_int(opset) or not _OLDEST_OPSET <= opset <= newest:
         raise ValueError(f"opset={opset!r}; wanted an int from {_OLDEST_OPSET}, the first with DeformConv, to {newest}")
     if not isinstance(layer, nnx.Module):
         raise TypeError(
@@ -112,7 +112,7 @@ def _sizes(input_shape: Any) -> tuple[Any, ...]:
     sizes = [usual if size is None else size for size, usual in zip(input_shape, _NAMES[len(input_shape)], strict=True)]
     for size in sizes:
         if not isinstance(size, str):
-            _check.count("a size of input_shape", size)
+            checks.count("a size of input_shape", size)
     if isinstance(sizes[-1], str):
         raise ValueError(
             f"input_shape={input_shape!r} leaves the channels open; {wanted}, but for the channels, an int"

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dcn_jax import _branch, _extras
+from dcn_jax._core import extras
+from dcn_jax._layers import offset_conv
 from dcn_jax.interop._onnx_graph import USE_JAX_EXPORT, Graph, Value
 
 try:
     from flax import nnx
 except ModuleNotFoundError as error:
-    raise _extras.missing("dcn_jax.interop", "interop") from error
+    raise extras.missing("dcn_jax.interop", "interop") from error
 
 from dcn_jax.models.resnet import BasicBlock, Bottleneck, ResNet
 from dcn_jax.nnx import DeformConv
@@ -81,14 +82,14 @@ def _deform_conv(
 
 
 def _split(graph: Graph, layer: DeformConv, z: Value) -> tuple[Value, Value | None]:
-    """What `_branch.split` makes of the branch's output.
+    """What `offset_conv.split` makes of the branch's output.
 
     Offset `(batch, OG * K * 2, …)` and mask `(batch, OG * K, …)`.
     """
     points = layer.offset_groups * int(np.prod(layer.kernel_size))
     if z.channels != points * (2 + layer.modulated):
         graph.refuse(f"its branch emits {z.channels} channels; wanted {points * (2 + layer.modulated)}")
-    offset = _bound(graph, _channels(graph, z, 0, 2 * points), _branch.bounds_of(layer.max_offset, 2))
+    offset = _bound(graph, _channels(graph, z, 0, 2 * points), offset_conv.bounds_of(layer.max_offset, 2))
     if not layer.modulated:
         return offset, None
     mask = graph.node("Sigmoid", _channels(graph, z, 2 * points, z.channels))
@@ -128,7 +129,7 @@ def _without_trailing_nones(*inputs: Any) -> list[Any]:
 def _conv(graph: Graph, layer: nnx.Conv, x: Value) -> Value:
     if not np.all(np.equal(1 if layer.input_dilation is None else layer.input_dilation, 1)):
         graph.refuse(f"input_dilation={layer.input_dilation} has no form in ONNX's Conv; {USE_JAX_EXPORT}")
-    if layer.conv_general_dilated not in (lax.conv_general_dilated, _branch.wide_conv):
+    if layer.conv_general_dilated not in (lax.conv_general_dilated, offset_conv.wide_conv):
         graph.refuse(f"a conv_general_dilated of its own cannot be looked into; {USE_JAX_EXPORT}")
     _check_channels(graph, x, layer.in_features)
     kernel = _kernel(layer)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dcn_jax import _check
+from dcn_jax._core import checks
 
 # From ours, offset (OG, kh, kw, 2) with (y, x) last and mask (OG, kh, kw), to theirs. The channels of an array that has
 # both are those of the offset, then those of the mask.
@@ -74,8 +74,8 @@ def reorder_offsets(
     array = np.asarray(array)
     if order not in ORDERS:
         raise ValueError(f"order={order!r} is not known; wanted one of {tuple(ORDERS)}")
-    window = _check.per_axis("window", window, 2, minimum=1)
-    _check.count("offset_groups", offset_groups)
+    window = checks.per_axis("window", window, 2, minimum=1)
+    checks.count("offset_groups", offset_groups)
     masks = offset_groups * math.prod(window)
     padded = -(-3 * masks // 8) * 8 if order == "dcnv4" else 3 * masks
     channels = array.shape[axis] if array.ndim else 0

@@ -5,15 +5,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dcn_jax import _dcn, _extras
-from dcn_jax._dcn import Pair
+from dcn_jax._core import extras
+from dcn_jax._layers import dcn
+from dcn_jax._layers.dcn import Pair
 from dcn_jax.ops.dcnv3 import dcnv3
 from dcn_jax.ops.dcnv4 import dcnv4
 
 try:
     import flax.linen as nn
 except ModuleNotFoundError as error:
-    raise _extras.missing("dcn_jax.linen", "flax") from error
+    raise extras.missing("dcn_jax.linen", "flax") from error
 
 
 class DCNv3(nn.Module):
@@ -87,19 +88,19 @@ class DCNv3(nn.Module):
             ValueError: an option does not fit the input; the message names it.
             TypeError: an option or the input is of the wrong kind.
         """
-        _dcn.check_options(self)
-        inputs, grid = _dcn.check_input(self, inputs)
-        size = _dcn.square("dw_kernel_size", self.kernel_size if self.dw_kernel_size is None else self.dw_kernel_size)
+        dcn.check_options(self)
+        inputs, grid = dcn.check_input(self, inputs)
+        size = dcn.square("dw_kernel_size", self.kernel_size if self.dw_kernel_size is None else self.dw_kernel_size)
         x = _projection(self, "input_proj")(inputs)
         z = _Branch(self.norm_layer, self.act_layer, size, grid.window.strides, **_dtypes(self), name="dw_conv")(
-            _dcn.around_centres(inputs, grid.window, size)
+            dcn.around_centres(inputs, grid.window, size)
         )
-        weights = _dcn.weights(self)
-        offset = _zero_dense(self, 2 * weights, "offset")(_dcn.wide(z))
-        mask = _dcn.softmax(_zero_dense(self, weights, "mask")(_dcn.wide(z)), self.group)
-        y = dcnv3(x, offset, mask, **_dcn.op_options(self))
+        weights = dcn.weights(self)
+        offset = _zero_dense(self, 2 * weights, "offset")(dcn.wide(z))
+        mask = dcn.softmax(_zero_dense(self, weights, "mask")(dcn.wide(z)), self.group)
+        y = dcnv3(x, offset, mask, **dcn.op_options(self))
         if self.center_feature_scale:
-            y = _dcn.blend(y, x, z, *_center_feature_scale(self), grid.window)
+            y = dcn.blend(y, x, z, *_center_feature_scale(self), grid.window)
         return _projection(self, "output_proj")(y)
 
 
@@ -177,20 +178,20 @@ class DCNv4(nn.Module):
             ValueError: an option does not fit the input; the message names it.
             TypeError: an option or the input is of the wrong kind.
         """
-        _dcn.check_options(self)
-        inputs, grid = _dcn.check_input(self, inputs)
+        dcn.check_options(self)
+        inputs, grid = dcn.check_input(self, inputs)
         x = inputs if self.without_pointwise else _projection(self, "value_proj")(inputs)
         if self.dw_kernel_size is None:
-            seen = _dcn.at_centres(inputs, grid.window)
+            seen = dcn.at_centres(inputs, grid.window)
         else:
-            size = _dcn.square("dw_kernel_size", self.dw_kernel_size)
+            size = dcn.square("dw_kernel_size", self.dw_kernel_size)
             seen = _depthwise(inputs.shape[-1], size, grid.window.strides, **_dtypes(self), name="offset_mask_dw")(
-                _dcn.around_centres(inputs, grid.window, size)
+                dcn.around_centres(inputs, grid.window, size)
             )
-        offset_mask = _zero_dense(self, _dcn.packed_features(self), "offset_mask")(_dcn.wide(seen))
-        y = dcnv4(x, offset_mask, groups=self.group, **_dcn.op_options(self))
+        offset_mask = _zero_dense(self, dcn.packed_features(self), "offset_mask")(dcn.wide(seen))
+        y = dcnv4(x, offset_mask, groups=self.group, **dcn.op_options(self))
         if self.center_feature_scale:
-            y = _dcn.blend(y, x, y, *_center_feature_scale(self), grid.window)
+            y = dcn.blend(y, x, y, *_center_feature_scale(self), grid.window)
         return y if self.without_pointwise else _projection(self, "output_proj", use_bias=self.output_bias)(y)
 
 
@@ -207,8 +208,8 @@ class _Branch(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        act = _dcn.activation(self.act_layer)
-        _dcn.check_norm(self.norm_layer, 'norm_layer(name="norm")')
+        act = dcn.activation(self.act_layer)
+        dcn.check_norm(self.norm_layer, 'norm_layer(name="norm")')
         x = _depthwise(x.shape[-1], self.size, self.strides, **_dtypes(self), name="conv")(x)
         if self.norm_layer == "LN":
             return act(nn.LayerNorm(dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(x))
@@ -226,8 +227,8 @@ def _depthwise(channels: int, size: tuple[int, ...], strides: tuple[int, ...], *
         strides,
         padding="VALID",
         feature_group_count=channels,
-        kernel_init=_dcn.DEPTHWISE_KERNEL_INIT,
-        bias_init=_dcn.depthwise_bias_init(size),
+        kernel_init=dcn.DEPTHWISE_KERNEL_INIT,
+        bias_init=dcn.depthwise_bias_init(size),
         **options,
     )
 

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dcn_jax import _branch, _check, _extras
+from dcn_jax._core import checks, extras
+from dcn_jax._layers import offset_conv
 from dcn_jax.geometry import Padding, Window
 from dcn_jax.ops.deform_conv import deform_conv, kernel_shape
 
@@ -15,7 +16,7 @@ try:
     import flax.linen as nn
     from flax.linen.dtypes import promote_dtype
 except ModuleNotFoundError as error:
-    raise _extras.missing("dcn_jax.linen", "flax") from error
+    raise extras.missing("dcn_jax.linen", "flax") from error
 
 
 class DeformConv(nn.Module):
@@ -58,7 +59,7 @@ class DeformConv(nn.Module):
             one per axis, where None leaves an axis unbounded and 0 undeformed.
         offset_kernel_init: initializer of `offset_conv/kernel`.
         offset_bias_init: initializer of `offset_conv/bias`.
-        implementation: of the op: "xla", "pallas", "matmul" (on a TPU, where `max_offset` bounds the branch's offsets) or
+        implementation: of the op: "xla", "pallas_gpu", "pallas_tpu" (on a TPU, where `max_offset` bounds the branch's offsets) or
             None for the fastest that is sound.
         padding_mode: what the map is beyond its border: "zeros", "edge", "wrap", "reflect" or "symmetric", for all axes
             or one per axis. The default branch reads the map so too.
@@ -141,14 +142,14 @@ class DeformConv(nn.Module):
             "kernel_dilation": self.kernel_dilation,
             "padding_mode": self.padding_mode,
         }
-        window = _branch.check_input(inputs, _branch.window_of(self.kernel_size), **geometry)
+        window = offset_conv.check_input(inputs, offset_conv.window_of(self.kernel_size), **geometry)
         channels = inputs.shape[-1]
         self._check_options(channels, window.rank)
-        _branch.check_call(offset, mask, offset_inputs, base_offset, offset_branch=self.offset_branch)
+        offset_conv.check_call(offset, mask, offset_inputs, base_offset, offset_branch=self.offset_branch)
         bounded = offset is None and base_offset is None  # by max_offset, and nothing is added after it
         if offset is None:
-            seen = _branch.view(inputs, offset_inputs, window, own=self.offset_conv_cls is not None)
-            offset, mask = _branch.split(
+            seen = offset_conv.view(inputs, offset_inputs, window, own=self.offset_conv_cls is not None)
+            offset, mask = offset_conv.split(
                 self._make_branch(window)(seen),
                 inputs,
                 window,
@@ -175,14 +176,14 @@ class DeformConv(nn.Module):
             **geometry,
             feature_group_count=self.feature_group_count,
             precision=self.precision,
-            max_offset=_branch.bound_for(self.implementation, self.max_offset, window.rank, bounded=bounded),
+            max_offset=offset_conv.bound_for(self.implementation, self.max_offset, window.rank, bounded=bounded),
             implementation=self.implementation,
         )
 
     @nn.nowrap
     def _check_options(self, channels: int, rank: int) -> None:
-        _check.count("features", self.features)
-        _branch.check_options(
+        checks.count("features", self.features)
+        offset_conv.check_options(
             channels,
             rank,
             offset_groups=self.offset_groups,
@@ -192,12 +193,12 @@ class DeformConv(nn.Module):
             offset_branch=self.offset_branch,
         )
         call = 'offset_conv_cls(features, name="offset_conv")'
-        _branch.check_maker(self.offset_conv_cls, nn.Module, call, offset_branch=self.offset_branch)
+        offset_conv.check_maker(self.offset_conv_cls, nn.Module, call, offset_branch=self.offset_branch)
 
     @nn.nowrap
     def _make_branch(self, window: Window) -> Any:
         """The module that emits offsets and logits: the user's own, or a convolution like the main one."""
-        features = _branch.features(window.size, self.offset_groups, self.modulated)
+        features = offset_conv.features(window.size, self.offset_groups, self.modulated)
         if self.offset_conv_cls is not None:
             return self.offset_conv_cls(features, name="offset_conv")
         given = {
@@ -207,13 +208,13 @@ class DeformConv(nn.Module):
         injected: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         promote: Any = self.promote_dtype
         if not injected:
-            injected = {"conv_general_dilated": _branch.wide_conv}
+            injected = {"conv_general_dilated": offset_conv.wide_conv}
             promote = functools.partial(_promote, self.promote_dtype)
         return nn.Conv(
             features,
             window.size,
             strides=self.strides,
-            padding=_branch.conv_padding(self.padding, self.padding_mode, window.rank),
+            padding=offset_conv.conv_padding(self.padding, self.padding_mode, window.rank),
             kernel_dilation=self.kernel_dilation,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -229,4 +230,4 @@ class DeformConv(nn.Module):
 def _promote(promote_dtype: Any, inputs: jax.Array, kernel: jax.Array, bias: jax.Array, *, dtype: Any) -> tuple:
     """`promote_dtype`, but for the bias, which stays as wide as the sums that it is added to."""
     inputs, kernel, _ = promote_dtype(inputs, kernel, bias, dtype=dtype)
-    return inputs, kernel, _branch.wide_bias(bias, kernel)
+    return inputs, kernel, offset_conv.wide_bias(bias, kernel)

@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dcn_jax import _extras, _ms_deform_attn
+from dcn_jax._core import extras
+from dcn_jax._layers import ms_deform_attn
 
 try:
     import flax.linen as nn
 except ModuleNotFoundError as error:
-    raise _extras.missing("dcn_jax.linen", "flax") from error
+    raise extras.missing("dcn_jax.linen", "flax") from error
 
 
 class MSDeformAttn(nn.Module):
@@ -113,21 +114,21 @@ class MSDeformAttn(nn.Module):
             ValueError: an option or argument does not fit; the message names it.
             TypeError: an option or argument is of the wrong kind.
         """
-        _ms_deform_attn.check_options(self)
-        call = _ms_deform_attn.check_call(self, query, reference_points, value, spatial_shapes, padding_mask)
-        points, wide = _ms_deform_attn.points(self), _ms_deform_attn.branch_dtype(self)
-        offset_inits = self.offset_kernel_init, self.offset_bias_init or _ms_deform_attn.directions(self)
+        ms_deform_attn.check_options(self)
+        call = ms_deform_attn.check_call(self, query, reference_points, value, spatial_shapes, padding_mask)
+        points, wide = ms_deform_attn.points(self), ms_deform_attn.branch_dtype(self)
+        offset_inits = self.offset_kernel_init, self.offset_bias_init or ms_deform_attn.directions(self)
         attention_inits = self.attention_kernel_init, self.attention_bias_init
         offset = self._dense("sampling_offsets", 2 * points, wide, *offset_inits)(call.query)
         logits = self._dense("attention_weights", points, wide, *attention_inits)(call.query)
-        locations = _ms_deform_attn.locations(self, offset, call)
-        weights = _ms_deform_attn.weights(self, logits)
+        locations = ms_deform_attn.locations(self, offset, call)
+        weights = ms_deform_attn.weights(self, logits)
         self.sow("intermediates", "sampling_locations", locations)
         self.sow("intermediates", "sampling_weights", weights)
 
         inits = self.kernel_init, self.bias_init
         projected = self._dense("value_proj", self.embed_dim, self.dtype, *inits)(call.value)
-        y = _ms_deform_attn.attend(self, projected, call, locations, weights)
+        y = ms_deform_attn.attend(self, projected, call, locations, weights)
         return self._dense("output_proj", self.embed_dim, self.dtype, *inits)(y)
 
     @nn.nowrap

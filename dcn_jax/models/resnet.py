@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dcn_jax import _check, _extras
+from dcn_jax._core import checks, extras
 
 try:
     from flax import nnx
 except ModuleNotFoundError as error:
-    raise _extras.missing("dcn_jax.models", "flax") from error
+    raise extras.missing("dcn_jax.models", "flax") from error
 
 from dcn_jax.nnx import DeformConv
 
@@ -117,7 +117,7 @@ class ResNet(nnx.Module):
             network that is given the weights of a plain one computes what that one does.
         max_offset: bounds each offset smoothly to ±max_offset pixels, one number or one per axis;
             None for no bound.
-        implementation: of the op: "xla", "pallas" or None for the fastest that is sound.
+        implementation: of the op: "xla", "pallas_gpu" or None for the fastest that is sound.
         remat: whether the backward pass computes the inside of each block anew, instead of keeping
             it in memory.
         in_features: channels of the images.
@@ -259,9 +259,9 @@ def _run(block: nnx.Module, x: jax.Array) -> jax.Array:
 
 def _check_options(num_classes: Any, deform_stages: Any, in_features: Any, width: Any) -> None:
     if num_classes is not None:
-        _check.count("num_classes", num_classes)
-    _check.count("in_features", in_features)
-    _check.count("width", width)
+        checks.count("num_classes", num_classes)
+    checks.count("in_features", in_features)
+    checks.count("width", width)
     if isinstance(deform_stages, str) or not isinstance(deform_stages, Collection):
         raise TypeError(
             f"deform_stages={deform_stages!r} is a {type(deform_stages).__name__}; wanted a tuple of names, of {STAGES}"

@@ -5,15 +5,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dcn_jax import _dcn, _extras
-from dcn_jax._dcn import Pair
+from dcn_jax._core import extras
+from dcn_jax._layers import dcn
+from dcn_jax._layers.dcn import Pair
 from dcn_jax.ops.dcnv3 import dcnv3
 from dcn_jax.ops.dcnv4 import dcnv4
 
 try:
     from flax import nnx
 except ModuleNotFoundError as error:
-    raise _extras.missing("dcn_jax.nnx", "flax") from error
+    raise extras.missing("dcn_jax.nnx", "flax") from error
 
 
 class DCNv3(nnx.Module):
@@ -102,9 +103,9 @@ class DCNv3(nnx.Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
-        _dcn.check_options(self)
-        weights, rows = _dcn.weights(self), _dcn.square("kernel_size", kernel_size)
-        size = rows if dw_kernel_size is None else _dcn.square("dw_kernel_size", dw_kernel_size)
+        dcn.check_options(self)
+        weights, rows = dcn.weights(self), dcn.square("kernel_size", kernel_size)
+        size = rows if dw_kernel_size is None else dcn.square("dw_kernel_size", dw_kernel_size)
         self.dw_conv = Branch(self, size, rngs)
         self.offset = _zero_dense(self, 2 * weights, rngs)
         self.mask = _zero_dense(self, weights, rngs)
@@ -121,14 +122,14 @@ class DCNv3(nnx.Module):
             ValueError: an option does not fit the input; the message names it.
             TypeError: an option or the input is of the wrong kind.
         """
-        inputs, grid = _dcn.check_input(self, inputs)
+        inputs, grid = dcn.check_input(self, inputs)
         x = self.input_proj(inputs)
-        z = self.dw_conv(_dcn.around_centres(inputs, grid.window, self.dw_conv.conv.kernel_size))
-        offset = self.offset(_dcn.wide(z))
-        mask = _dcn.softmax(self.mask(_dcn.wide(z)), self.group)
-        y = dcnv3(x, offset, mask, **_dcn.op_options(self))
+        z = self.dw_conv(dcn.around_centres(inputs, grid.window, self.dw_conv.conv.kernel_size))
+        offset = self.offset(dcn.wide(z))
+        mask = dcn.softmax(self.mask(dcn.wide(z)), self.group)
+        y = dcnv3(x, offset, mask, **dcn.op_options(self))
         if self.center_feature_scale:
-            y = _dcn.blend(y, x, z, *_center_feature_scale(self), grid.window)
+            y = dcn.blend(y, x, z, *_center_feature_scale(self), grid.window)
         return self.output_proj(y)
 
 
@@ -221,11 +222,11 @@ class DCNv4(nnx.Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
-        _dcn.check_options(self)
+        dcn.check_options(self)
         self.offset_mask_dw = nnx.data(None)
         if dw_kernel_size is not None:
-            self.offset_mask_dw = _depthwise(self, _dcn.square("dw_kernel_size", dw_kernel_size), rngs)
-        self.offset_mask = _zero_dense(self, _dcn.packed_features(self), rngs)
+            self.offset_mask_dw = _depthwise(self, dcn.square("dw_kernel_size", dw_kernel_size), rngs)
+        self.offset_mask = _zero_dense(self, dcn.packed_features(self), rngs)
         self.value_proj = nnx.data(None)
         self.output_proj = nnx.data(None)
         if not without_pointwise:
@@ -242,15 +243,15 @@ class DCNv4(nnx.Module):
             ValueError: an option does not fit the input; the message names it.
             TypeError: an option or the input is of the wrong kind.
         """
-        inputs, grid = _dcn.check_input(self, inputs)
+        inputs, grid = dcn.check_input(self, inputs)
         x = inputs if self.value_proj is None else self.value_proj(inputs)
         if self.offset_mask_dw is None:
-            seen = _dcn.at_centres(inputs, grid.window)
+            seen = dcn.at_centres(inputs, grid.window)
         else:
-            seen = self.offset_mask_dw(_dcn.around_centres(inputs, grid.window, self.offset_mask_dw.kernel_size))
-        y = dcnv4(x, self.offset_mask(_dcn.wide(seen)), groups=self.group, **_dcn.op_options(self))
+            seen = self.offset_mask_dw(dcn.around_centres(inputs, grid.window, self.offset_mask_dw.kernel_size))
+        y = dcnv4(x, self.offset_mask(dcn.wide(seen)), groups=self.group, **dcn.op_options(self))
         if self.center_feature_scale:
-            y = _dcn.blend(y, x, y, *_center_feature_scale(self), grid.window)
+            y = dcn.blend(y, x, y, *_center_feature_scale(self), grid.window)
         return y if self.output_proj is None else self.output_proj(y)
 
 
@@ -258,8 +259,8 @@ class Branch(nnx.Module):
     """What DCNv3 makes offsets and weights of: a depthwise convolution, a norm and an activation."""
 
     def __init__(self, layer: Any, size: tuple[int, ...], rngs: nnx.Rngs):
-        self.act = _dcn.activation(layer.act_layer)
-        _dcn.check_norm(layer.norm_layer, "norm_layer(channels, rngs=rngs)")
+        self.act = dcn.activation(layer.act_layer)
+        dcn.check_norm(layer.norm_layer, "norm_layer(channels, rngs=rngs)")
         self.conv = _depthwise(layer, size, rngs)
         if layer.norm_layer == "LN":
             self.norm = nnx.LayerNorm(layer.channels, dtype=layer.dtype, param_dtype=layer.param_dtype, rngs=rngs)
@@ -282,8 +283,8 @@ def _depthwise(layer: Any, size: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Conv:
         layer.stride,
         padding="VALID",
         feature_group_count=layer.channels,
-        kernel_init=_dcn.DEPTHWISE_KERNEL_INIT,
-        bias_init=_dcn.depthwise_bias_init(size),
+        kernel_init=dcn.DEPTHWISE_KERNEL_INIT,
+        bias_init=dcn.depthwise_bias_init(size),
         **_dtypes(layer),
         rngs=rngs,
     )

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dcn_jax import _branch, _check, _extras
+from dcn_jax._core import checks, extras
+from dcn_jax._layers import offset_conv
 from dcn_jax.geometry import Padding
 from dcn_jax.ops.deform_conv import deform_conv, kernel_shape
 
@@ -17,7 +18,7 @@ try:
     from flax import nnx
     from flax.nnx.nn.dtypes import promote_dtype
 except ModuleNotFoundError as error:
-    raise _extras.missing("dcn_jax.nnx", "flax") from error
+    raise extras.missing("dcn_jax.nnx", "flax") from error
 
 
 class DeformConv(nnx.Module):
@@ -66,7 +67,7 @@ class DeformConv(nnx.Module):
             one per axis, where None leaves an axis unbounded and 0 undeformed.
         offset_kernel_init: initializer of `offset_conv/kernel`.
         offset_bias_init: initializer of `offset_conv/bias`.
-        implementation: of the op: "xla", "pallas", "matmul" (on a TPU, where `max_offset` bounds the branch's offsets) or
+        implementation: of the op: "xla", "pallas_gpu", "pallas_tpu" (on a TPU, where `max_offset` bounds the branch's offsets) or
             None for the fastest that is sound.
         padding_mode: what the map is beyond its border: "zeros", "edge", "wrap", "reflect" or "symmetric", for all axes
             or one per axis. The default branch reads the map so too.
@@ -130,13 +131,13 @@ class DeformConv(nnx.Module):
         offset_branch: bool = True,
         offset_in_features: int | None = None,
     ):
-        window = _branch.window_of(kernel_size)
-        _check.count("in_features", in_features)
-        _check.count("out_features", out_features)
+        window = offset_conv.window_of(kernel_size)
+        checks.count("in_features", in_features)
+        checks.count("out_features", out_features)
         if offset_in_features is None:
             offset_in_features = in_features
-        _check.count("offset_in_features", offset_in_features)
-        _branch.check_options(
+        checks.count("offset_in_features", offset_in_features)
+        offset_conv.check_options(
             in_features,
             len(window),
             offset_groups=offset_groups,
@@ -146,7 +147,7 @@ class DeformConv(nnx.Module):
             offset_branch=offset_branch,
         )
         call = "offset_conv_cls(in_features, features, rngs=rngs)"
-        _branch.check_maker(offset_conv_cls, nnx.Module, call, offset_branch=offset_branch)
+        offset_conv.check_maker(offset_conv_cls, nnx.Module, call, offset_branch=offset_branch)
         shape = kernel_shape(window, in_features, out_features, feature_group_count)
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype), **kernel_metadata)
         self.bias = nnx.data(None)
@@ -211,13 +212,13 @@ class DeformConv(nnx.Module):
             "kernel_dilation": self.kernel_dilation,
             "padding_mode": self.padding_mode,
         }
-        window = _branch.check_input(inputs, self.kernel_size, self.in_features, **geometry)
-        _branch.check_call(offset, mask, offset_inputs, base_offset, offset_branch=self.offset_branch)
+        window = offset_conv.check_input(inputs, self.kernel_size, self.in_features, **geometry)
+        offset_conv.check_call(offset, mask, offset_inputs, base_offset, offset_branch=self.offset_branch)
         bounded = offset is None and base_offset is None  # by max_offset, and nothing is added after it
         if offset is None:
             own = self.offset_conv_cls is not None
-            seen = _branch.view(inputs, offset_inputs, window, channels=self.offset_in_features, own=own)
-            offset, mask = _branch.split(
+            seen = offset_conv.view(inputs, offset_inputs, window, channels=self.offset_in_features, own=own)
+            offset, mask = offset_conv.split(
                 self.offset_conv(seen),
                 inputs,
                 window,
@@ -246,14 +247,14 @@ class DeformConv(nnx.Module):
             feature_group_count=self.feature_group_count,
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
-            max_offset=_branch.bound_for(self.implementation, self.max_offset, window.rank, bounded=bounded),
+            max_offset=offset_conv.bound_for(self.implementation, self.max_offset, window.rank, bounded=bounded),
             implementation=self.implementation,
         )
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
     def _make_branch(self, kernel_init: Any, bias_init: Any, conv_general_dilated: Any, rngs: nnx.Rngs) -> Any:
         """The module that emits offsets and logits: the user's own, or a convolution like the main one."""
-        features = _branch.features(self.kernel_size, self.offset_groups, self.modulated)
+        features = offset_conv.features(self.kernel_size, self.offset_groups, self.modulated)
         if self.offset_conv_cls is not None:
             return self.offset_conv_cls(self.offset_in_features, features, rngs=rngs)
         injected = conv_general_dilated is not lax.conv_general_dilated
@@ -262,14 +263,14 @@ class DeformConv(nnx.Module):
             features,
             self.kernel_size,
             self.strides,
-            padding=_branch.conv_padding(self.padding, self.padding_mode, len(self.kernel_size)),
+            padding=offset_conv.conv_padding(self.padding, self.padding_mode, len(self.kernel_size)),
             kernel_dilation=self.kernel_dilation,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             precision=self.precision,
             kernel_init=kernel_init,
             bias_init=bias_init,
-            conv_general_dilated=conv_general_dilated if injected else _branch.wide_conv,
+            conv_general_dilated=conv_general_dilated if injected else offset_conv.wide_conv,
             promote_dtype=self.promote_dtype if injected else _promoting(self.promote_dtype),
             rngs=rngs,
         )
@@ -281,6 +282,6 @@ def _promoting(promote_dtype: Any) -> Any:
 
     def promote(arrays: tuple, /, *, dtype: Any = None) -> tuple:
         inputs, kernel, _ = promote_dtype(arrays, dtype=dtype)
-        return inputs, kernel, _branch.wide_bias(arrays[2], kernel)
+        return inputs, kernel, offset_conv.wide_bias(arrays[2], kernel)
 
     return promote

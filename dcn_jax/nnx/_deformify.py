@@ -7,13 +7,13 @@ from typing import Any, TypeVar
 import jax
 from jax import lax
 
-from dcn_jax import _extras
+from dcn_jax._core import extras
 from dcn_jax.nnx._deform_conv import DeformConv
 
 try:
     from flax import nnx
 except ModuleNotFoundError as error:
-    raise _extras.missing("dcn_jax.nnx", "flax") from error
+    raise extras.missing("dcn_jax.nnx", "flax") from error
 
 Model = TypeVar("Model")
 

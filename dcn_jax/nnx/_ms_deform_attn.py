@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dcn_jax import _extras, _ms_deform_attn
+from dcn_jax._core import extras
+from dcn_jax._layers import ms_deform_attn
 
 try:
     from flax import nnx
 except ModuleNotFoundError as error:
-    raise _extras.missing("dcn_jax.nnx", "flax") from error
+    raise extras.missing("dcn_jax.nnx", "flax") from error
 
 
 class MSDeformAttn(nnx.Module):
@@ -104,9 +105,9 @@ class MSDeformAttn(nnx.Module):
         self.param_dtype = param_dtype
         self.precision = precision
         self.implementation = implementation
-        _ms_deform_attn.check_options(self)
-        points, wide = _ms_deform_attn.points(self), _ms_deform_attn.branch_dtype(self)
-        offset_bias_init = offset_bias_init or _ms_deform_attn.directions(self)
+        ms_deform_attn.check_options(self)
+        points, wide = ms_deform_attn.points(self), ms_deform_attn.branch_dtype(self)
+        offset_bias_init = offset_bias_init or ms_deform_attn.directions(self)
         self.sampling_offsets = self._linear(2 * points, wide, offset_kernel_init, offset_bias_init, rngs)
         self.attention_weights = self._linear(points, wide, attention_kernel_init, attention_bias_init, rngs)
         self.value_proj = self._linear(embed_dim, dtype, kernel_init, bias_init, rngs)
@@ -137,14 +138,14 @@ class MSDeformAttn(nnx.Module):
             ValueError: an option or argument does not fit; the message names it.
             TypeError: an option or argument is of the wrong kind.
         """
-        call = _ms_deform_attn.check_call(self, query, reference_points, value, spatial_shapes, padding_mask)
-        locations = _ms_deform_attn.locations(self, self.sampling_offsets(call.query), call)
-        weights = _ms_deform_attn.weights(self, self.attention_weights(call.query))
+        call = ms_deform_attn.check_call(self, query, reference_points, value, spatial_shapes, padding_mask)
+        locations = ms_deform_attn.locations(self, self.sampling_offsets(call.query), call)
+        weights = ms_deform_attn.weights(self, self.attention_weights(call.query))
         # Only under nnx.capture, for the reasons that DeformConv gives.
         if hasattr(self, "__captures__"):
             self.sow(nnx.Intermediate, "sampling_locations", locations)
             self.sow(nnx.Intermediate, "sampling_weights", weights)
-        return self.output_proj(_ms_deform_attn.attend(self, self.value_proj(call.value), call, locations, weights))
+        return self.output_proj(ms_deform_attn.attend(self, self.value_proj(call.value), call, locations, weights))
 
     def _linear(self, features: int, dtype: Any, kernel_init: Any, bias_init: Any, rngs: nnx.Rngs) -> nnx.Linear:
         return nnx.Linear(

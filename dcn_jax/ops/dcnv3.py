@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dcn_jax import _check, _numerics
-from dcn_jax._mesh import on_any_mesh
+from dcn_jax._core import checks, dtypes
+from dcn_jax._core.mesh import on_any_mesh
 from dcn_jax.geometry import Padding, Window, resolve_window
 from dcn_jax.ops.deform_conv import deform_conv
 
@@ -86,8 +86,8 @@ def dcnv3(
         offset_scale=offset_scale,
         remove_center=remove_center,
     )
-    offset = _check.array("offset", offset, jnp.floating)
-    mask = _check.array("mask", mask, jnp.floating)
+    offset = checks.array("offset", offset, jnp.floating)
+    mask = checks.array("mask", mask, jnp.floating)
     values, groups = 2 * grid.taps, offset.shape[-1] // (2 * grid.taps) if offset.ndim else 0
     fits = groups > 0 and offset.shape[-1] == groups * values
     check_axes("offset", offset, x, grid, f"G * {values}", f"K * 2 = {grid.taps} * 2 values for each group", fits=fits)
@@ -122,7 +122,7 @@ def centre(window: Window) -> tuple[int, ...]:
 
 def check_map(x: Any) -> jax.Array:
     """`x` as an array, once it is known to be `(*batch, H, W, C)` with at least one pixel."""
-    x = _check.array("x", x, jnp.inexact)
+    x = checks.array("x", x, jnp.inexact)
     if x.ndim < 3 or 0 in x.shape[-3:]:
         raise ValueError(f"x has shape {x.shape}; wanted (*batch, H, W, C), with at least one pixel and one channel")
     return x
@@ -139,7 +139,7 @@ def make_grid(
     remove_center: Any,
 ) -> Grid:
     """The taps over a map of `shape` `(*batch, H, W, C)`, all options checked."""
-    size = _check.per_axis("window", window, 2, minimum=1)
+    size = checks.per_axis("window", window, 2, minimum=1)
     resolved = resolve_window(
         size, spatial=shape[-3:-1], strides=strides, padding=padding, kernel_dilation=kernel_dilation
     )
@@ -182,7 +182,7 @@ def _convolve(grid: Grid, x: jax.Array, offset: jax.Array, mask: jax.Array) -> j
     window, channels, groups = grid.window, x.shape[-1], mask.shape[-1] // grid.taps
     offset = offset.reshape(*offset.shape[:-1], groups, grid.taps, 2)
     mask = mask.reshape(*mask.shape[:-1], groups, grid.taps, 1)
-    wide = x.astype(_numerics.wide(x.dtype))  # where the products with ones are not rounded
+    wide = x.astype(dtypes.wide(x.dtype))  # where the products with ones are not rounded
     return deform_conv(
         wide,
         jnp.ones((*window.size, 1, channels), wide.dtype),
@@ -208,7 +208,7 @@ def _stretch(grid: Grid, offset: jax.Array) -> jax.Array:
     places = np.stack(np.meshgrid(columns, rows, indexing="ij"), axis=-1).reshape(-1, 2)  # p_k, as (x, y)
     if grid.remove_center:
         places = np.delete(places, len(places) // 2, axis=0)
-    offset = offset.astype(_numerics.wide(offset.dtype))
+    offset = offset.astype(dtypes.wide(offset.dtype))
     moved = jnp.asarray((grid.scale - 1) * places, offset.dtype)
     return grid.scale * offset + lax.expand_dims(moved, range(offset.ndim - 2))
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from dcn_jax import _check
+from dcn_jax._core import checks
 from dcn_jax.geometry import Padding
 from dcn_jax.ops.dcnv3 import check_axes, check_map, make_grid, run
 
@@ -72,10 +72,10 @@ def dcnv4(
         offset_scale=offset_scale,
         remove_center=remove_center,
     )
-    _check.count("groups", groups)
+    checks.count("groups", groups)
     if x.shape[-1] % groups:
         raise ValueError(f"groups={groups} must divide the {x.shape[-1]} channels of x")
-    packed = _check.array("offset_mask", offset_mask, jnp.floating)
+    packed = checks.array("offset_mask", offset_mask, jnp.floating)
     used, taps = groups * grid.taps * 3, grid.taps
     meaning = f"K * 3 = {taps} * 3 values for each of the {groups} groups: {taps} offsets (x, y), then {taps} weights"
     fits = packed.ndim > 0 and packed.shape[-1] >= used

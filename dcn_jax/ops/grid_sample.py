@@ -8,10 +8,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dcn_jax import _check, _numerics
-from dcn_jax._mesh import on_any_mesh
+from dcn_jax._core import checks, dtypes
+from dcn_jax._core.mesh import on_any_mesh
 from dcn_jax.geometry import canonical_padding_mode
-from dcn_jax.ops._reading import Level, Query, sum_readings
+from dcn_jax.ops.weighted_reads import Level, Query, sum_readings
 from dcn_jax.sampling import Border
 
 METHODS = ("linear", "nearest")
@@ -100,8 +100,8 @@ class _Spec(NamedTuple):
 
 
 def _check_call(features, grid, method, padding_mode, align_corners) -> tuple[_Spec, jax.Array, jax.Array]:
-    features = _check.array("features", features, jnp.inexact)
-    grid = _check.array("grid", grid, jnp.floating)
+    features = checks.array("features", features, jnp.inexact)
+    grid = checks.array("grid", grid, jnp.floating)
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not known; wanted one of {METHODS}{_CURES.get(method, '')}")
     if not isinstance(align_corners, bool):
@@ -134,11 +134,11 @@ def _sample_flat(spec: _Spec, features: jax.Array, grid: jax.Array) -> jax.Array
     batch = features.shape[: -len(spatial) - 1]
     query = grid.shape[len(batch) : -1]
     # A gradient is summed in the dtype that is read: hence in the wider one already here.
-    position = _numerics.wide(grid.dtype, jnp.finfo(dtype).dtype)
+    position = dtypes.wide(grid.dtype, jnp.finfo(dtype).dtype)
     rows = features.reshape(math.prod(batch), math.prod(spatial), channels)
     points = grid.reshape(math.prod(batch), math.prod(query), 1, len(spatial)).astype(position)
     level = Level(spec.border, spec.method, _from_centres if spec.align_corners else _from_edges, 0, 0, 1)
-    y = sum_readings((level,), rows.astype(_numerics.wide(dtype, grid.dtype)), Query(points, None))
+    y = sum_readings((level,), rows.astype(dtypes.wide(dtype, grid.dtype)), Query(points, None))
     return y.reshape(*batch, *query, channels).astype(dtype)
 
 

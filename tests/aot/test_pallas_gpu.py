@@ -70,7 +70,7 @@ def program(x, features, dtype, mode, *, window=(3, 3), feature_group_count=1, o
             ((*positions, features), dtype),
         ]
     ]
-    op = functools.partial(deform_conv, feature_group_count=feature_group_count, implementation="pallas", **options)
+    op = functools.partial(deform_conv, feature_group_count=feature_group_count, implementation="pallas_gpu", **options)
     if mode == "forward":
         return op, shapes[:4]
     return lambda *arrays: value_and_gradients(op, arrays[:4], arrays[4])[1], shapes

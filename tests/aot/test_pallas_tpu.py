@@ -39,7 +39,7 @@ def program(x, kernel, dtype, mode, **options):
     taps, batch, *rest = kernel[0] * kernel[1], *x[:3]
     kinds = [(x, dtype), (kernel, dtype), ((batch, *rest, 2 * taps), jnp.float32), ((batch, *rest, taps), jnp.float32)]
     shapes = [jax.ShapeDtypeStruct(*kind) for kind in [*kinds, ((batch, *rest, kernel[-1]), dtype)]]
-    op = functools.partial(deform_conv, **{"max_offset": 4, "implementation": "matmul"} | options)
+    op = functools.partial(deform_conv, **{"max_offset": 4, "implementation": "pallas_tpu"} | options)
     if mode == "forward":
         return op, shapes[:4]
     return lambda *arrays: value_and_gradients(op, arrays[:4], arrays[4])[1], shapes
@@ -114,5 +114,5 @@ def test_in_shard_map_all_that_devices_exchange_is_the_kernel_s_gradient():
 
 def test_under_plain_jit_over_devices_it_says_what_to_do():
     f, shapes = program((4, 25, 38, 128), (3, 3, 128, 128), jnp.bfloat16, "backward")
-    with pytest.raises(NotImplementedError, match=r"'matmul' runs on one device.*inside jax\.shard_map"):
+    with pytest.raises(NotImplementedError, match=r"'pallas_tpu' runs on one device.*inside jax\.shard_map"):
         partitioned(lambda *_: f, shapes)

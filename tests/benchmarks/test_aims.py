@@ -88,9 +88,11 @@ def test_aims_of_the_family():
 
 def test_aims_on_a_gpu():
     more = {"dense_ms": 1.0, "torchvision_ms": 20.0, "floor_ms": 0.5, "scratch_bytes": 1, "columns_bytes": 100}
-    rows = [_row("gpu-conv3", "forward", 2.0, dtype, "pallas", **more) for dtype in ("float32", "float16", "bfloat16")]
+    rows = [
+        _row("gpu-conv3", "forward", 2.0, dtype, "pallas_gpu", **more) for dtype in ("float32", "float16", "bfloat16")
+    ]
     rows[2]["torchvision_ms"] = None  # it has no bfloat16
-    rows += [_row("gpu-conv4", "forward", 1.0, "float32", "pallas", torchvision_ms=3.0, deformops_ms=0.9)]
+    rows += [_row("gpu-conv4", "forward", 1.0, "float32", "pallas_gpu", torchvision_ms=3.0, deformops_ms=0.9)]
     rows += [_row("gpu-conv5", "forward", 1.0, "float32", "xla", torchvision_ms=0.1, deformops_ms=0.1)]
     aims = {aim.name: (aim.value, aim.verdict) for aim in gpu_aims(rows)}
     mean = f"{30**0.5:.2f}"
@@ -108,7 +110,7 @@ def test_aims_on_a_gpu():
 def test_aims_of_rows_in_several_files(tmp_path, capsys):
     halves = {"bfloat16": {"torchvision_ms": None}, "float16": {"torchvision_ms": 18.0}}
     for dtype, more in halves.items():
-        row = _row("gpu-conv3", "forward", 2.0, dtype, "pallas", scratch_bytes=1, columns_bytes=100) | more
+        row = _row("gpu-conv3", "forward", 2.0, dtype, "pallas_gpu", scratch_bytes=1, columns_bytes=100) | more
         (tmp_path / f"{dtype}.json").write_text(json.dumps([row]))
     main(["gpu", *(str(tmp_path / f"{dtype}.json") for dtype in halves)])
     line = next(line for line in capsys.readouterr().out.splitlines() if "in float16 / ours" in line)

@@ -5,11 +5,11 @@ from benchmarks.suites import Comparison
 
 
 def test_on_a_gpu_the_inputs_are_rotated_and_both_implementations_timed(tiny):
-    settings = Settings("gpu", "a stand-in", ("xla", "pallas"), 1, True, {})
+    settings = Settings("gpu", "a stand-in", ("xla", "pallas_gpu"), 1, True, {})
     (case, compiled), *_ = compile_ahead([(Comparison(("tiny",), ("bfloat16",)), "forward_backward")], settings).items()
     assert case == ("tiny", "bfloat16", "forward_backward")
     rows, runs = prepare_workload(*case, False, settings, compiled)
-    assert [row["implementation"] for row in rows] == ["xla", "pallas"]
+    assert [row["implementation"] for row in rows] == ["xla", "pallas_gpu"]
     program = runs[Case("tiny", "bfloat16", "xla")].__self__
     assert len(program.inputs) == 16
     assert len({float(x.sum()) for _, x, *_ in program.inputs}) > 8  # not one again and again

@@ -43,8 +43,8 @@ SUITES = {
     "cpu": rows_of(WORKLOADS, parity=None, peer_peak_bytes=None),
     "reach": rows_of(WORKLOADS, DTYPES[:2]),
     "family": rows_of(FAMILY, peer="torch", columns_bytes=None, result_bytes=100e6, floor_ms=None),
-    "gpu": rows_of(GPU, DTYPES, ("xla", "pallas")),
-    "no pallas": [*rows_of(GPU), *rows_of(GPU, implementations=("pallas",), error=f"not available: {CUT}")],
+    "gpu": rows_of(GPU, DTYPES, ("xla", "pallas_gpu")),
+    "no pallas": [*rows_of(GPU), *rows_of(GPU, implementations=("pallas_gpu",), error=f"not available: {CUT}")],
     "nothing": rows_of(GPU, ms=None, error="not available: it is out"),
 }
 
@@ -92,7 +92,7 @@ def test_what_all_rows_share_is_in_the_title():
     assert not any(word in table for word in ("xla", "f32", "forward", "mode", "dtype", "impl."))
     table = printed(SUITES["gpu"], 80)
     assert all(
-        word in table for word in ("xla", "pallas", "f32", "bf16", "f16", "+ backward", "mode", "dtype", "impl.")
+        word in table for word in ("xla", "pallas_gpu", "f32", "bf16", "f16", "+ backward", "mode", "dtype", "impl.")
     )
 
 

@@ -80,7 +80,9 @@ def test_a_picture_leaves_out_what_has_no_plain_counterpart(monkeypatch, tmp_pat
 
 
 def test_an_implementation_that_is_not_there_has_a_row_that_says_why(tiny, capsys):
-    ours, theirs = run.main(["--workload", "tiny", "--mode", "forward", "--quick", "--implementation", "xla", "pallas"])
+    ours, theirs = run.main(
+        ["--workload", "tiny", "--mode", "forward", "--quick", "--implementation", "xla", "pallas_gpu"]
+    )
     assert ours["error"] is None
     assert theirs["ms"] is None
     assert theirs["error"].startswith("not available: ")

@@ -51,7 +51,7 @@ def test_a_step_of_a_resnet_trains_every_parameter():
 @pytest.mark.slow
 def test_a_row_for_each_network_that_can_train(one_layer, tmp_path, capsys):
     command = ["--depth", "18", "--batch", "2", "--size", "16", "--quick", "--json", str(tmp_path / "rows.json")]
-    rows = training.main([*command, "--implementation", "xla", "pallas"])
+    rows = training.main([*command, "--implementation", "xla", "pallas_gpu"])
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
     assert [row["network"] for row in rows] == ["plain", "xla"]
     plain, deformed = rows

@@ -87,8 +87,8 @@ def test_dcnv3_and_dcnv4_stand_beside_the_dense_convolution_of_their_shape(work)
 
 def test_what_has_no_kernels_refuses_them():
     for work in SMALL:
-        with pytest.raises(ValueError, match="implementation='pallas'"):
-            work.call(*work.arrays(0, "float32"), implementation="pallas")
+        with pytest.raises(ValueError, match="implementation='pallas_gpu'"):
+            work.call(*work.arrays(0, "float32"), implementation="pallas_gpu")
 
 
 def test_a_workload_in_words():

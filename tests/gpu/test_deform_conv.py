@@ -33,7 +33,7 @@ CASES = {
     "solid": draw((1, 4, 5, 7, 16), (3, 3, 3), 24, offset_groups=2),
     "solid, odd": draw((2, 3, 4, 5, 5), (2, 3, 2), 7, strides=(1, 2, 1)),
 }
-IMPLEMENTATIONS = ("pallas", "xla")
+IMPLEMENTATIONS = ("pallas_gpu", "xla")
 
 
 def check_case(record, name, implementation, case, tolerance, **options):
@@ -59,7 +59,7 @@ def test_tensor_cores(record_property, name, precision, implementation):
     if gpu.INTERPRETED and (precision, implementation) == ("TF32x3", "xla"):
         pytest.skip("a CPU makes no such products")
     precision, tolerance = gpu.PRECISIONS[precision]
-    if (precision, implementation) == (None, "pallas"):
+    if (precision, implementation) == (None, "pallas_gpu"):
         tolerance = gpu.KERNELS_TF32
     check_case(record_property, name, implementation, CASES[name], tolerance, precision=precision)
 
@@ -81,7 +81,7 @@ def test_borders(record_property, mode, implementation):
 
 @pytest.mark.parametrize(
     ("name", "implementation"),
-    [*((name, "pallas") for name in ("sixteen", "odd", "wide", "groups", "valid", "solid")), ("blocks", "xla")],
+    [*((name, "pallas_gpu") for name in ("sixteen", "odd", "wide", "groups", "valid", "solid")), ("blocks", "xla")],
 )
 @pytest.mark.parametrize("dtype", gpu.HALVES)
 def test_halves(record_property, dtype, name, implementation):
@@ -95,7 +95,7 @@ def test_halves_with_offsets_in_float32(record_property, dtype):
     case = CASES["blocks"]
     x, kernel, _, _, bias = case.astype(jnp.dtype(dtype)).arrays
     case = case._replace(arrays=(x, kernel, *case.arrays[2:4], bias))
-    check_case(record_property, "mixed", "pallas", case, gpu.HALVES[dtype])
+    check_case(record_property, "mixed", "pallas_gpu", case, gpu.HALVES[dtype])
 
 
 def test_the_fastest(record_property):

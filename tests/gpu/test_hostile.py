@@ -38,7 +38,7 @@ def hostile_offsets():
     return {name: new.astype(np.float32) for name, new in changed.items()}
 
 
-@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+@pytest.mark.parametrize("implementation", ["pallas_gpu", "xla"])
 def test_hostile_offsets(record_property, implementation):
     """And a NaN makes NaN of its own output alone, and in the gradients of what it was multiplied with."""
     x, kernel, given, mask, bias = CASE.arrays

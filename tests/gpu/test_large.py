@@ -24,7 +24,7 @@ def test_workloads(record_property, name, kind):
     tolerance = gpu.KERNELS_TF32 if kind == "TF32" else tolerance
     if kind in gpu.HALVES:
         case, cotangent = case.astype(jnp.dtype(kind)), cotangent.astype(jnp.dtype(kind))
-    got = gpu.run(gpu.gradients_of(gpu.bound("pallas", precision=precision)), case.arrays, cotangent)
+    got = gpu.run(gpu.gradients_of(gpu.bound("pallas_gpu", precision=precision)), case.arrays, cotangent)
     reference = gpu.gradients_of(gpu.bound("xla", precision=gpu.PRECISIONS["HIGHEST"][0]))
     wanted = gpu.run(reference, case.astype(np.float32).arrays, cotangent.astype(np.float32))
     # Full float32 is a sum of thousands of products in another order.
@@ -45,7 +45,7 @@ STRIPS = draw((2, 70, 131, 16), (3, 3), 24)
 CASES = {"strips": STRIPS, "one pixel": all_at_one_pixel(STRIPS)}
 
 
-@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+@pytest.mark.parametrize("implementation", ["pallas_gpu", "xla"])
 @pytest.mark.parametrize("name", CASES)
 def test_a_map_of_several_strips(record_property, name, implementation):
     case = CASES[name]

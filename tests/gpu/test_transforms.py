@@ -14,7 +14,7 @@ from tests.support.running import value_and_gradients
 if reason := gpu.missing():
     pytest.skip(reason, allow_module_level=True)
 
-IMPLEMENTATIONS = ("pallas", "xla")
+IMPLEMENTATIONS = ("pallas_gpu", "xla")
 PRECISION, TOLERANCE = gpu.PRECISIONS["HIGHEST"]
 CASE = draw((2, 5, 7, 16), (3, 3), 24, offset_groups=2, whole=0)
 ARGUMENTS = ("x", "kernel", "offset", "mask", "bias")
@@ -90,7 +90,7 @@ def test_on_a_mesh(record_property, over):
     places = (P("data"), P(), P("data"), P("data"), P())
 
     def f(arrays, cotangent):
-        return value_and_gradients(gpu.bound("pallas", precision=PRECISION), arrays, cotangent)
+        return value_and_gradients(gpu.bound("pallas_gpu", precision=PRECISION), arrays, cotangent)
 
     if over == "shard_map":
         f = jax.shard_map(f, mesh=mesh, in_specs=(places, P("data")), out_specs=(P("data"), places))
@@ -101,7 +101,7 @@ def test_on_a_mesh(record_property, over):
 
 def test_the_result_has_the_same_bits_each_time():
     case = draw((2, 20, 30, 45), (3, 3), 70)
-    run = gpu.compiled(jax.jit(gpu.bound("pallas")), *case.arrays)
+    run = gpu.compiled(jax.jit(gpu.bound("pallas_gpu")), *case.arrays)
     first = run(*case.arrays)
     for _ in range(3):
         np.testing.assert_array_equal(run(*case.arrays), first)

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from dcn_jax import deform_conv
-from dcn_jax._pallas.launch import interpret
+from dcn_jax._core.pallas.launch import interpret
 from tests.support import oracle
 from tests.support.running import value_and_gradients
 

@@ -4,14 +4,14 @@ import contextlib
 import functools
 
 from dcn_jax import deform_conv
-from dcn_jax._pallas.launch import interpret
+from dcn_jax._core.pallas.launch import interpret
 
-# "matmul" is not among them: it takes few of these calls (tests/ops/deform_conv/test_pallas_tpu.py).
+# "pallas_tpu" is not among them: it takes few of these calls (tests/ops/deform_conv/test_pallas_tpu.py).
 # What each can do beyond values and first gradients, in float32, of 1 and 2 spatial axes.
 IMPLEMENTATIONS = {
     "xla": {"float64", "half", "complex", "rank 3", "forward_mode", "second_order", "export", "sharding", "shard_map"},
     # Not "shard_map" with its checks: Pallas's interpreter types its loops as varying over no device. Compiled, it does.
-    "pallas": {"half", "rank 3", "forward_mode", "second_order", "sharding"},
+    "pallas_gpu": {"half", "rank 3", "forward_mode", "second_order", "sharding"},
 }
 ABILITIES = set.union(*IMPLEMENTATIONS.values())
 

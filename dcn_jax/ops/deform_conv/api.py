@@ -1,5 +1,6 @@
 """What users call: the op, and which implementation it takes."""
 
+import importlib
 import os
 from collections.abc import Sequence
 from types import ModuleType
@@ -8,10 +9,11 @@ from typing import Any
 import jax
 
 from dcn_jax.geometry import Padding
-from dcn_jax.ops.deform_conv import xla
 from dcn_jax.ops.deform_conv.call import Arrays, Spec, check_call
+from dcn_jax.ops.deform_conv.xla import backend as xla
 
-IMPLEMENTATIONS = ("xla", "pallas", "matmul")
+IMPLEMENTATIONS = ("xla", "pallas_gpu", "pallas_tpu")
+_FORMER_NAMES = {"pallas": "pallas_gpu", "matmul": "pallas_tpu"}
 
 
 def deform_conv(
@@ -63,7 +65,7 @@ def deform_conv(
         preferred_element_type: dtype of the result; by default the dtype of x (promoted with kernel and bias).
         max_offset: no offset is larger: those beyond ±max_offset pixels are clipped to it, and there, as at ±max_offset
             itself, the derivative by the offset is zero; a NaN stays one. None for no bound.
-        implementation: "xla" (pure jax.numpy, everywhere), "pallas" (fused GPU kernels), "matmul" (TPU kernels for
+        implementation: "xla" (pure jax.numpy, everywhere), "pallas_gpu" (fused GPU kernels), "pallas_tpu" (TPU kernels for
             offsets that `max_offset` bounds, without gathers; on several of them inside `jax.shard_map`), or None for
             the fastest that is sound for these arguments here (`select_implementation` tells which).
 
@@ -79,7 +81,7 @@ def deform_conv(
     Derivatives of every order, in both modes, with respect to every array. At whole-number positions the derivative
     with respect to the position is the right-hand one, as in torchvision (mmcv sets it to zero where a coordinate is
     exactly -1 or the map's size). Offsets of ±inf or 1e30 read zero (with "edge" the border), with a zero gradient; a
-    NaN offset makes NaN at its own output position alone. With "matmul" a pixel that is not finite makes NaN of output
+    NaN offset makes NaN at its own output position alone. With "pallas_tpu" a pixel that is not finite makes NaN of output
     positions around it too.
 
     Batch and spatial sizes may be symbolic (`jax.export.symbolic_shape`), with "xla".
@@ -163,14 +165,8 @@ def _backend(name: str) -> ModuleType:
     """The backend of that name: a `refusal` and a `run`."""
     if name == "xla":
         return xla
-    # Here, for importing Pallas takes time that most users need not spend.
-    if name == "pallas":
-        from dcn_jax.ops.deform_conv import pallas_gpu
-
-        return pallas_gpu
-    from dcn_jax.ops.deform_conv import pallas_tpu
-
-    return pallas_tpu
+    # Imported only when asked for: importing Pallas takes time that most users need not spend.
+    return importlib.import_module(f"dcn_jax.ops.deform_conv.{name}.backend")
 
 
 def _choose(spec: Spec, arrays: Arrays, implementation: str | None) -> tuple[str, str]:
@@ -180,16 +176,19 @@ def _choose(spec: Spec, arrays: Arrays, implementation: str | None) -> tuple[str
         reason = "the fused GPU kernels have not been timed beside it yet, so nobody knows where they are faster"
         if _deterministic():
             reason += ", and they add gradients atomically, in any order, which --xla_gpu_deterministic_ops rules out"
-        return "xla", f"{reason}; on a GPU, ask for them with implementation='pallas'"
+        return "xla", f"{reason}; on a GPU, ask for them with implementation='pallas_gpu'"
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r} is not known; wanted one of {IMPLEMENTATIONS} or None")
+        renamed = f" (it is called {_FORMER_NAMES[implementation]!r} now)" if implementation in _FORMER_NAMES else ""
+        raise ValueError(
+            f"implementation={implementation!r} is not known; wanted one of {IMPLEMENTATIONS} or None{renamed}"
+        )
     if problem := _backend(implementation).refusal(spec, arrays):
         raise ValueError(
             f"implementation={implementation!r} cannot take this call: {problem}; use implementation='xla', or None for "
             "the fastest there is"
         )
     reason = "asked for by name"
-    if implementation == "pallas" and _deterministic():
+    if implementation == "pallas_gpu" and _deterministic():
         reason += "; it adds gradients atomically, so that their last digits vary despite --xla_gpu_deterministic_ops"
     return implementation, reason
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dcn_jax import _check, _numerics
+from dcn_jax._core import checks, dtypes
 from dcn_jax.geometry import Window, check_offset_shape, resolve_window
 from dcn_jax.sampling import countable
 
@@ -38,7 +38,7 @@ class Spec(NamedTuple):
     @property
     def accumulate(self) -> jnp.dtype:
         """The dtype that products are summed in."""
-        return _numerics.wide(self.dtype)
+        return dtypes.wide(self.dtype)
 
 
 def check_call(
@@ -60,7 +60,7 @@ def check_call(
         ValueError: a shape or an option does not fit; the message names it.
         TypeError: an argument is of the wrong kind.
     """
-    array = functools.partial(_check.array, shape_alone=shapes_alone)
+    array = functools.partial(checks.array, shape_alone=shapes_alone)
     x = array("x", arrays.x, jnp.inexact)
     kernel = array("kernel", arrays.kernel, jnp.inexact)
     offset = array("offset", arrays.offset, jnp.floating)
@@ -96,7 +96,7 @@ def check_call(
 
 def kernel_shape(window: tuple[int, ...], channels: int, features: int, feature_group_count: int) -> tuple[int, ...]:
     """`(*window, C // feature_group_count, features)`, once the groups are known to divide both."""
-    if not _check.is_int(feature_group_count):
+    if not checks.is_int(feature_group_count):
         raise TypeError(
             f"feature_group_count={feature_group_count!r} is a {type(feature_group_count).__name__}; wanted an int"
         )
@@ -118,7 +118,7 @@ def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
     """`y` `(…, F)` + `bias` `(F,)`, in the wider of their dtypes."""
     if bias is None:
         return y
-    y = y.astype(_numerics.wide(y.dtype, bias.dtype))
+    y = y.astype(dtypes.wide(y.dtype, bias.dtype))
     return y + lax.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
 
 
@@ -214,7 +214,7 @@ def _result_dtype(promoted: jnp.dtype, preferred_element_type: Any) -> jnp.dtype
     """The dtype of the result: `preferred_element_type`, or that of the arguments together."""
     if preferred_element_type is None:
         return promoted
-    preferred = _check.floating_dtype("preferred_element_type", preferred_element_type)
+    preferred = checks.floating_dtype("preferred_element_type", preferred_element_type)
     if jnp.issubdtype(promoted, jnp.complexfloating) and not jnp.issubdtype(preferred, jnp.complexfloating):
         raise TypeError(
             f"preferred_element_type={preferred} cannot hold the result, which is {promoted}; wanted a complex dtype"

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dcn_jax._numerics import wide
+from dcn_jax._core.dtypes import wide
 from dcn_jax.geometry import place_taps
 from dcn_jax.ops.deform_conv.call import Arrays, Spec, add_bias
 from dcn_jax.sampling import linear_sample

@@ -80,9 +80,9 @@ def ms_deform_attn(
         points_per_level=points_per_level,
         method=method,
     )
-    if implementation == "pallas":
+    if implementation == "pallas_gpu":
         raise ValueError(
-            "implementation='pallas' is not there for ms_deform_attn, which has no GPU kernels yet; use implementation='xla', "
+            "implementation='pallas_gpu' is not there for ms_deform_attn, which has no GPU kernels yet; use implementation='xla', "
             "which runs everywhere, or None for the fastest there is"
         )
     if implementation not in (None, "xla"):

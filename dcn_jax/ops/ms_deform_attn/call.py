@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
 
-from dcn_jax import _check
+from dcn_jax._core import checks
 from dcn_jax.geometry import Size
 
 METHODS = ("linear", "nearest", "discrete")
@@ -54,9 +54,9 @@ def check_call(value, spatial_shapes, locations, weights, *, points_per_level, m
         ValueError: a shape or an option does not fit; the message names it.
         TypeError: an argument is of the wrong kind.
     """
-    value = _check.array("value", value, jnp.inexact)
-    locations = _check.array("sampling_locations", locations, jnp.floating)
-    weights = _check.array("attention_weights", weights, jnp.floating)
+    value = checks.array("value", value, jnp.inexact)
+    locations = checks.array("sampling_locations", locations, jnp.floating)
+    weights = checks.array("attention_weights", weights, jnp.floating)
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not known; wanted one of {METHODS}")
     if value.ndim < 3:
@@ -98,7 +98,7 @@ def check_spatial_shapes(given: Any) -> tuple[tuple[Size, ...], ...]:
     if not isinstance(given, Sequence) or not all(isinstance(shape, Sequence | np.ndarray) for shape in given):
         raise TypeError(f"spatial_shapes={given!r} is no sequence of sequences; {wanted}")
     shapes = tuple(tuple(shape) for shape in given)
-    if not all(is_symbolic_dim(size) or _check.is_int(size) for shape in shapes for size in shape):
+    if not all(is_symbolic_dim(size) or checks.is_int(size) for shape in shapes for size in shape):
         raise TypeError(f"spatial_shapes={given!r} is not made of ints; {wanted}")
     shapes = tuple(tuple(s if is_symbolic_dim(s) else operator.index(s) for s in shape) for shape in shapes)
     ranks = {len(shape) for shape in shapes}
@@ -127,7 +127,7 @@ def _check_pixels(value: jax.Array, shapes: tuple[tuple[Size, ...], ...]) -> Non
 def _check_points(points_per_level: Any, locations: jax.Array, levels: int) -> tuple[int, ...]:
     """How many points each level has."""
     if points_per_level is not None:
-        return _check.per_level("points_per_level", points_per_level, levels)
+        return checks.per_level("points_per_level", points_per_level, levels)
     if locations.ndim < 5 or locations.shape[-3] != levels:
         raise ValueError(
             f"sampling_locations has shape {locations.shape}; wanted (*batch, Q, M, {levels}, P, n): as many points on each of "

@@ -6,7 +6,7 @@ It keeps every sample of every point, which takes L · P times the memory of the
 import jax
 import jax.numpy as jnp
 
-from dcn_jax._numerics import wide
+from dcn_jax._core.dtypes import wide
 from dcn_jax.ops.ms_deform_attn.call import Arrays, Spec
 from dcn_jax.sampling import linear_sample
 

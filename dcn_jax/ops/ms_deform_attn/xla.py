@@ -6,10 +6,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from dcn_jax._mesh import on_any_mesh
-from dcn_jax._numerics import wide
-from dcn_jax.ops._reading import Level, Query, sum_readings
+from dcn_jax._core.dtypes import wide
+from dcn_jax._core.mesh import on_any_mesh
 from dcn_jax.ops.ms_deform_attn.call import Arrays, Spec
+from dcn_jax.ops.weighted_reads import Level, Query, sum_readings
 from dcn_jax.sampling import Border
 
 

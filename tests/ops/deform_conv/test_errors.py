@@ -65,8 +65,10 @@ OPTION_ERRORS = [
     ({"preferred_element_type": jnp.int32}, TypeError, "preferred_element_type=int32 is not a floating-point or complex dtype"),
     ({"preferred_element_type": "wide"}, TypeError, "preferred_element_type='wide' is not a dtype; wanted a floating-point or complex one, or None"),
     ({"preferred_element_type": 3}, TypeError, "preferred_element_type=3 is not a dtype"),
-    ({"implementation": "cuda"}, ValueError, "implementation='cuda' is not known; wanted one of ('xla', 'pallas', 'matmul') or None"),
-    ({"implementation": 3}, ValueError, "implementation=3 is not known; wanted one of ('xla', 'pallas', 'matmul') or None"),
+    ({"implementation": "cuda"}, ValueError, "implementation='cuda' is not known; wanted one of ('xla', 'pallas_gpu', 'pallas_tpu') or None"),
+    ({"implementation": "pallas"}, ValueError, "implementation='pallas' is not known; wanted one of ('xla', 'pallas_gpu', 'pallas_tpu') or None (it is called 'pallas_gpu' now)"),
+    ({"implementation": "matmul"}, ValueError, "implementation='matmul' is not known; wanted one of ('xla', 'pallas_gpu', 'pallas_tpu') or None (it is called 'pallas_tpu' now)"),
+    ({"implementation": 3}, ValueError, "implementation=3 is not known; wanted one of ('xla', 'pallas_gpu', 'pallas_tpu') or None"),
 ]  # fmt: skip
 
 KIND_ERRORS = [

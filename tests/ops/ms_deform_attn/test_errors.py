@@ -23,7 +23,7 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"implementation": "pallas"}, ValueError, "implementation='pallas' is not there for ms_deform_attn, which has no GPU kernels yet; use implementation='xla'"),
+        ({"implementation": "pallas_gpu"}, ValueError, "implementation='pallas_gpu' is not there for ms_deform_attn, which has no GPU kernels yet; use implementation='xla'"),
         ({"implementation": "cuda"}, ValueError, "implementation='cuda' is not known; wanted 'xla' or None"),
         ({"method": "bilinear"}, ValueError, "method='bilinear' is not known; wanted one of ('linear', 'nearest', 'discrete')"),
         ({"value": zeros(16, 4)}, ValueError, "value has shape (16, 4); wanted (*batch, S, M, D)"),

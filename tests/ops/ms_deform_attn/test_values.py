@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dcn_jax import ms_deform_attn
-from dcn_jax.ops import _reading
+from dcn_jax.ops import weighted_reads
 from tests.support.running import assert_close, value_and_gradients
 
 SHAPES = ((3, 4), (2, 2))
@@ -52,7 +52,7 @@ def test_blocks_of_queries_as_on_a_tpu(queries, monkeypatch):
         blocks.append(tpu)
         return tpu(*operands)
 
-    monkeypatch.setattr(_reading.lax, "platform_dependent", on_tpu)
+    monkeypatch.setattr(weighted_reads.lax, "platform_dependent", on_tpu)
     jax.clear_caches()
     np.testing.assert_allclose(attend(*arrays), wanted, atol=1e-6)
     jax.clear_caches()

@@ -1,0 +1,151 @@
+"""What the layers DCNv3 and DCNv4 share in linen and nnx: all but who owns the parameters.
+
+`layer` is a layer of either kind; its options have the same names in both.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dcn_jax._core import checks, dtypes
+from dcn_jax.geometry import Window
+from dcn_jax.ops.dcnv3 import Grid, centre, make_grid
+
+Pair = int | Sequence[int]
+
+_ACTIVATIONS = {
+    "GELU": lambda x: jax.nn.gelu(x, approximate=False),
+    "ReLU": jax.nn.relu,
+    "SiLU": jax.nn.silu,
+}
+
+# The depthwise convolutions start as torch's do, uniform within ±1 / √(taps).
+DEPTHWISE_KERNEL_INIT = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def depthwise_bias_init(window: tuple[int, ...]) -> Callable[..., jax.Array]:
+    """The initializer of the bias of a depthwise convolution."""
+    bound = math.prod(window) ** -0.5
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+# ---- options
+
+
+def check_options(layer: Any) -> None:
+    """Raise where the window is none, or the channels do not go in groups."""
+    square("kernel_size", layer.kernel_size)
+    checks.count("channels", layer.channels)
+    checks.count("group", layer.group)
+    if layer.channels % layer.group:
+        raise ValueError(f"group={layer.group} must divide channels={layer.channels}")
+
+
+def op_options(layer: Any) -> dict[str, Any]:
+    """The op's options, by its names."""
+    return {
+        "window": layer.kernel_size,
+        "strides": layer.stride,
+        "padding": layer.pad,
+        "kernel_dilation": layer.dilation,
+        "offset_scale": layer.offset_scale,
+        "remove_center": layer.remove_center,
+    }
+
+
+def weights(layer: Any) -> int:
+    """How many weights each position gets: G · K."""
+    return layer.group * (math.prod(square("kernel_size", layer.kernel_size)) - bool(layer.remove_center))
+
+
+def packed_features(layer: Any) -> int:
+    """How many channels DCNv4's `offset_mask` emits: three for each weight, padded to a multiple of 8."""
+    return -(-3 * weights(layer) // 8) * 8
+
+
+def square(name: str, size: Pair) -> tuple[int, ...]:
+    """A window of two axes; an int is a square."""
+    return checks.per_axis(name, size, 2, minimum=1)
+
+
+def activation(act_layer: Any) -> Callable[..., Any]:
+    """The function that `act_layer` names, or is."""
+    if callable(act_layer):
+        return act_layer
+    if act_layer not in _ACTIVATIONS:
+        raise ValueError(f"act_layer={act_layer!r} is not known; wanted one of {tuple(_ACTIVATIONS)} or a function")
+    return _ACTIVATIONS[act_layer]
+
+
+def check_norm(norm_layer: Any, call: str) -> None:
+    """Raise where `norm_layer` is neither "LN" nor makes a norm; `call` is how it is called."""
+    if norm_layer != "LN" and not callable(norm_layer):
+        raise ValueError(
+            f'norm_layer={norm_layer!r} is not known; wanted "LN", or what makes the norm, called as {call}: for "BN" '
+            "functools.partial(BatchNorm, use_running_average=…)"
+        )
+
+
+# ---- the call
+
+
+def check_input(layer: Any, inputs: Any) -> tuple[jax.Array, Grid]:
+    """The inputs in the layer's dtype, and its taps over them, once they are known to be `(*batch, H, W, channels)`."""
+    inputs = checks.array("inputs", inputs, jnp.inexact)
+    if inputs.ndim < 3 or inputs.shape[-1] != layer.channels:
+        raise ValueError(f"inputs has shape {inputs.shape}; wanted (*batch, H, W, {layer.channels}), as channels says")
+    grid = make_grid(inputs.shape, **op_options(layer))
+    return (inputs if layer.dtype is None else inputs.astype(layer.dtype)), grid
+
+
+def around_centres(x: jax.Array, window: Window, size: tuple[int, ...]) -> jax.Array:
+    """The map `(*batch, H, W, C)`, padded or cropped so that a window of `size` and no padding is centred as the op's.
+
+    With the op's strides it then has as many outputs, each at the point that the op's output stands for. Where the op
+    keeps the size of the map, that is the depthwise convolution of the published layers, which know no other case.
+    """
+    pads = [(0, 0, 0)] * x.ndim
+    for axis, middle in enumerate(centre(window)):
+        low = window.pads[axis][0] - middle + (size[axis] - 1) // 2
+        reach = (window.out_spatial[axis] - 1) * window.strides[axis] + size[axis]
+        pads[x.ndim - 3 + axis] = (low, reach - window.spatial[axis] - low, 0)
+    return x if not any(low or high for low, high, _ in pads) else lax.pad(x, jnp.zeros((), x.dtype), pads)
+
+
+def at_centres(x: jax.Array, window: Window) -> jax.Array:
+    """The map at the points that the op's outputs stand for, zero beyond it: `(*batch, Ho, Wo, C)`."""
+    down, right = window.strides
+    return around_centres(x, window, (1, 1))[..., ::down, ::right, :]
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """What offsets and weights are computed from: in float32 or wider, so that they keep their fractions."""
+    return x.astype(dtypes.wide(x.dtype))
+
+
+def softmax(logits: jax.Array, groups: int) -> jax.Array:
+    """Over the taps of each group: `(…, G * K)`."""
+    taps = logits.shape[-1] // groups
+    return jax.nn.softmax(logits.reshape(*logits.shape[:-1], groups, taps), axis=-1).reshape(logits.shape)
+
+
+def blend(
+    y: jax.Array, x: jax.Array, query: jax.Array, weight: jax.Array, bias: jax.Array, window: Window
+) -> jax.Array:
+    """The result y and the map x that it was read from, mixed: y · (1 - σ) + x · σ.
+
+    σ = sigmoid(weight · query + bias), one for each group: weight `(G, C)`, bias `(G,)`.
+    """
+    query = wide(query)
+    logits = jnp.einsum("...c,gc->...g", query, weight.astype(query.dtype))
+    logits = logits + lax.expand_dims(bias.astype(query.dtype), range(logits.ndim - 1))
+    share = jnp.repeat(jax.nn.sigmoid(logits), y.shape[-1] // weight.shape[0], axis=-1).astype(y.dtype)
+    return y * (1 - share) + at_centres(x, window).astype(y.dtype) * share

@@ -1,0 +1,196 @@
+"""What the layers MSDeformAttn share in linen and nnx: all but who owns the parameters.
+
+`layer` is a layer of either kind; its options have the same names in both.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dcn_jax._core import checks
+from dcn_jax._core.dtypes import wide
+from dcn_jax.geometry import Size, int32
+from dcn_jax.ops.ms_deform_attn import ms_deform_attn
+from dcn_jax.ops.ms_deform_attn.call import check_spatial_shapes
+
+# ---- options
+
+
+def check_options(layer: Any) -> None:
+    """Raise where a number is none, or the channels do not go in heads."""
+    for name in ("embed_dim", "num_heads", "num_levels"):
+        checks.count(name, getattr(layer, name))
+    if layer.embed_dim % layer.num_heads:
+        raise ValueError(f"num_heads={layer.num_heads} must divide embed_dim={layer.embed_dim}")
+    points_per_level(layer)
+
+
+def points_per_level(layer: Any) -> tuple[int, ...]:
+    """How many points each level has."""
+    if checks.is_int(layer.num_points):
+        checks.count("num_points", layer.num_points)
+        return (layer.num_points,) * layer.num_levels
+    return checks.per_level("num_points", layer.num_points, layer.num_levels)
+
+
+def points(layer: Any) -> int:
+    """How many points each query has, by all its heads on all levels."""
+    return layer.num_heads * sum(points_per_level(layer))
+
+
+def branch_dtype(layer: Any) -> Any:
+    """The dtype of locations and weights: the layer's, float32 or wider; None goes by the arrays."""
+    return None if layer.dtype is None else wide(layer.dtype)
+
+
+def directions(layer: Any) -> Callable[..., jax.Array]:
+    """The published initializer of the offsets' bias: each head has a direction.
+
+    Head m looks along (cos, sin) of m turns of 2π / M, put on a square; point p of a level is p + 1
+    steps away.
+    """
+    angles = 2 * np.pi / layer.num_heads * np.arange(layer.num_heads)
+    directions = np.stack([np.cos(angles), np.sin(angles)], axis=-1)  # (M, 2)
+    directions /= np.abs(directions).max(axis=-1, keepdims=True)
+    steps = np.concatenate([np.arange(count) + 1 for count in points_per_level(layer)])  # (T,)
+    bias = (directions[:, None] * steps[:, None]).ravel()
+
+    def init(key, shape, dtype=jnp.float32):
+        return jnp.asarray(bias, dtype).reshape(shape)
+
+    return init
+
+
+# ---- the call
+
+
+class Call(NamedTuple):
+    """The checked arguments of a call."""
+
+    query: jax.Array  # (*batch, Q, E), in what locations and weights are computed in
+    reference_points: jax.Array  # (*batch, Q, L, 2 or 4)
+    value: jax.Array  # (*batch, S, E)
+    spatial_shapes: tuple[tuple[Size, ...], ...]
+    padding_mask: jax.Array | None  # (*batch, S)
+
+
+def check_call(layer: Any, query, reference_points, value, spatial_shapes, padding_mask) -> Call:
+    """The arguments of a call, once they are known to fit each other and the layer.
+
+    Raises:
+        ValueError: a shape does not fit; the message names it.
+        TypeError: an argument is of the wrong kind.
+    """
+    query, value = checks.array("query", query, jnp.floating), checks.array("value", value, jnp.floating)
+    shapes = check_spatial_shapes(spatial_shapes)
+    if len(shapes) != layer.num_levels or len(shapes[0]) != 2:
+        raise ValueError(
+            f"spatial_shapes={shapes} has {len(shapes)} levels of {len(shapes[0])} sizes; wanted (height, width) for each of "
+            f"num_levels={layer.num_levels}"
+        )
+    pixels = sum(map(math.prod, shapes))
+    if value.ndim < 2 or value.shape[-2:] != (pixels, layer.embed_dim):
+        raise ValueError(
+            f"value has shape {value.shape}; wanted (*batch, {pixels}, {layer.embed_dim}): the pixels of all levels one after "
+            f"another, as spatial_shapes={shapes} has them, and embed_dim channels"
+        )
+    batch = value.shape[:-2]
+    if query.ndim != value.ndim or (*query.shape[:-2], query.shape[-1]) != (*batch, layer.embed_dim):
+        raise ValueError(
+            f"query has shape {query.shape}; wanted (*batch, Q, {layer.embed_dim}): the batch axes of value, {batch}, and "
+            "embed_dim channels"
+        )
+    if padding_mask is not None:
+        padding_mask = _check_padding_mask(padding_mask, value)
+    reference_points = _check_reference_points(reference_points, query.shape[:-1], layer.num_levels)
+    query = query.astype(branch_dtype(layer) or wide(query.dtype))
+    return Call(query, reference_points, value, shapes, padding_mask)
+
+
+def _check_reference_points(given: Any, queries: tuple[Size, ...], levels: int) -> jax.Array:
+    """The reference points of each query and level: `(*batch, Q, L, 2 or 4)`."""
+    given = checks.array("reference_points", given, jnp.floating)
+    *axes, coordinates = given.shape
+    wanted = (*queries, levels)
+    fits = 2 <= len(axes) <= len(wanted) and axes[-2] == wanted[-2] and axes[-1] in (1, levels)
+    fits = fits and all(n in (1, m) for n, m in zip(reversed(axes), reversed(wanted), strict=False))
+    if not fits or coordinates not in (2, 4):
+        raise ValueError(
+            f"reference_points has shape {given.shape}; wanted {(*wanted, '2 or 4')}: (x, y) or (x, y, width, height) for each "
+            f"query and each of num_levels={levels}; the axis of levels may be 1, batch axes may be 1 or missing"
+        )
+    return jnp.broadcast_to(given, (*wanted, coordinates))
+
+
+def _check_padding_mask(given: Any, value: jax.Array) -> jax.Array:
+    if not hasattr(given, "shape") or getattr(given, "dtype", None) != jnp.bool_:
+        raise TypeError(
+            f"padding_mask is a {type(given).__name__} of dtype {getattr(given, 'dtype', None)}; wanted an array of bools, "
+            "True where a pixel is padding: padding_mask.astype(bool)"
+        )
+    if given.shape != value.shape[:-1]:
+        raise ValueError(
+            f"padding_mask has shape {given.shape}; wanted {value.shape[:-1]}: one bool for each pixel of value"
+        )
+    return jnp.asarray(given)
+
+
+# ---- the arithmetic
+
+
+def locations(layer: Any, offset: jax.Array, call: Call) -> jax.Array:
+    """Where each point reads, from offsets `(*batch, Q, M · T · 2)`: `(*batch, Q, M, L, P, 2)`.
+
+    The step of an offset is a pixel of the level, or 1 / P of half a box's width and height.
+    """
+    dtype = wide(offset.dtype, call.reference_points.dtype)
+    offset, reference = offset.astype(dtype), call.reference_points.astype(dtype)
+    centre, box = reference[..., :2], reference[..., 2:]
+    if box.shape[-1]:
+        shares = jnp.asarray([[0.5 / count] for count in points_per_level(layer)], dtype)  # (L, 1)
+        step = box * jnp.broadcast_to(shares, box.shape)
+    else:
+        sizes = [jnp.asarray(int32(size), dtype) for height, width in call.spatial_shapes for size in (width, height)]
+        step = 1 / jnp.broadcast_to(jnp.stack(sizes).reshape(-1, 2), centre.shape)
+    offset = offset.reshape(*offset.shape[:-1], *_points_shape(layer), 2)
+    return _each_point(layer, centre) + _each_point(layer, step) * offset
+
+
+def _each_point(layer: Any, per_level: jax.Array) -> jax.Array:
+    """What a level has, for each of its points: `(…, L, 2)` -> `(…, 1, L, 1, 2)` or `(…, 1, T, 2)`."""
+    if checks.is_int(layer.num_points):
+        return per_level[..., None, :, None, :]
+    counts = np.array(points_per_level(layer))
+    return jnp.repeat(per_level, counts, axis=-2, total_repeat_length=int(counts.sum()))[..., None, :, :]
+
+
+def weights(layer: Any, logits: jax.Array) -> jax.Array:
+    """A softmax over all points of a head: `(*batch, Q, M · T)` -> `(*batch, Q, M, L, P)`."""
+    each = jax.nn.softmax(logits.reshape(*logits.shape[:-1], layer.num_heads, -1), axis=-1)
+    return each.reshape(*logits.shape[:-1], *_points_shape(layer))
+
+
+def _points_shape(layer: Any) -> tuple[int, ...]:
+    """(M, L, P), or (M, T) where levels may differ in their points."""
+    if checks.is_int(layer.num_points):
+        return layer.num_heads, layer.num_levels, layer.num_points
+    return layer.num_heads, sum(points_per_level(layer))
+
+
+def attend(layer: Any, value: jax.Array, call: Call, locations: jax.Array, weights: jax.Array) -> jax.Array:
+    """The sum over the points, of `value` `(*batch, S, E)`, projected, without padding: `(*batch, Q, E)`."""
+    if call.padding_mask is not None:
+        value = jnp.where(call.padding_mask[..., None], jnp.zeros((), value.dtype), value)
+    return ms_deform_attn(
+        value.reshape(*value.shape[:-1], layer.num_heads, -1),
+        call.spatial_shapes,
+        locations,
+        weights,
+        points_per_level=None if checks.is_int(layer.num_points) else layer.num_points,
+        method=layer.method,
+        implementation=layer.implementation,
+    )

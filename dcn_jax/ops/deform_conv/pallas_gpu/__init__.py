@@ -1,0 +1,1 @@
+"""The op as fused GPU kernels."""

@@ -1,0 +1,1 @@
+"""The op as TPU kernels, for bounded offsets."""

@@ -1,0 +1,1 @@
+"""The op in `jax.numpy`, everywhere."""

@@ -1,0 +1,81 @@
+"""The steps that a TPU and a GPU take, run on a CPU: pixels in pairs, and one tap at a time."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import dcn_jax
+from dcn_jax.ops.deform_conv.xla import backend as xla
+from dcn_jax.ops.deform_conv.xla.schedule import cuts_by_platform
+from tests.support.cases import draw
+from tests.support.running import check_against_oracle
+
+deform_conv = functools.partial(dcn_jax.deform_conv, implementation="xla")
+
+CASES = {
+    "1-D": draw((2, 20, 6), (3,), 4),
+    "2-D": draw((2, 7, 9, 6), (3, 3), 4, strides=2, kernel_dilation=2),
+    "3-D": draw((1, 3, 4, 5, 4), (2, 3, 2), 3, mask=False),
+    "offset groups": draw((2, 5, 6, 8), (3, 3), 4, offset_groups=4),
+}
+
+
+@pytest.fixture(params=["tpu", "default"], autouse=True)
+def platform(request, monkeypatch):
+    """Cuts the sum as for a platform that is not here."""
+    chosen = []
+
+    def as_there(*arguments, **options):
+        chosen.append(dict(cuts_by_platform(*arguments, **options))[request.param])
+        return (("default", chosen[-1]),)
+
+    monkeypatch.setattr(xla, "cuts_by_platform", as_there)
+    jax.clear_caches()  # of what was traced for a CPU, and after the test of what was traced here
+    yield
+    jax.clear_caches()
+    assert {cut.step for cut in chosen} == {"pairs" if request.param == "tpu" else "tap"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name):
+    check_against_oracle(deform_conv, CASES[name], 1e-5)
+
+
+@pytest.mark.parametrize("platform", ["default"], indirect=True)  # a TPU does the same: no pairs there
+def test_groups_are_convolved_apart():
+    case = draw((2, 5, 6, 8), (3, 3), 4, feature_group_count=2, offset_groups=4)
+    check_against_oracle(deform_conv, case, 1e-5)
+
+
+@pytest.mark.slow
+def test_second_order(x64):
+    case = draw((1, 3, 4, 2), (2, 2), 2, whole=0).astype(np.float64)
+    f = jax.jit(lambda x, kernel, offset, mask: jnp.sin(deform_conv(x, kernel, offset, mask, **case.options)).sum())
+    check_grads(f, case.arrays[:4], order=2, modes=["fwd", "rev"], rtol=1e-5)
+
+
+def test_gradient_of_a_narrow_map_is_summed_wide():
+    """A thousand points read one pixel: summed in bfloat16, its gradient would stop at 256."""
+    x, kernel = jnp.zeros((1, 1000, 2), jnp.bfloat16), jnp.ones((1, 2, 1), jnp.bfloat16)
+    offset = -jnp.arange(1000.0)[None, :, None]
+    gradient = jax.grad(lambda x: deform_conv(x, kernel, offset).astype(jnp.float32).sum())(x)
+    assert gradient[0, 0].tolist() == [1000, 1000]
+
+
+def test_what_is_not_read_does_no_harm():
+    """Infinite pixels reach only those that read them, points far away read zero, and a NaN stays where it is."""
+    x = np.ones((1, 6, 6, 2), np.float32)
+    x[0, 0] = x[0, -1] = x[0, :, 0] = x[0, :, -1] = np.inf
+    offset = np.zeros((1, 6, 6, 2), np.float32)
+    offset[0, 2, 2], offset[0, 2, 3], offset[0, 3, 2], offset[0, 3, 3] = np.inf, -1e30, (0, 100), np.nan
+    y = np.asarray(jax.jit(deform_conv)(x, np.full((1, 1, 2, 1), 0.5, np.float32), offset))[0, 1:-1, 1:-1, 0]
+    wanted = np.ones((4, 4))
+    wanted[1, 1] = wanted[1, 2] = wanted[2, 1] = 0
+    wanted[2, 2] = np.nan
+    np.testing.assert_array_equal(
+        y[:3, :3], wanted[:3, :3]
+    )  # those beyond read an infinite neighbour by a weight of zero
