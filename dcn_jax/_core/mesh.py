@@ -1,20 +1,28 @@
-"""Meshes of devices: what an op does on one is left to the partitioner."""
+"""Meshes of devices: how an op is placed on one is left to the partitioner."""
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 
-def on_any_mesh(
-    compute: Callable, arrays: Sequence[jax.Array | None], *, batched: Sequence[jax.Array], batch: int, whole: int
-) -> jax.Array:
-    """`compute(*arrays)` on a mesh of any kind, those whose shardings are part of the types included.
+def on_any_mesh(compute: Callable, *, batched: Sequence[jax.Array], batch: int, whole: int) -> Callable:
+    """`compute`, a function of arrays, so that it runs on a mesh of any kind, one with explicit axes included.
 
-    The result has `batch` axes, which lie as those of `batched` do, and then `whole` axes, which are not split.
+    Its result has `batch` axes, which are sharded as those of `batched` are, and then `whole` axes, which are not sharded.
     """
-    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
-        specs = [jax.typeof(array).sharding.spec[:batch] for array in batched]
-        over = [next((axis for axis in axes if axis is not None), None) for axes in zip(*specs, strict=True)]
-        compute = jax.sharding.auto_axes(compute, out_sharding=PartitionSpec(*over, *[None] * whole))
-    return compute(*arrays)
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return compute
+    specs = [jax.typeof(array).sharding.spec[:batch] for array in batched]
+    over = [next((axis for axis in axes if axis is not None), None) for axes in zip(*specs, strict=True)]
+    return jax.sharding.auto_axes(compute, out_sharding=PartitionSpec(*over, *[None] * whole))
+
+
+def zeros_varying_like(arrays: Any, dtype: Any, shape: Sequence[Any]) -> jax.Array:
+    """Zeros to add to. Within `shard_map` they vary over the devices that any of `arrays` varies over, as the sum will."""
+    zeros = [jnp.zeros_like(array, dtype, shape) for array in jax.tree.leaves(arrays)]
+    return functools.reduce(operator.add, zeros)

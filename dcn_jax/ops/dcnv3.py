@@ -175,7 +175,7 @@ def check_axes(
 def run(grid: Grid, x: jax.Array, offset: jax.Array, mask: jax.Array) -> jax.Array:
     """The op of checked arguments, in DCNv3's orders."""
     compute = functools.partial(_convolve, grid)
-    return on_any_mesh(compute, (x, offset, mask), batched=(x,), batch=x.ndim - 3, whole=3)
+    return on_any_mesh(compute, batched=(x,), batch=x.ndim - 3, whole=3)(x, offset, mask)
 
 
 def _convolve(grid: Grid, x: jax.Array, offset: jax.Array, mask: jax.Array) -> jax.Array:

@@ -82,13 +82,8 @@ def grid_sample(
     """
     spec, features, grid = _check_call(features, grid, method, padding_mode, align_corners)
     batch = features.ndim - len(spec.border.spatial) - 1
-    return on_any_mesh(
-        functools.partial(_sample_flat, spec),
-        (features, grid),
-        batched=(features, grid),
-        batch=batch,
-        whole=grid.ndim - batch,
-    )
+    compute = functools.partial(_sample_flat, spec)
+    return on_any_mesh(compute, batched=(features, grid), batch=batch, whole=grid.ndim - batch)(features, grid)
 
 
 class _Spec(NamedTuple):

@@ -16,7 +16,7 @@ from dcn_jax.sampling import Border
 def run(spec: Spec, arrays: Arrays) -> jax.Array:
     """`ms_deform_attn` of a checked call."""
     batch = arrays.value.ndim - 3
-    return on_any_mesh(functools.partial(_attend, spec), arrays, batched=arrays, batch=batch, whole=2)
+    return on_any_mesh(functools.partial(_attend, spec), batched=arrays, batch=batch, whole=2)(*arrays)
 
 
 def _attend(spec: Spec, value, locations, weights) -> jax.Array:

@@ -21,6 +21,7 @@ from dcn_jax._core.mesh import on_any_mesh
 from dcn_jax._core.pallas import batching, partitioning
 from dcn_jax._core.pallas.derivatives import by_kernels
 from dcn_jax._core.pallas.launch import interpreting, launch, out_of_reach, stack_size
+from dcn_jax._core.platform_op import Op, platform_op
 from dcn_jax.ops.deform_conv.call import Arrays, Spec, add_bias
 from dcn_jax.ops.deform_conv.pallas_gpu import kernels
 from dcn_jax.ops.deform_conv.pallas_gpu.points import locate_points
@@ -70,13 +71,13 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
     # The mode is kept in the plan: a backward pass traced later runs in that of its forward pass.
     plan = Plan(spec._replace(out_dtype=out_dtype), product, interpreting())
     rank = spec.window.rank
-    return on_any_mesh(
+    compute = on_any_mesh(
         lambda *arrays: _op(spec, plan, Arrays(*arrays)),
-        arrays,
         batched=(arrays.x, arrays.offset),
         batch=arrays.x.ndim - rank - 1,
         whole=rank + 1,
     )
+    return compute(*arrays)
 
 
 def _product(precision: Any) -> lax.DotAlgorithmPreset | None:
@@ -88,15 +89,25 @@ def _product(precision: Any) -> lax.DotAlgorithmPreset | None:
 # --- the op and its gradients -------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))  # a call outside of jit compiles once, not each time
 def _op(spec: Spec, plan: Plan, arrays: Arrays) -> jax.Array:
-    return by_kernels(
-        functools.partial(_convolve, spec, plan),
-        functools.partial(_pull, plan),
-        lambda arrays: xla.convolve(spec, *arrays),
-        arrays,
-        holds=partitioning.holds_kernels(),
-    )
+    made = by_kernels(_convolve, _gradients, _by_xla, plan)
+    return platform_op(Op(spec, _result_type, made, partitioning.holds_kernels()), arrays)
+
+
+def _by_xla(spec: Spec, plan: Plan, arrays: Arrays) -> jax.Array:
+    del plan
+    return xla.convolve(spec, *arrays)
+
+
+def _result_type(spec: Spec, arrays: Arrays) -> jax.Array:
+    return xla.convolve(spec, *arrays)
+
+
+def _gradients(spec: Spec, plan: Plan, active: tuple[str, ...], g: jax.Array, arrays: Arrays) -> dict[str, Any]:
+    """Those of the arrays named in `active`."""
+    del spec
+    found = _pull(plan, arrays, g)
+    return {name: getattr(found, name) for name in active}
 
 
 class _Operands(NamedTuple):

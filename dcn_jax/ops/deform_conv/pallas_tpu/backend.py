@@ -18,6 +18,7 @@ from dcn_jax._core.mesh import on_any_mesh
 from dcn_jax._core.pallas import batching, partitioning
 from dcn_jax._core.pallas.derivatives import by_kernels
 from dcn_jax._core.pallas.launch import interpreting, out_of_reach
+from dcn_jax._core.platform_op import Op, platform_op
 from dcn_jax.ops.deform_conv.call import Arrays, Spec
 from dcn_jax.ops.deform_conv.pallas_tpu.launch import BACKWARD, FORWARD, ON_CHIP, BackwardOperands, Operands, Plan
 from dcn_jax.ops.deform_conv.pallas_tpu.tiles import bytes_on_chip, cut_for
@@ -89,13 +90,13 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
     out_dtype = spec.out_dtype if spec.out_dtype.name in DTYPES else jnp.dtype("float32")
     cut = cut_for(spec, cast(lax.Precision, _precision(spec.precision)))
     plan = Plan(spec._replace(out_dtype=out_dtype), cut, interpreting())
-    return on_any_mesh(
+    compute = on_any_mesh(
         functools.partial(_arrange, plan, spec.out_dtype),
-        arrays,
         batched=(arrays.x, arrays.offset),
         batch=arrays.x.ndim - 3,
         whole=3,
     )
+    return compute(*arrays)
 
 
 def _arrange(plan: Plan, out_dtype, x, kernel, offset, mask, bias) -> jax.Array:
@@ -126,19 +127,31 @@ def _precision(precision: Any) -> lax.Precision | None:
 # --- the op and its gradients, at the operands of a call -----------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=0)  # a call outside of jit compiles once, not each time
 def _op(plan: Plan, operands: Operands) -> jax.Array:
     """y: `(B, Ho, Wo, F)`."""
-
-    def by_xla(operands):
-        x, kernel, *rest = operands
-        return xla.convolve(plan.spec, x, kernel.reshape(*plan.spec.window.size, *kernel.shape[1:]), *rest)
-
-    return by_kernels(functools.partial(_convolve, plan), functools.partial(_pull, plan), by_xla, operands)
+    return platform_op(Op(plan.spec, _result_type, by_kernels(_convolve, _gradients, _by_xla, plan)), operands)
 
 
-def _convolve(plan: Plan, operands: Operands) -> jax.Array:
+def _by_xla(spec: Spec, plan: Plan, operands: Operands) -> jax.Array:
+    del plan
+    return _result_type(spec, operands)
+
+
+def _result_type(spec: Spec, operands: Operands) -> jax.Array:
+    x, kernel, *rest = operands
+    return xla.convolve(spec, x, kernel.reshape(*spec.window.size, *kernel.shape[1:]), *rest)
+
+
+def _gradients(spec: Spec, plan: Plan, active: tuple[str, ...], g: jax.Array, operands: Operands) -> dict[str, Any]:
+    """Those of the operands named in `active`."""
+    del spec
+    found = _pull(plan, operands, g)
+    return {name: getattr(found, name) for name in active}
+
+
+def _convolve(spec: Spec, plan: Plan, operands: Operands) -> jax.Array:
     """The op by the kernels."""
+    del spec
     return batching.run_pass(FORWARD, plan, operands).y
 
 

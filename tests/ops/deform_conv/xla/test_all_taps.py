@@ -1,11 +1,11 @@
-"""What is written for a CPU against `locate` and `sum_rows`."""
+"""The CPU's own spelling of reading, beside `locate` and `sum_rows`."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcn_jax.ops.deform_conv.xla.reading import pull_rows, sum_corners
+from dcn_jax.ops.deform_conv.xla.all_taps import pull_rows, sum_corners
 from dcn_jax.sampling import Border, Positions, Rows, locate, sum_rows
 from tests.support.running import assert_close, normal
 from tests.test_sampling import draw

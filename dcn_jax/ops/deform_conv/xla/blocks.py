@@ -1,0 +1,208 @@
+"""What every algorithm needs: its operands, blocks of output positions, and where the taps of a block read.
+
+The letters of the shapes: B images, P output positions, K taps, OG offset groups of Cg channels, F features, n spatial
+axes. `*B` is one batch axis, or several where offset or mask are shared along some of them.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dcn_jax._core.dtypes import wide
+from dcn_jax.geometry import Size, int32, regular_positions, regular_taps
+from dcn_jax.ops.deform_conv.call import Spec
+from dcn_jax.sampling import Border, Positions, Rows, sum_rows
+
+
+class Operands(NamedTuple):
+    """The arrays that the sum over taps is made of."""
+
+    rows: Any  # (*B, R, Cg): the map, flattened to rows of one pixel and one offset group
+    matrices: Any  # (K, C / feature groups, F)
+    offset: Any  # (*B, P, OG, K, n); in whole blocks (*B, number * size, [OG,] K * n)
+    modulation: Any  # (*B, P, OG, K) or None; in whole blocks (*B, number * size, [OG,] K)
+    # The rows in the accumulator's dtype, where they are narrower; else None. Values are read from `rows`, and the gradient
+    # flows here, so that it is summed in the wider dtype.
+    summed: Any
+
+
+class Blocks(NamedTuple):
+    """The output positions, divided into blocks of one size. The last block is filled up with zeros."""
+
+    number: int
+    size: Size  # positions in a block
+    # Whether narrow arrays are widened block by block. XLA's CPU backend widens bfloat16 to slice it, and moves that out of
+    # the loop: then all of the array would be in memory in float32.
+    widen_by_block: bool = False
+
+
+def border_of(spec: Spec) -> Border:
+    """The map's size, and what lies beyond its border."""
+    return Border(spec.window.spatial, spec.window.padding_mode)
+
+
+def is_depthwise(spec: Spec, channels: int) -> bool:
+    """Whether each channel is convolved alone; `channels` are those of one offset group, Cg."""
+    return spec.feature_groups == spec.offset_groups * channels
+
+
+def first_taps(spec: Spec, blocks: Blocks) -> jax.Array:
+    """Where the first tap reads for each position of all blocks, before its offset: `(number * size, n)`, in int32."""
+    window = spec.window
+    first = regular_positions(window).reshape(math.prod(window.out_spatial), window.rank)
+    return fill_up(first, 0, blocks.number * blocks.size)
+
+
+def fill_up(array: jax.Array, axis: int, length: Size) -> jax.Array:
+    """`array` with zeros appended along an axis, which is then `length` long."""
+    if array.shape[axis] == length:
+        return array
+    return jnp.pad(array, [(0, length - n if a == axis else 0) for a, n in enumerate(array.shape)])
+
+
+def divide(spec: Spec, blocks: Blocks, operands: Operands) -> Operands:
+    """Offsets and modulations in whole blocks, and matrices in the dtype that their gradient is summed in."""
+    batch_axes, length = operands.rows.ndim - 2, blocks.number * blocks.size
+
+    def in_blocks(array):  # (*B, P, OG, K, …) -> (*B, number * size, [OG,] K * …)
+        *front, groups = array.shape[: batch_axes + 2]
+        several = (groups,) if groups > 1 else ()  # XLA's CPU backend would copy the array for an axis of 1
+        array = array.reshape(*front, *several, math.prod(array.shape[batch_axes + 2 :]))
+        return fill_up(array, batch_axes, length)
+
+    return operands._replace(
+        matrices=operands.matrices.astype(spec.accumulate),
+        offset=in_blocks(operands.offset),
+        modulation=None if operands.modulation is None else in_blocks(operands.modulation),
+    )
+
+
+def take(spec: Spec, blocks: Blocks, block: jax.Array, tap: jax.Array | None, divided: Operands) -> Operands:
+    """What one step reads of the divided operands: a block, and of its taps one, or all where `tap` is None."""
+    rows, matrices, offset, modulation, _ = divided
+    held = divided._replace(
+        rows=_hold(blocks, rows, block),
+        matrices=matrices if tap is None else _hold(blocks, matrices, block),
+        offset=_hold(blocks, offset, block),
+        modulation=None if modulation is None else _hold(blocks, modulation, block),
+    )
+    matrices = held.matrices
+    if tap is not None:
+        matrices = lax.dynamic_index_in_dim(matrices, tap, keepdims=False, allow_negative_indices=False)
+
+    def slice(array):
+        start, shape = _place(spec, blocks, block, tap, held, array)
+        return lax.dynamic_slice(array, start, shape, allow_negative_indices=False)
+
+    offset = slice(held.offset)
+    return held._replace(
+        matrices=matrices.astype(spec.accumulate),
+        offset=offset.astype(wide(offset.dtype, jnp.finfo(spec.accumulate).dtype)),
+        modulation=None if held.modulation is None else slice(held.modulation),
+    )
+
+
+def add_part(
+    spec: Spec, blocks: Blocks, block: jax.Array, tap: jax.Array | None, divided: Operands, name: str, total, part
+) -> jax.Array:
+    """`total` with a step's gradient of one operand added where `take` took it from: the transpose of `take`."""
+    match name:
+        case "offset" | "modulation":  # every element belongs to one step
+            start, shape = _place(spec, blocks, block, tap, divided, total)
+            return lax.dynamic_update_slice(total, part.astype(total.dtype).reshape(shape), start)
+        case "matrices" if tap is not None:
+            none = jnp.zeros_like(total)
+            return total + lax.dynamic_update_index_in_dim(none, part, tap, 0, allow_negative_indices=False)
+    return total + part
+
+
+def _place(
+    spec: Spec, blocks: Blocks, block: jax.Array, tap: jax.Array | None, divided: Operands, array: jax.Array
+) -> tuple[list[jax.Array], tuple[Size, ...]]:
+    """Where in `(*B, number * size, [OG,] K * …)` a step's part begins, and its shape."""
+    batch_axes = divided.rows.ndim - 2
+    batch, several = array.shape[:batch_axes], array.shape[batch_axes + 1 : -1]
+    width = array.shape[-1] // (1 if tap is None else spec.window.taps)
+    tap = jnp.zeros_like(block) if tap is None else tap
+    zero = jnp.zeros_like(tap)
+    start = [*[zero] * batch_axes, block * int32(blocks.size), *[zero] * len(several), tap * width]
+    return start, (*batch, blocks.size, *several, width)
+
+
+def take_positions(blocks: Blocks, first: jax.Array, block: jax.Array) -> jax.Array:
+    """The part of `first_taps` that belongs to a block: `(size, n)`."""
+    start = [block * int32(blocks.size), jnp.zeros_like(block)]
+    return lax.dynamic_slice(first, start, (blocks.size, first.shape[-1]), allow_negative_indices=False)
+
+
+class Regular(NamedTuple):
+    """Where taps read before their offsets: two tables, made once before the loop, which each step indexes."""
+
+    first: jax.Array  # `first_taps`
+    reach: jax.Array  # (K, n): how far each tap lies from the first
+
+
+def regular_table(spec: Spec, blocks: Blocks) -> Regular:
+    """The tables for steps of one tap."""
+    return Regular(first_taps(spec, blocks), regular_taps(spec.window))
+
+
+def tap_points(
+    spec: Spec, blocks: Blocks, regular: Regular, block: jax.Array, tap: jax.Array, part: Operands
+) -> tuple[Positions, jax.Array | None]:
+    """Where one tap reads for the positions of a block, `(*B, size, OG, n)`, and its modulations, `(*B, size, OG)`."""
+    batch_axes = part.rows.ndim - 2
+
+    def by_group(array):  # (*B, size, [OG,] …) -> (*B, size, OG, …)
+        return array.reshape(*array.shape[: batch_axes + 1], spec.offset_groups, array.shape[-1])
+
+    reach = lax.dynamic_index_in_dim(regular.reach, tap, allow_negative_indices=False)  # (1, n)
+    whole = (take_positions(blocks, regular.first, block) + reach)[:, None]  # (size, 1, n)
+    scale = None if part.modulation is None else by_group(part.modulation)[..., 0]
+    return Positions(lax.expand_dims(whole, range(batch_axes)), by_group(part.offset)), scale
+
+
+def divide_cotangent(blocks: Blocks, y_bar: jax.Array) -> jax.Array:
+    """The result's cotangent, block by block: `(B, P, F)` -> `(number, B * size, F)`."""
+    images, _, features = y_bar.shape
+    y_bar = fill_up(y_bar, 1, blocks.number * blocks.size).reshape(images, blocks.number, blocks.size, features)
+    return jnp.moveaxis(y_bar, 1, 0).reshape(blocks.number, images * blocks.size, features)
+
+
+def take_cotangent(spec: Spec, blocks: Blocks, block: jax.Array, y_bar: jax.Array) -> jax.Array:
+    """The cotangent of one block, `(B * size, F)`, in the dtype that products are summed in."""
+    bar = _hold(blocks, y_bar, block)
+    bar = lax.dynamic_index_in_dim(bar, block, keepdims=False, allow_negative_indices=False)
+    return bar.astype(spec.accumulate)
+
+
+def join(spec: Spec, y: jax.Array) -> jax.Array:
+    """The result of all blocks, `(B, number * size, F)`, without what the last block was filled up with: `(B, P, F)`."""
+    return y[:, : math.prod(spec.window.out_spatial)].astype(spec.out_dtype)
+
+
+def one_batch_axis(rows: jax.Array, summed: jax.Array | None, at: Any) -> tuple[jax.Array, jax.Array | None, Any]:
+    """Maps `(*B, R, Cg)`, and a tree of arrays `(*B, …)` that read them, with one batch axis; shared arrays are repeated."""
+    batch = rows.shape[:-2]
+
+    def one_axis(array, wanted):
+        return jnp.broadcast_to(array, wanted).reshape(math.prod(batch), *wanted[len(batch) :])
+
+    at = jax.tree.map(lambda array: one_axis(array, (*batch, *array.shape[len(batch) :])), at)
+    return one_axis(rows, rows.shape), None if summed is None else one_axis(summed, summed.shape), at
+
+
+def read_images(rows: jax.Array, summed: jax.Array | None, at: Rows) -> jax.Array:
+    """The samples of maps `(*B, R, Cg)` at rows `(*B, …)`: `(B, …, Cg)`."""
+    rows, summed, at = one_batch_axis(rows, summed, at)
+    return jax.vmap(lambda rows, summed, at: sum_rows(rows, at, None, summed))(rows, summed, at)
+
+
+def _hold(blocks: Blocks, array: jax.Array, block: jax.Array) -> jax.Array:
+    """`array`, which XLA must not widen before the loop: behind a barrier with the block's number it differs by block."""
+    if not blocks.widen_by_block or jnp.finfo(array.dtype).bits >= 32:
+        return array
+    return lax.optimization_barrier((array, block))[0]
