@@ -26,3 +26,9 @@ def zeros_varying_like(arrays: Any, dtype: Any, shape: Sequence[Any]) -> jax.Arr
     """Zeros to add to. Within `shard_map` they vary over the devices that any of `arrays` varies over, as the sum will."""
     zeros = [jnp.zeros_like(array, dtype, shape) for array in jax.tree.leaves(arrays)]
     return functools.reduce(operator.add, zeros)
+
+
+def vary_alike(arrays: Any) -> Any:
+    """Inside `shard_map`, arrays that all vary over the same mesh axes; JAX sums their gradients over the added ones."""
+    axes = frozenset().union(*(jax.typeof(a).mat.varying for a in jax.tree.leaves(arrays)))
+    return jax.tree.map(lambda a: jax.lax.pcast(a, tuple(axes - jax.typeof(a).mat.varying), to="varying"), arrays)

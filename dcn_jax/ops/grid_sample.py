@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from dcn_jax._core import checks, dtypes
 from dcn_jax._core.mesh import on_any_mesh
 from dcn_jax.geometry import canonical_padding_mode
-from dcn_jax.ops.weighted_reads import Level, Query, sum_readings
+from dcn_jax.ops.weighted_reads import Level, Operands, sum_readings
 from dcn_jax.sampling import Border
 
 METHODS = ("linear", "nearest")
@@ -133,7 +133,7 @@ def _sample_flat(spec: _Spec, features: jax.Array, grid: jax.Array) -> jax.Array
     rows = features.reshape(math.prod(batch), math.prod(spatial), channels)
     points = grid.reshape(math.prod(batch), math.prod(query), 1, len(spatial)).astype(position)
     level = Level(spec.border, spec.method, _from_centres if spec.align_corners else _from_edges, 0, 0, 1)
-    y = sum_readings((level,), rows.astype(dtypes.wide(dtype, grid.dtype)), Query(points, None))
+    y = sum_readings((level,), Operands(rows.astype(dtypes.wide(dtype, grid.dtype)), points, None))
     return y.reshape(*batch, *query, channels).astype(dtype)
 
 

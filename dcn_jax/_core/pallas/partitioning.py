@@ -124,12 +124,6 @@ def _name_factors(axes: dict[str, tuple[str | None, ...]]) -> list[str]:
     return [" ".join(axis or f"{name}{i}" for i, axis in enumerate(of_array)) for name, of_array in axes.items()]
 
 
-def vary_alike(arrays):
-    """Inside `shard_map`, let all arrays vary over the same mesh axes, as a kernel's results do."""
-    axes = frozenset().union(*(jax.typeof(a).mat.varying for a in jax.tree.leaves(arrays)))
-    return jax.tree.map(lambda a: lax.pcast(a, tuple(axes - jax.typeof(a).mat.varying), to="varying"), arrays)
-
-
 def zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
     """Zeros to add into, in float32, that vary over mesh axes as `like` does."""
     return lax.pcast(jnp.zeros(shape, jnp.float32), tuple(jax.typeof(like).mat.varying), to="varying")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from dcn_jax._core.dtypes import wide
 from dcn_jax._core.mesh import on_any_mesh
 from dcn_jax.ops.ms_deform_attn.call import Arrays, Spec
-from dcn_jax.ops.weighted_reads import Level, Query, sum_readings
+from dcn_jax.ops.weighted_reads import Level, Operands, sum_readings
 from dcn_jax.sampling import Border
 
 
@@ -29,8 +29,8 @@ def _attend(spec: Spec, value, locations, weights) -> jax.Array:
         return array.reshape(math.prod(batch), *array.shape[len(batch) :]).astype(dtype)
 
     # A gradient is summed in the dtype that is read: hence in the result's already here.
-    query = Query(flatten(locations, position), flatten(weights, position))
-    y = sum_readings(_levels(spec), flatten(value, dtype), query)
+    operands = Operands(flatten(value, dtype), flatten(locations, position), flatten(weights, position))
+    y = sum_readings(_levels(spec), operands)
     return y.reshape(*batch, y.shape[1], heads * channels).astype(value.dtype)
 
 

@@ -17,7 +17,7 @@ from jax.export import is_symbolic_dim
 from jax.sharding import AxisType
 
 from dcn_jax._core.dtypes import asked_precision, wide
-from dcn_jax._core.mesh import on_any_mesh
+from dcn_jax._core.mesh import on_any_mesh, vary_alike
 from dcn_jax._core.pallas import batching, partitioning
 from dcn_jax._core.pallas.derivatives import by_kernels
 from dcn_jax._core.pallas.launch import interpreting, launch, out_of_reach, stack_size
@@ -156,7 +156,7 @@ def _prepare(plan: Plan, arrays: Arrays) -> tuple[_Operands, jax.Array]:
     row, weight = locate_points(window, groups, flat(offset), None if mask is None else flat(mask))
     rows = flat(x).reshape(-1, math.prod(window.spatial) * groups, channels // groups)
     operands = _Operands(rows, kernel.reshape(window.taps, *kernel.shape[-2:]), row, weight, bias)
-    operands = partitioning.vary_alike(operands)  # as the kernels' results do
+    operands = vary_alike(operands)  # as the kernels' results do
     return operands._replace(row=None), operands.row
 
 
