@@ -61,16 +61,15 @@ def sum_readings(levels: tuple[Level, ...], operands: Operands) -> jax.Array:
 
 
 def algorithms(levels: tuple[Level, ...], operands: Operands) -> "tuple[Algorithms, Algorithms]":
-    """The algorithm of the sum, and that of its derivatives, for each platform: how many blocks of queries they take."""
+    """The algorithms of the sum, and that of its derivatives, by platform."""
     from dcn_jax._core.platform_op import Algorithm
 
-    def in_blocks(number):
-        blocks = _divide(operands.points.shape[1], number)
-        return Algorithm(_result, _gradients, blocks, gradients_can_be_mapped=True)
-
-    # A TPU keeps the rows that a block reads; other platforms read, weight and add in one kernel.
-    of_sum = ("default", in_blocks(1)), ("tpu", in_blocks(_FEWEST))
-    return of_sum, (("default", in_blocks(_blocks_of_derivatives(levels, operands))),)
+    at_once, in_blocks = (
+        Algorithm(result, _gradients, _divide(levels, operands), gradients_can_be_mapped=True)
+        for result in (_sum_points, _sum_blocks)
+    )
+    # A TPU keeps the rows that it reads. Other platforms read, weight and add in one kernel.
+    return (("default", at_once), ("tpu", in_blocks)), (("default", in_blocks),)
 
 
 def _zeros_of_result(levels: tuple[Level, ...], operands: Operands) -> jax.Array:
@@ -79,34 +78,34 @@ def _zeros_of_result(levels: tuple[Level, ...], operands: Operands) -> jax.Array
     return jnp.zeros_like(features, shape=(*points.shape[:-2], features.shape[-1]))
 
 
-# The sum
-
-
-def _result(levels: tuple[Level, ...], blocks: "_Blocks", operands: Operands) -> jax.Array:
-    """The sum, for one block of queries after another."""
-    if blocks.number == 1:
-        return _sum_points(levels, operands)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # a derivative of the loop keeps nothing of a step
-    def fill(y, block):
-        part = _sum_points(levels, _take_queries(blocks, block, operands))
-        return lax.dynamic_update_slice_in_dim(y, part, blocks.start(block), 1, allow_negative_indices=False), None
-
-    return lax.scan(fill, _zeros_of_result(levels, operands), jnp.arange(blocks.number, dtype=jnp.int32))[0]
-
-
-def _sum_points(levels: tuple[Level, ...], operands: Operands) -> jax.Array:
+def _sum_points(levels: tuple[Level, ...], blocks: "_Blocks", operands: Operands) -> jax.Array:
     """The sum, for one point of all queries after another."""
+    del blocks
     y = _zeros_of_result(levels, operands)
     for level in levels:
 
-        @functools.partial(jax.checkpoint, prevent_cse=False)
         def add(y, point, level=level):
             part = _take_points(operands, point, 1)
             read = functools.partial(sum_rows, span=(level.first_row, level.rows))
             return y + jnp.sum(_each_head(read, part.features, _locate(level, part)), axis=-2), None
 
         y, _ = lax.scan(add, y, level.first_point + jnp.arange(level.points, dtype=jnp.int32))
+    return y
+
+
+def _sum_blocks(levels: tuple[Level, ...], blocks: "_Blocks", operands: Operands) -> jax.Array:
+    """The sum, for all points of a level and of one block of queries after another."""
+    y = _zeros_of_result(levels, operands)
+    for level in levels:
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)  # a derivative of the loop keeps no rows
+        def add(y, block, level=level):
+            weight, row = _corners(level, _take_block(level, blocks, block, operands))
+            rows = jnp.where(_is_read(level, blocks, block, row)[..., None], _take_rows(level, operands.features, row), 0)
+            part = jnp.einsum("bq...pkd,bq...pk->bq...d", rows, weight.astype(rows.dtype), precision=lax.Precision.HIGHEST)
+            return _add_window(y, part, (0, blocks.start(block))), None
+
+        y, _ = lax.scan(add, y, jnp.arange(blocks.number, dtype=jnp.int32))
     return y
 
 
@@ -129,15 +128,13 @@ def _add_gradients(level: Level, blocks: "_Blocks", operands: Operands, y_bar: j
     """`sums` with the gradients that one level and one block of queries give."""
     sums, start = dict(sums), blocks.start(block)
     bar = lax.dynamic_slice_in_dim(y_bar, start, blocks.size, 1, allow_negative_indices=False)  # (B, q, *M, D)
-    part = _take_points(_take_queries(blocks, block, operands), level.first_point, level.points)
+    part = _take_block(level, blocks, block, operands)
 
     def corners(points, weights):
-        """The weights of all corners, and their rows of the level: both `(B, q, *M, P, K)`."""
-        at = _locate(level, part._replace(points=points, weights=weights))
-        return jnp.stack(at.weight, -1), jnp.stack(at.row, -1)
+        return _corners(level, part._replace(points=points, weights=weights))
 
     weight, pull, row = jax.vjp(corners, part.points, part.weights, has_aux=True)
-    read = (row < int32(level.rows)) & blocks.fresh(block, row.ndim)
+    read = _is_read(level, blocks, block, row)
     if "features" in sums:
         pixel = jnp.where(read, row + int32(level.first_row), int32(operands.features.shape[1]))
         added = weight[..., None].astype(bar.dtype) * jnp.expand_dims(bar, (-3, -2))
@@ -186,6 +183,17 @@ def _locate(level: Level, operands: Operands) -> Rows:
     return jax.tree.map(lambda array: array[..., 0], at)
 
 
+def _corners(level: Level, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """The weights of all corners, and their rows of the level: both `(B, Q, *M, P, K)`."""
+    at = _locate(level, operands)
+    return jnp.stack(at.weight, -1), jnp.stack(at.row, -1)
+
+
+def _is_read(level: Level, blocks: "_Blocks", block: jax.Array, row: jax.Array) -> jax.Array:
+    """Whether each corner lies on the map, and its query is in no block before."""
+    return (row < int32(level.rows)) & blocks.fresh(block, row.ndim)
+
+
 def _take_rows(level: Level, features: jax.Array, row: jax.Array) -> jax.Array:
     """Rows of a level, the last for the one after it: `(B, S, *M, D)`, `(B, q, *M, P, K)` -> `(B, q, *M, P, K, D)`."""
 
@@ -228,25 +236,21 @@ class _Blocks(NamedTuple):
 _FEWEST = 8
 
 
-def _blocks_of_derivatives(levels: tuple[Level, ...], operands: Operands) -> int:
-    """So many that what a block reads of a level is half of the result, or of the features if they are more."""
+def _divide(levels: tuple[Level, ...], operands: Operands) -> _Blocks:
+    """Blocks so small that what each reads of a level is half of the result, or of the features if they are more."""
     pixels, queries = operands.features.shape[1], operands.points.shape[1]
     corners = [2 ** len(level.border.spatial) if level.method == "linear" else 1 for level in levels]
     most = max(_FEWEST, *(2 * level.points * each for level, each in zip(levels, corners, strict=True)))
     if not (isinstance(queries, int) and isinstance(pixels, int)):
-        return _FEWEST
-    return max(_FEWEST, min(most, round(most * queries / max(pixels, 1))))
+        return _Blocks(queries, -(-queries // _FEWEST), _FEWEST)
+    size = -(-queries // max(_FEWEST, min(most, round(most * queries / max(pixels, 1)))))
+    return _Blocks(queries, size, -(-queries // max(size, 1)))
 
 
-def _divide(queries: Size, number: int) -> _Blocks:
-    """Queries in about so many blocks."""
-    size = -(-queries // number)
-    return _Blocks(queries, size, -(-queries // max(size, 1)) if isinstance(queries, int) else number)
-
-
-def _take_queries(blocks: _Blocks, block: jax.Array, operands: Operands) -> Operands:
-    """The operands of one block's queries."""
-    return _take(operands, blocks.start(block), blocks.size, axis=1)
+def _take_block(level: Level, blocks: _Blocks, block: jax.Array, operands: Operands) -> Operands:
+    """The operands of a level's points and a block's queries."""
+    part = _take(operands, blocks.start(block), blocks.size, axis=1)
+    return _take_points(part, level.first_point, level.points)
 
 
 def _take_points(operands: Operands, start: Any, count: int) -> Operands:
