@@ -1,13 +1,18 @@
-"""Launching kernels, in Pallas's interpreter: what goes by name, and which mode holds where."""
+"""Launching kernels, in Pallas's interpreter: what goes by name, and which mode holds where. And one that JAX refuses."""
 
+import functools
+import re
 import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from dcn_jax._core.pallas.launch import interpret, interpreting, launch
+from dcn_jax._core.pallas.launch import interpret, interpreting, launch, on_platform
 
 
 def run(body, operands, results):
@@ -66,3 +71,30 @@ def test_interpret_ends_with_an_error():
     with pytest.raises(KeyError), interpret():
         raise KeyError
     assert not interpreting()
+
+
+def test_a_tpu_kernel_in_a_partitioned_program_says_to_use_shard_map():
+    """`launch` knows JAX's own error for this by its words, which JAX promises nowhere. To lower for a TPU takes none."""
+    call = pl.pallas_call(lambda x_ref, y_ref: None, out_shape=[jax.ShapeDtypeStruct((8, 128), jnp.float32)])
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+
+    def refusal(f):
+        try:
+            jax.jit(f).trace(x).lower(lowering_platforms=("tpu",))
+        except Exception as error:
+            return error
+        return None
+
+    of_jax = refusal(call)
+    assert isinstance(of_jax, NotImplementedError), (
+        "JAX no longer raises NotImplementedError for a TPU kernel in a program that is partitioned over devices, but "
+        f"{of_jax!r}. If it partitions the kernel, `launch._lower` need not catch anything; else it has to catch that."
+    )
+    assert "automatically partitioned" in str(of_jax), (
+        "JAX words its refusal of a TPU kernel in a partitioned program anew, and `launch._lower` knows it by the words "
+        f"'automatically partitioned'. Until it knows the new words, users see JAX's error and not our advice: {of_jax}"
+    )
+    ours = refusal(functools.partial(on_platform, "tpu", call))
+    assert isinstance(ours, NotImplementedError)
+    assert re.search(r"'pallas_tpu' runs on one device.*inside jax\.shard_map", str(ours))
