@@ -21,7 +21,7 @@ from dcn_jax._core.mesh import on_any_mesh
 from dcn_jax._core.pallas import batching, partitioning
 from dcn_jax._core.pallas.derivatives import by_kernels
 from dcn_jax._core.pallas.launch import interpreting, launch, out_of_reach, stack_size
-from dcn_jax._core.platform_op import Op, platform_op
+from dcn_jax._core.platform_op import Op, platform_op, type_of
 from dcn_jax.ops.deform_conv.call import Arrays, Spec, add_bias
 from dcn_jax.ops.deform_conv.pallas_gpu import kernels
 from dcn_jax.ops.deform_conv.pallas_gpu.points import locate_points
@@ -91,15 +91,13 @@ def _product(precision: Any) -> lax.DotAlgorithmPreset | None:
 
 def _op(spec: Spec, plan: Plan, arrays: Arrays) -> jax.Array:
     made = by_kernels(_convolve, _gradients, _by_xla, plan)
-    return platform_op(Op(spec, _result_type, made, partitioning.holds_kernels()), arrays)
+    return platform_op(
+        Op(spec, type_of(functools.partial(_by_xla, spec, plan), arrays), made, partitioning.holds_kernels()), arrays
+    )
 
 
 def _by_xla(spec: Spec, plan: Plan, arrays: Arrays) -> jax.Array:
     del plan
-    return xla.convolve(spec, *arrays)
-
-
-def _result_type(spec: Spec, arrays: Arrays) -> jax.Array:
     return xla.convolve(spec, *arrays)
 
 

@@ -18,7 +18,7 @@ from dcn_jax._core.mesh import on_any_mesh
 from dcn_jax._core.pallas import batching, partitioning
 from dcn_jax._core.pallas.derivatives import by_kernels
 from dcn_jax._core.pallas.launch import interpreting, out_of_reach
-from dcn_jax._core.platform_op import Op, platform_op
+from dcn_jax._core.platform_op import Op, platform_op, type_of
 from dcn_jax.ops.deform_conv.call import Arrays, Spec
 from dcn_jax.ops.deform_conv.pallas_tpu.launch import BACKWARD, FORWARD, ON_CHIP, BackwardOperands, Operands, Plan
 from dcn_jax.ops.deform_conv.pallas_tpu.tiles import bytes_on_chip, cut_for
@@ -129,15 +129,12 @@ def _precision(precision: Any) -> lax.Precision | None:
 
 def _op(plan: Plan, operands: Operands) -> jax.Array:
     """y: `(B, Ho, Wo, F)`."""
-    return platform_op(Op(plan.spec, _result_type, by_kernels(_convolve, _gradients, _by_xla, plan)), operands)
+    made = by_kernels(_convolve, _gradients, _by_xla, plan)
+    return platform_op(Op(plan.spec, type_of(functools.partial(_by_xla, plan.spec, plan), operands), made), operands)
 
 
 def _by_xla(spec: Spec, plan: Plan, operands: Operands) -> jax.Array:
     del plan
-    return _result_type(spec, operands)
-
-
-def _result_type(spec: Spec, operands: Operands) -> jax.Array:
     x, kernel, *rest = operands
     return xla.convolve(spec, x, kernel.reshape(*spec.window.size, *kernel.shape[1:]), *rest)
 

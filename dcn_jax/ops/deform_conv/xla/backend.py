@@ -40,7 +40,7 @@ def convolve(spec: Spec, x, kernel, offset, mask, bias) -> jax.Array:
     batch-sharded x would gather all of x on every device.
     """
     # Here, because platform_op imports `jax.extend`, which imports Pallas: `import dcn_jax` stays quick without.
-    from dcn_jax._core.platform_op import Op, platform_op
+    from dcn_jax._core.platform_op import Op, platform_op, type_of
     from dcn_jax.ops.deform_conv.xla.schedule import algorithms
 
     window, groups = spec.window, spec.offset_groups
@@ -66,12 +66,12 @@ def convolve(spec: Spec, x, kernel, offset, mask, bias) -> jax.Array:
     # Without a bias the sum is rounded inside the op, so its cotangent is cut into blocks before it is widened.
     inner = spec if bias is None else spec._replace(out_dtype=spec.accumulate)
     made = tuple(algorithms(inner, operands, derivative=derivative) for derivative in (False, True))
-    y = platform_op(Op(inner, _result_type, made), operands)
+    y = platform_op(Op(inner, type_of(functools.partial(_zeros, inner), operands), made), operands)
     return add_bias(y.reshape(*batch, *window.out_spatial, kernel.shape[-1]), bias).astype(spec.out_dtype)
 
 
-def _result_type(spec: Spec, operands: Operands) -> jax.Array:
-    """An array `(B, P, F)` of the sum's type; a product of one number lets JAX raise on a precision that it cannot take."""
+def _zeros(spec: Spec, operands: Operands) -> jax.Array:
+    """Zeros `(B, P, F)` of the sum's type. A product of one number lets JAX raise on a precision that it cannot take."""
     one = jnp.zeros((1, 1), spec.dtype)
     jnp.matmul(one, one, precision=spec.precision, preferred_element_type=spec.accumulate)
     shape = math.prod(operands.rows.shape[:-2]), math.prod(spec.window.out_spatial), operands.matrices.shape[-1]
