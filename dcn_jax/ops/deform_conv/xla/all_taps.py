@@ -193,32 +193,37 @@ def _arrange(spec: Spec, samples: jax.Array) -> jax.Array:
     return jnp.squeeze(samples, [axis for axis, n in zip((0, 4), several, strict=True) if n == 1])
 
 
-# Rows of so many channels XLA's CPU backend would read and weigh channel by channel, without vectors.
+# A CPU's own spelling of the reading that `sampling` defines, and of its gradients
+
+# Up to so many channels, XLA's CPU backend reads and weighs a row channel by channel, without vector instructions.
 _NARROW = 16
 
 
 def sum_corners(features: jax.Array, points: Positions, scale: jax.Array | None, border: Border) -> jax.Array:
-    """`sum_rows` of what `locate` finds, written for a CPU: `(R, Cg)`, points `(*query, OG, n)` -> `(*query, OG, Cg)`.
+    """`sum_rows(features, locate(points, scale, border))`, quicker: `(R, Cg)`, `(*query, OG, n)` -> `(*query, OG, Cg)`.
 
     It is not meant to be differentiated.
     """
     rank, query, channels = points.offset.shape[-1], points.offset.shape[:-1], features.shape[-1]
     dtype = wide(features.dtype, points.offset.dtype)
     narrow = channels <= _NARROW
-    if narrow:  # with an axis for the corners along each spatial axis
+    if narrow:  # one new axis for each spatial axis, along which the lower and the upper corner will lie
         points, scale = jax.tree.map(lambda array: lax.expand_dims(array, range(rank)), (points, scale))
     axes = [Positions(points.regular[..., axis], points.offset[..., axis]) for axis in range(rank)]
     cells = [cell(position, size, mode) for position, size, mode in zip(axes, *border, strict=True)]
     group = lax.broadcasted_iota(jnp.int32, cells[0][0].shape, cells[0][0].ndim - 1)
 
     def corner(above: Sequence[Any]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """A corner, or all along axes of their own, by where it is the one above: its row, its weight, whether it is read."""
+        """The row of a corner, its weight, and whether it is read.
+
+        `above[a]`: whether the corner is the upper neighbour along axis a; arrays that broadcast make several corners.
+        """
         row: Any = 0
         weight: Any = 1
         inside: Any = True
         for (offset, below, fraction, near), up, size, mode in zip(cells, above, *border, strict=True):
             pixel = below + up.astype(jnp.int32)
-            if mode == "zeros":  # what is not read need not be a pixel of the map: XLA clamps its row
+            if mode == "zeros":  # a corner that is not read may have any row: XLA clamps the gather's indices
                 read = pixel.astype(jnp.uint32) < jnp.uint32(int32(size))
             else:
                 read = ~jnp.isnan(offset) if mode == "edge" else near
@@ -234,8 +239,9 @@ def sum_corners(features: jax.Array, points: Positions, scale: jax.Array | None,
     if not narrow:
         corners = map(corner, itertools.product(np.array([False, True]), repeat=rank))
         return functools.reduce(operator.add, [weighed(*found) for found in corners])
-    # A sum over an axis makes a loop around which LLVM leaves that over channels as it is, to be made of vectors; it would
-    # unroll it before. And a sum that is written as such XLA hands to a library, which takes ten times as long.
+    # As a sum over an axis of corners: so the loop over channels has a loop around it, and LLVM makes vectors of it. Of four
+    # terms LLVM unrolls the loop over channels first. And it is spelt a − (−b): a sum with + XLA hands to a library, which
+    # takes ten times as long. The corners are counted in uint8: an int32 would be loaded again in the inner loop.
     shape = (2,) * rank + query
     found = corner([lax.broadcasted_iota(jnp.uint8, shape, axis) == 1 for axis in range(rank)])
     parts = weighed(*(jnp.broadcast_to(array, shape).reshape(2**rank, *query) for array in found))
@@ -245,7 +251,7 @@ def sum_corners(features: jax.Array, points: Positions, scale: jax.Array | None,
 def pull_rows(
     features: jax.Array, at: Rows, y_bar: jax.Array, summed: jax.Array | None = None
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The gradients of `sum_rows` by features, or by `summed`, and by the weights, as a CPU finds them quickly.
+    """The gradients of `sum_rows(features, at)`, quicker: that of `summed` if it is given, else of `features`; of the weights.
 
     `(R, Cg)`, corners `(*query,)`, the gradient of the result `(*query, Cg)` -> `(R, Cg)`, and `(*query,)` for each corner.
     """
@@ -261,9 +267,9 @@ def pull_rows(
 @jax.custom_jvp
 def _sum_channels(products: jax.Array) -> jax.Array:
     """The sum over the last axis, on a CPU: `(*query, Cg)` -> `(*query,)`."""
-    # Eight channels at a time, next to the product, of which so an eighth is stored. A loop of eight also keeps LLVM from
-    # unrolling the one around it, over few channels, before it makes vectors of them. With + for - and -, XLA would hand
-    # the sum to a library, which takes five times as long. The rest, next to nothing, is a product with ones.
+    # Eight channels at a time, fused with the product, of which only an eighth is then stored. The inner loop of eight also
+    # keeps LLVM from unrolling the loop around it before it makes vectors. Spelt with + and not − −, XLA would hand the sum
+    # to a library, which takes five times as long. What remains is a small product with ones.
     *query, channels = products.shape
     parts = math.gcd(channels, 8)
     eight = products.reshape(*query, parts, channels // parts)

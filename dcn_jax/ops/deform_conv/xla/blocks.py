@@ -5,6 +5,7 @@ axes. `*B` is one batch axis, or several where offset or mask are shared along s
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -82,26 +83,20 @@ def divide(spec: Spec, blocks: Blocks, operands: Operands) -> Operands:
 
 def take(spec: Spec, blocks: Blocks, block: jax.Array, tap: jax.Array | None, divided: Operands) -> Operands:
     """What one step reads of the divided operands: a block, and of its taps one, or all where `tap` is None."""
-    rows, matrices, offset, modulation, _ = divided
-    held = divided._replace(
-        rows=_hold(blocks, rows, block),
-        matrices=matrices if tap is None else _hold(blocks, matrices, block),
-        offset=_hold(blocks, offset, block),
-        modulation=None if modulation is None else _hold(blocks, modulation, block),
-    )
-    matrices = held.matrices
+    hold = partial(_hold, blocks, block)
+
+    def take_part(array):
+        start, shape = _place(spec, blocks, block, tap, divided, array)
+        return lax.dynamic_slice(hold(array), start, shape, allow_negative_indices=False)
+
+    matrices, offset = divided.matrices, take_part(divided.offset)
     if tap is not None:
-        matrices = lax.dynamic_index_in_dim(matrices, tap, keepdims=False, allow_negative_indices=False)
-
-    def slice(array):
-        start, shape = _place(spec, blocks, block, tap, held, array)
-        return lax.dynamic_slice(array, start, shape, allow_negative_indices=False)
-
-    offset = slice(held.offset)
-    return held._replace(
+        matrices = lax.dynamic_index_in_dim(hold(matrices), tap, keepdims=False, allow_negative_indices=False)
+    return divided._replace(
+        rows=hold(divided.rows),
         matrices=matrices.astype(spec.accumulate),
         offset=offset.astype(wide(offset.dtype, jnp.finfo(spec.accumulate).dtype)),
-        modulation=None if held.modulation is None else slice(held.modulation),
+        modulation=None if divided.modulation is None else take_part(divided.modulation),
     )
 
 
@@ -174,7 +169,7 @@ def divide_cotangent(blocks: Blocks, y_bar: jax.Array) -> jax.Array:
 
 def take_cotangent(spec: Spec, blocks: Blocks, block: jax.Array, y_bar: jax.Array) -> jax.Array:
     """The cotangent of one block, `(B * size, F)`, in the dtype that products are summed in."""
-    bar = _hold(blocks, y_bar, block)
+    bar = _hold(blocks, block, y_bar)
     bar = lax.dynamic_index_in_dim(bar, block, keepdims=False, allow_negative_indices=False)
     return bar.astype(spec.accumulate)
 
@@ -201,8 +196,8 @@ def read_images(rows: jax.Array, summed: jax.Array | None, at: Rows) -> jax.Arra
     return jax.vmap(lambda rows, summed, at: sum_rows(rows, at, None, summed))(rows, summed, at)
 
 
-def _hold(blocks: Blocks, array: jax.Array, block: jax.Array) -> jax.Array:
-    """`array`, which XLA must not widen before the loop: behind a barrier with the block's number it differs by block."""
+def _hold(blocks: Blocks, block: jax.Array, array: jax.Array) -> jax.Array:
+    """`array` behind a barrier with the block's number: so it differs by block, and XLA cannot widen it before the loop."""
     if not blocks.widen_by_block or jnp.finfo(array.dtype).bits >= 32:
         return array
     return lax.optimization_barrier((array, block))[0]
