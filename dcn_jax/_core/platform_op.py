@@ -51,9 +51,8 @@ def type_of(compute: Callable, *arguments: Any) -> Any:
     return jax.make_jaxpr(compute)(*arguments).out_avals[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)  # a call outside of jit compiles once, not each time
 def platform_op(op: Op, operands: Any) -> jax.Array:
-    """The result of an op. `operands` is a NamedTuple of arrays, of which some may be None."""
+    """The result of an op; to be called under `jax.jit`. `operands` is a NamedTuple of arrays, of which some may be None."""
     given = {name: array for name, array in operands._asdict().items() if array is not None}
     call = _Call(
         of=_Result(op.spec, type(operands), tuple(given)),
@@ -63,7 +62,7 @@ def platform_op(op: Op, operands: Any) -> jax.Array:
         matmul_precision=jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
         x64=jax.config.jax_enable_x64,  # pyright: ignore[reportAttributeAccessIssue]
     )
-    return _bind(call, *given.values())[0]
+    return _platform_op.bind(*given.values(), call=call, holds=op.holds)[0]
 
 
 class _Call(NamedTuple):

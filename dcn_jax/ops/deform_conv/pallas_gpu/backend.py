@@ -89,6 +89,7 @@ def _product(precision: Any) -> lax.DotAlgorithmPreset | None:
 # --- the op and its gradients -------------------------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))  # a call outside of jit compiles once, not each time
 def _op(spec: Spec, plan: Plan, arrays: Arrays) -> jax.Array:
     made = by_kernels(_convolve, _gradients, _by_xla, plan)
     return platform_op(

@@ -127,6 +127,7 @@ def _precision(precision: Any) -> lax.Precision | None:
 # --- the op and its gradients, at the operands of a call -----------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnums=0)  # a call outside of jit compiles once, not each time
 def _op(plan: Plan, operands: Operands) -> jax.Array:
     """y: `(B, Ho, Wo, F)`."""
     made = by_kernels(_convolve, _gradients, _by_xla, plan)

@@ -47,11 +47,12 @@ def result(spec: Spec, blocks: Blocks, operands: Operands) -> jax.Array:
     divided, first = divide(spec, blocks, operands), first_taps(spec, blocks)
 
     @partial(jax.checkpoint, prevent_cse=False)  # a derivative of the loop keeps no samples either
-    def product(block):
+    def product(block, _):
         part = take(spec, blocks, block, None, divided)
-        return _multiply(spec, _samples(spec, blocks, first, part._replace(matrices=None), block), part.matrices)
+        samples = _samples(spec, blocks, first, part._replace(matrices=None), block)
+        return block + 1, _multiply(spec, samples, part.matrices)
 
-    _, y = lax.scan(lambda block, _: (block + 1, product(block)), jnp.int32(0), length=blocks.number)
+    _, y = lax.scan(product, jnp.int32(0), length=blocks.number)
     y = y.reshape(blocks.number, groups, images, blocks.size, features // groups).transpose(2, 0, 3, 1, 4)
     return join(spec, y.reshape(images, blocks.number * blocks.size, features))
 

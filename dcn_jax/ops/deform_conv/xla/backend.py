@@ -39,10 +39,6 @@ def convolve(spec: Spec, x, kernel, offset, mask, bias) -> jax.Array:
     The batch stays an axis of its own: folded into the positions it would hide from the partitioner, and a call on a
     batch-sharded x would gather all of x on every device.
     """
-    # Here, because platform_op imports `jax.extend`, which imports Pallas: `import dcn_jax` stays quick without.
-    from dcn_jax._core.platform_op import Op, platform_op, type_of
-    from dcn_jax.ops.deform_conv.xla.schedule import algorithms
-
     window, groups = spec.window, spec.offset_groups
     batch, channels = x.shape[: -window.rank - 1], x.shape[-1]
     per_tap = math.prod(window.out_spatial), groups, window.taps
@@ -64,10 +60,19 @@ def convolve(spec: Spec, x, kernel, offset, mask, bias) -> jax.Array:
         summed,
     )
     # Without a bias the sum is rounded inside the op, so its cotangent is cut into blocks before it is widened.
-    inner = spec if bias is None else spec._replace(out_dtype=spec.accumulate)
-    made = tuple(algorithms(inner, operands, derivative=derivative) for derivative in (False, True))
-    y = platform_op(Op(inner, type_of(functools.partial(_zeros, inner), operands), made), operands)
+    y = _sum_taps(spec if bias is None else spec._replace(out_dtype=spec.accumulate), operands)
     return add_bias(y.reshape(*batch, *window.out_spatial, kernel.shape[-1]), bias).astype(spec.out_dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # a call outside of jit compiles once, not each time
+def _sum_taps(spec: Spec, operands: Operands) -> jax.Array:
+    """Σ over taps, `(B, P, F)`, by the algorithm of the platform that the program is lowered for."""
+    # Imported here: platform_op imports `jax.extend`, which imports Pallas, and `import dcn_jax` is to stay quick.
+    from dcn_jax._core.platform_op import Op, platform_op, type_of
+    from dcn_jax.ops.deform_conv.xla.schedule import algorithms
+
+    made = tuple(algorithms(spec, operands, derivative=derivative) for derivative in (False, True))
+    return platform_op(Op(spec, type_of(functools.partial(_zeros, spec), operands), made), operands)
 
 
 def _zeros(spec: Spec, operands: Operands) -> jax.Array:

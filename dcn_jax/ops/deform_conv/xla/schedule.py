@@ -1,6 +1,12 @@
 """Which algorithm computes the op, and in how many blocks of positions: one table, by platform.
 
-More blocks take less scratch memory, and each block costs time. Sizes that are symbolic count for nothing here.
+| platform | algorithm | blocks |
+|---|---|---|
+| cpu | `all_taps`; `one_tap` where channels are convolved alone or sizes are symbolic | so many that a block fits the caches |
+| tpu | `pixel_pairs`; `one_tap` with groups of features or many offset groups | 4 or 5; 32 where channels are convolved alone |
+| any other | `one_tap` | 1, because each step costs a GPU its launches |
+
+More blocks take less scratch memory, and each block costs time. A symbolic size counts as if it were 1.
 """
 
 import math
@@ -46,13 +52,12 @@ def _algorithm(spec: Spec, module: ModuleType, number: int, *, widen_by_block: b
 
 
 def _blocks_on_gpu(spec: Spec, operands: Operands, derivative: bool) -> int:
-    # A GPU has the memory, and each step costs it the launches of its kernels, however little they do. The derivative of a
-    # depthwise convolution keeps more of a step, and more blocks cost it no time.
+    # The derivative of a depthwise convolution keeps more of a step in memory, and more blocks cost it no time.
     return 4 if derivative and is_depthwise(spec, operands.rows.shape[-1]) else 1
 
 
 def _blocks_on_tpu(spec: Spec, operands: Operands) -> int:
-    # A TPU keeps the 2^n rows of each sample, and pads rows, and groups of channels, to 128 channels.
+    # A TPU keeps all 2^n rows that a sample is made of, each padded to 128 channels.
     if is_depthwise(spec, operands.rows.shape[-1]):
         return 32
     return 5 if spec.offset_groups > 1 else 4
@@ -82,7 +87,10 @@ def _blocks_of_one_tap_on_cpu(spec: Spec, operands: Operands, derivative: bool, 
 
 
 def _blocks_of_all_taps_on_cpu(spec: Spec, operands: Operands, derivative: bool) -> int | None:
-    """So many that scratch memory is a share of the columns, or more where columns outgrow the caches; None: not all taps."""
+    """So many that scratch memory stays a share of the columns (P · K · C numbers), and a block's columns fit the caches.
+
+    None where one tap at a time is better.
+    """
     *batch, _, channels = operands.rows.shape
     images, positions, features = math.prod(batch), math.prod(spec.window.out_spatial), operands.matrices.shape[-1]
     known = isinstance(images, int) and isinstance(positions, int)
@@ -91,7 +99,8 @@ def _blocks_of_all_taps_on_cpu(spec: Spec, operands: Operands, derivative: bool)
         return None
     samples = images * positions * spec.offset_groups * channels * jnp.dtype(spec.accumulate).itemsize
     columns = samples * spec.window.taps
-    # The samples of several images or groups are copied into one order. Narrow arrays are computed in float32.
+    # More blocks with several images or groups, whose samples are copied into one order; and for narrow arrays, of which a
+    # block is computed in float32.
     several, narrow = images > 1 or spec.feature_groups > 1, jnp.finfo(spec.dtype).bits < 32
     least, most_bytes, more = (20 if several else 14, 1.75e6, 1.5 if narrow else 1) if derivative else (5, 3.5e6, 1)
     number = min(_dividing(max(round(more * least), round(columns / most_bytes)), positions), positions)
