@@ -1,9 +1,9 @@
-"""Atomic adds that order no other access to memory: relaxed, in the words of CUDA.
+"""Atomic adds with relaxed memory order: an add does not order the program's other memory accesses.
 
-A sum that nobody reads before its kernel has ended needs no more. Pallas has one atomic add, which
-acquires and releases: a barrier before it, and after it one that empties the first-level cache.
-Here is its primitive once more, lowered as Pallas lowers it, and relaxed then. That takes private
-parts of Pallas, in this file alone; where one is missing, Pallas's own add serves.
+That is enough for a sum that is read only after its kernel has ended. Pallas's own atomic add acquires
+and releases: it puts a memory barrier before each add, and empties the first-level cache after it.
+Here the same primitive is lowered as Pallas lowers it, and then set to relaxed. This needs private
+parts of Pallas, used in this file alone. If one is missing, Pallas's own add is used.
 """
 
 import jax
@@ -43,8 +43,9 @@ else:
 
 
 def add(ref, index: tuple[jax.Array, ...], value: jax.Array, mask: jax.Array | None) -> None:
-    """Add to elements that other programs add to as well, where the mask holds (None: everywhere).
+    """Add values to elements that other programs may add to at the same time.
 
-    On a GPU alone: Pallas's interpreter does not know it.
+    Elements where `mask` is False are left alone; None means all are added to. On a GPU alone:
+    Pallas's interpreter does not know the primitive.
     """
     _add(ref, index, value, None if mask is None else jnp.broadcast_to(mask, value.shape))

@@ -30,10 +30,10 @@ def test_the_interpreter_sums_in_float32_and_rounds_once(dtype):
     pixels, weights, factor = draw(dtype)
     exact = sum(np.float64(w)[:, None] * np.float64(p) for w, p in zip(weights, pixels, strict=True))
     for rounded in {jnp.dtype(dtype), jnp.dtype(jnp.float32)}:
-        sums = asm.weigh(pixels, weights, rounded, interpret=True)
+        sums = asm.weighted_sum(pixels, weights, rounded, interpret=True)
         assert sums.dtype == rounded
         np.testing.assert_allclose(np.float64(sums), exact, rtol=0.51 * float(jnp.finfo(rounded).eps), atol=1e-6)
-    product = asm.multiply(pixels[0], factor, interpret=True)
+    product = asm.multiply_pixels(pixels[0], factor, interpret=True)
     assert product.dtype == jnp.float32
     np.testing.assert_allclose(product, np.float64(pixels[0]) * np.float64(factor), rtol=1e-6)
 
@@ -45,10 +45,10 @@ def instructions(given, dtype, rounded):
         rows, columns = blocks.block(0, SHAPE[0], SHAPE[0]), blocks.block(0, SHAPE[1], SHAPE[1])
         matrix, first = blocks.outer(rows, columns), np.int32(0)
         pixels, wide = blocks.load(pixels_ref, matrix), blocks.load(wide_ref, matrix)
-        weight = blocks.load(wide_ref, blocks.Span((*rows.index, first), None))
-        blocks.store(sums_ref, matrix, given.weigh([pixels] * COUNT, [weight] * COUNT, rounded, interpret=False))
-        blocks.store(products_ref, matrix, given.multiply(pixels, wide, interpret=False))
-        near, left = given.split(wide)
+        weight = blocks.load(wide_ref, blocks.Elements((*rows.index, first), None))
+        blocks.store(sums_ref, matrix, given.weighted_sum([pixels] * COUNT, [weight] * COUNT, rounded, interpret=False))
+        blocks.store(products_ref, matrix, given.multiply_pixels(pixels, wide, interpret=False))
+        near, left = given.split_bfloat16(wide)
         blocks.store(near_ref, matrix, near)
         blocks.store(left_ref, matrix, left)
 

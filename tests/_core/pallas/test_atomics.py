@@ -25,7 +25,7 @@ def add_at(add, values, index, *, interpret):
     def body(values_ref, index_ref, sums_ref):
         these = blocks.block(pl.program_id(0), 16, SIZE)
         row, value = blocks.load(index_ref, these), blocks.load(values_ref, these)
-        rows = blocks.Span((row,), these.exists & (row >= 0) & (row < 4))
+        rows = blocks.Elements((row,), these.exists & (row >= 0) & (row < 4))
         columns = blocks.block(0, 4, 4)
         add(sums_ref, blocks.outer(rows, columns), jnp.broadcast_to(value[:, None], (16, 4)))
 
@@ -70,4 +70,4 @@ def test_where_pallas_has_changed_its_own_add_serves(monkeypatch, gone):
     elsewhere = importlib.util.module_from_spec(found)
     found.loader.exec_module(elsewhere)
     monkeypatch.undo()
-    assert atomic_adds(lambda ref, span, value: elsewhere.add(ref, span.index, value, span.exists)) == [("acq_rel", 3)]
+    assert atomic_adds(lambda ref, elements, value: elsewhere.add(ref, elements.index, value, elements.exists)) == [("acq_rel", 3)]

@@ -216,7 +216,7 @@ def test_a_backward_pass_runs_in_the_mode_of_its_forward_pass():
 )
 def test_precision_is_read_as_lax_reads_it(precision, context, wanted):
     with jax.default_matmul_precision(context):
-        found = pallas_gpu._product(precision)
+        found = pallas_gpu._dot_algorithm(precision)
     assert (found and found.name) == wanted
 
 
