@@ -70,4 +70,6 @@ def test_where_pallas_has_changed_its_own_add_serves(monkeypatch, gone):
     elsewhere = importlib.util.module_from_spec(found)
     found.loader.exec_module(elsewhere)
     monkeypatch.undo()
-    assert atomic_adds(lambda ref, elements, value: elsewhere.add(ref, elements.index, value, elements.exists)) == [("acq_rel", 3)]
+    assert atomic_adds(lambda ref, elements, value: elsewhere.add(ref, elements.index, value, elements.exists)) == [
+        ("acq_rel", 3)
+    ]

@@ -48,6 +48,15 @@ class StripLayout(NamedTuple):
         return -(-(self.patch_rows - ROWS) // ROWS)
 
 
+class TpuCall(NamedTuple):
+    """A call of the op, without its arrays, and how the kernels run it; hashable."""
+
+    spec: Spec
+    layout: StripLayout
+    precision: lax.Precision  # of float32 products
+    interpret: bool
+
+
 def layout_for(spec: Spec) -> StripLayout:
     """The layout of a call whose offsets are bounded."""
     window, reach = spec.window, math.ceil(cast(float, spec.max_offset))
@@ -116,7 +125,7 @@ def from_tiles(layout: StripLayout, tiles: jax.Array) -> jax.Array:
 
 def regular_points(layout: StripLayout) -> jax.Array:
     """The pixel of its patch that each tap of a tile reads without offsets: `(2, K * POSITIONS)`, in int32."""
-    # Computed from iotas: `custom_partitioning` takes no functions with constants.
+    # Computed from iotas, so that the program stores no constant.
     window = layout.window
     tap, position = jnp.divmod(jnp.arange(window.taps * POSITIONS, dtype=jnp.int32), POSITIONS)
     axes = zip(jnp.divmod(tap, window.size[1]), jnp.divmod(position, COLUMNS), window.dilation, strict=True)
