@@ -5,9 +5,10 @@
     split_bfloat16(values)             float32 as the sum of two bfloat16
 
 From `jax.numpy`, Triton compiles slower code: two instructions to multiply and add where the GPU has
-one, and each operand of the sum, instead of the sum, is moved through shared memory to the matrix
-product. Triton leaves instructions with side effects in place, so these are marked as having some.
-The mark needs private parts of Pallas, used in this file alone. Without them the results are the same.
+one. And it moves each operand of the sum through shared memory to the matrix product, instead of the sum.
+It moves no instruction with side effects, so these are marked as having some. The mark needs private
+parts of Pallas, used in this file alone; without them the results are the same. `interpret` is for Pallas's
+interpreter, which cannot run GPU instructions.
 """
 
 import functools
@@ -52,40 +53,31 @@ _PACK = {
 
 
 def weighted_sum(pixels: Sequence[jax.Array], weights: Sequence[jax.Array], dtype, *, interpret: bool) -> jax.Array:
-    """Σ_i weights_i · pixels_i, summed in float32 and rounded to `dtype`: `(N, C)`.
-
-    Pixels are `(N, C)` of one dtype, weights `(N,)`. `interpret` is for Pallas's interpreter, which
-    cannot run GPU instructions.
-    """
+    """Σ_i weights_i · pixels_i, summed in float32: pixels `(N, C)` of one dtype, weights `(N,)` -> `(N, C)` of `dtype`."""
     shape, narrow, count = pixels[0].shape, pixels[0].dtype.name, len(pixels)
     weights = [jnp.broadcast_to(weight[:, None], shape) for weight in weights]
     if interpret:
         terms = [w * p.astype(jnp.float32) for w, p in zip(weights, pixels, strict=True)]
         return functools.reduce(operator.add, terms).astype(dtype)
-    if narrow not in _PACK or jnp.dtype(dtype).name != narrow:
-        pixels = [p.astype(jnp.float32) for p in pixels]
-        lines = [_add("low", f"${1 + i}", f"${1 + count + i}", first=i == 0) for i in range(count)]
-        [total] = _run_asm([*lines, "mov.b32 $0, low;"], [*pixels, *weights], jnp.float32)
-        return total.astype(dtype)
+    packed = narrow in _PACK and jnp.dtype(dtype).name == narrow
+    sums = ["low", "high"] if packed else ["low"]
     lines = []
     for i in range(count):
-        weight = 1 + count + 2 * i  # a weight takes two registers: float32 is not packed
-        lines += [
-            _UNPACK[narrow].format(packed=f"${1 + i}", low="x0", high="x1"),
-            _add("low", "x0", f"${weight}", first=i == 0),
-            _add("high", "x1", f"${weight + 1}", first=i == 0),
-        ]
-    lines.append(_PACK[narrow].format(packed="$0", low="low", high="high"))
-    [total] = _run_asm(lines, [*pixels, *weights], dtype)
-    return total
-
-
-def _add(total: str, a: str, b: str, *, first: bool) -> str:
-    return f"mul.rn.f32 {total}, {a}, {b};" if first else f"fma.rn.f32 {total}, {a}, {b}, {total};"
+        if packed:
+            lines.append(_UNPACK[narrow].format(packed=f"${1 + i}", low="x0", high="x1"))
+        for n, total in enumerate(sums):
+            pixel, weight = f"x{n}" if packed else f"${1 + i}", f"${1 + count + i * len(sums) + n}"
+            multiply, rest = ("mul", "") if i == 0 else ("fma", f", {total}")
+            lines.append(f"{multiply}.rn.f32 {total}, {pixel}, {weight}{rest};")
+    if not packed:
+        pixels = [p.astype(jnp.float32) for p in pixels]
+    lines.append(_PACK[narrow].format(packed="$0", low="low", high="high") if packed else "mov.b32 $0, low;")
+    [total] = _run_asm(lines, [*pixels, *weights], dtype if packed else jnp.float32)
+    return total.astype(dtype)
 
 
 def multiply_pixels(pixels: jax.Array, factors: jax.Array, *, interpret: bool) -> jax.Array:
-    """Pixels `(N, C)` times float32 factors `(N, C)`, in float32; `interpret` as in `weighted_sum`."""
+    """Pixels `(N, C)` times float32 factors `(N, C)`, in float32."""
     narrow = pixels.dtype.name
     if interpret:
         return pixels.astype(jnp.float32) * factors
@@ -99,10 +91,9 @@ def multiply_pixels(pixels: jax.Array, factors: jax.Array, *, interpret: bool) -
 
 
 def split_bfloat16(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32 numbers `(N, C)` as two bfloat16 numbers: the nearest one, and the rest, rounded. On a GPU alone.
+    """float32 numbers `(N, C)` as the nearest bfloat16 and the rest, rounded to bfloat16. On a GPU alone.
 
-    The nearest to inf is the largest finite number, and the rest is inf. If it were inf, the rest
-    would be inf - inf = NaN.
+    The nearest to inf is the largest finite number and the rest is inf, for inf - inf would be NaN.
     """
     if _pinned_p is None:  # Pallas's own primitive allows one result only
         largest = float(jnp.finfo(jnp.bfloat16).max)

@@ -23,7 +23,7 @@ try:
     _abstract_eval, _lower = atomic_rmw_p.abstract_eval, triton_lowering_rules[atomic_rmw_p]
 except (ImportError, AttributeError, KeyError):
 
-    def _add(ref, index, value, mask):
+    def _add(ref, index, value, *, mask):
         triton.atomic_add(ref, index, value, mask=mask)
 
 else:
@@ -37,15 +37,11 @@ else:
 
     triton_lowering_rules[_add_p] = _lower_relaxed
 
-    def _add(ref, index, value, mask):
+    def _add(ref, index, value, *, mask):
         operands, tree = jax.tree.flatten((*get_ref_and_transforms(ref, index, "add"), value, mask))
         _add_p.bind(*operands, tree=tree)
 
 
 def add(ref, index: tuple[jax.Array, ...], value: jax.Array, mask: jax.Array | None) -> None:
-    """Add values to elements that other programs may add to at the same time.
-
-    Elements where `mask` is False are left alone; None means all are added to. On a GPU alone:
-    Pallas's interpreter does not know the primitive.
-    """
-    _add(ref, index, value, None if mask is None else jnp.broadcast_to(mask, value.shape))
+    """Add to elements that other programs may add to too, where `mask` is True (None: everywhere). On a GPU alone."""
+    _add(ref, index, value, mask=None if mask is None else jnp.broadcast_to(mask, value.shape))

@@ -34,10 +34,7 @@ def quotient(number: jax.Array, divisor: int) -> jax.Array:
 
 
 def unravel(number: jax.Array, *sizes: int) -> list[jax.Array]:
-    """The index of the `number`-th element of an array of shape `(…, *sizes)`.
-
-    For a single size, this is the quotient and the remainder.
-    """
+    """The index of the `number`-th element of an array `(…, *sizes)`. For one size: the quotient and the remainder."""
     index = []
     for size in reversed(sizes):
         index.append(lax.rem(number, np.int32(size)))
@@ -65,10 +62,9 @@ def shift(elements: Elements, start) -> Elements:
 
 
 def outer(rows: Elements, columns: Elements, *leading) -> Elements:
-    """A matrix of elements: all combinations of `rows` and `columns`, which come from different axes.
+    """A matrix of elements: each of `rows` with each of `columns`.
 
-    The array's first axes are indexed by `leading`, its last axis by the columns, and the axes between
-    by the rows.
+    The columns are indices of the array's last axis, `leading` of its first axes, the rows of those between.
     """
     index = (*leading, *(i[:, None] for i in rows.index), *(i[None, :] for i in columns.index))
     rows_exist = None if rows.exists is None else rows.exists[:, None]

@@ -41,23 +41,17 @@ class _Target(NamedTuple):
     implementation: str  # the `implementation` of `deform_conv` that needs it
     devices: str  # its name in error messages
     platforms: tuple[str, ...]  # JAX's names for it
-    plugins: tuple[str, ...]  # modules that compile for it; one of them is enough
-    install: str  # what the user has to install to compile for it
+    plugins: tuple[str, ...]  # packages that compile for it; one of them is enough
 
 
 _TARGETS = {
-    "cuda": _Target(
-        "pallas_gpu", "CUDA GPUs", ("gpu", "cuda"), ("jax_cuda12_plugin", "jax_cuda13_plugin"), "jax's CUDA plugin"
-    ),
-    "tpu": _Target("pallas_tpu", "TPUs", ("tpu",), ("libtpu",), "libtpu"),
+    "cuda": _Target("pallas_gpu", "CUDA GPUs", ("gpu", "cuda"), ("jax_cuda12_plugin", "jax_cuda13_plugin")),
+    "tpu": _Target("pallas_tpu", "TPUs", ("tpu",), ("libtpu",)),
 }
 
 
 def out_of_reach(platform: str) -> str | None:
-    """Why kernels that are traced now cannot be meant for "cuda" or "tpu"; None if they may be.
-
-    While tracing, the platform is a guess. Lowering knows it, and raises an error if it is another one.
-    """
+    """Why kernels that are traced now cannot be for "cuda" or "tpu"; None if they may be. Lowering checks the platform."""
     target, device = _TARGETS[platform], jax.sharding.get_abstract_mesh().abstract_device
     here = jax.default_backend() if device is None else device.platform
     if interpreting() or here in target.platforms or any(map(importlib.util.find_spec, target.plugins)):
@@ -66,7 +60,7 @@ def out_of_reach(platform: str) -> str | None:
     return (
         f"it runs on {target.devices}, and JAX's backend here is {jax.default_backend()!r} (to compile for a "
         f"{name.upper()} ahead of time, trace under jax.sharding.use_abstract_mesh with an abstract_device of platform "
-        f"{name!r}, or install {target.install})"
+        f"{name!r}, or install {' or '.join(target.plugins)})"
     )
 
 
@@ -83,7 +77,6 @@ def launch(
     name: str,
     grid: tuple[int, ...],
     warps: int,
-    stages: int,
     interpret: bool,
 ) -> dict[str, Any]:
     """Run the GPU kernel `body` over `grid`, once for each member of the stack.
@@ -111,7 +104,7 @@ def launch(
         out_specs=[_whole(a) for a in results.values()],
         out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=over) for a in results.values()],
         input_output_aliases={len(given) + i: list(results).index(key) for i, key in enumerate(starts)},
-        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name=name,
     )

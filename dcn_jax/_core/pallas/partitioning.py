@@ -23,7 +23,8 @@ from dcn_jax._core.pallas.launch import stack_size
 class Pass(NamedTuple):
     """The forward or the backward pass of an op; hashable."""
 
-    run: Callable  # (call, operands) -> results, two NamedTuples of arrays with a stack axis, or None
+    # (call, operands) -> results: NamedTuples of arrays with a stack axis. `call` is hashable: all that is not an array.
+    run: Callable
     # The names of operands and results whose second axis is the batch. None: the pass runs on one device, or inside
     # `jax.shard_map`, because on TPUs JAX cannot be told how to partition (jax issue 38196).
     batched: frozenset[str] | None
@@ -31,10 +32,7 @@ class Pass(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def keep_local(which: Pass, call: Any, operands):
-    """`which.run(call, operands)`, with stack and batch split over devices as the first operand's are.
-
-    `call` is hashable: everything about the call but its arrays.
-    """
+    """`which.run(call, operands)`, with stack and batch split over devices as the first operand's are."""
     run = functools.partial(which.run, call)
     if which.batched is None:
         return run(operands)

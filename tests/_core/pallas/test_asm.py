@@ -56,7 +56,7 @@ def instructions(given, dtype, rounded):
         made = {"sums": rounded, "products": jnp.float32, "near": jnp.bfloat16, "left": jnp.bfloat16}
         made = {name: jax.ShapeDtypeStruct((1, *SHAPE), kind) for name, kind in made.items()}
         operands = {"pixels": pixels, "wide": wide}
-        return launch(body, operands, made, name="t", grid=(1,), warps=1, stages=1, interpret=False)
+        return launch(body, operands, made, name="t", grid=(1,), warps=1, interpret=False)
 
     text = aot.triton(run, *(jax.ShapeDtypeStruct((1, *SHAPE), kind) for kind in (dtype, jnp.float32)))
     return re.findall(r'elementwise_inline_asm "(.*?)" (\{.*?\})', text)

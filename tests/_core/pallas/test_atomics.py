@@ -30,7 +30,7 @@ def add_at(add, values, index, *, interpret):
         add(sums_ref, blocks.outer(rows, columns), jnp.broadcast_to(value[:, None], (16, 4)))
 
     operands, results = {"values": values, "index": index}, {"sums": jnp.ones((1, 4, 4))}
-    return launch(body, operands, results, name="t", grid=(2,), warps=1, stages=1, interpret=interpret)["sums"]
+    return launch(body, operands, results, name="t", grid=(2,), warps=1, interpret=interpret)["sums"]
 
 
 def test_the_interpreter_adds_each_value_that_exists():

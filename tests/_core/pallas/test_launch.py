@@ -11,7 +11,7 @@ from dcn_jax._core.pallas.launch import interpret, interpreting, launch
 
 
 def run(body, operands, results):
-    return launch(body, operands, results, name="test", grid=(1, 1), warps=4, stages=1, interpret=True)
+    return launch(body, operands, results, name="test", grid=(1, 1), warps=4, interpret=True)
 
 
 def test_arrays_go_by_name_and_each_member_of_the_stack_meets_its_own():

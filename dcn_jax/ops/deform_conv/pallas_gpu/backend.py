@@ -119,9 +119,7 @@ def _result(spec: Spec, call: GpuCall, arrays: Arrays) -> jax.Array:
     return add_bias(y, None if in_kernel else bias).astype(spec.out_dtype)
 
 
-def _gradients(
-    spec: Spec, call: GpuCall, active: tuple[str, ...], y_bar: jax.Array, arrays: Arrays
-) -> dict[str, jax.Array]:
+def _gradients(spec: Spec, call: GpuCall, active: tuple[str, ...], y_bar: jax.Array, arrays: Arrays) -> dict:
     """The gradients of the arrays named in `active`."""
     del spec
     operands, undo, row = jax.vjp(functools.partial(_prepare, call), arrays, has_aux=True)
@@ -235,6 +233,5 @@ def _launch_tiles(
         name=f"deform_conv_{name}",
         grid=grid,
         warps=tiling.tile.warps,
-        stages=tiling.tile.stages,
         interpret=tiling.call.interpret,
     )

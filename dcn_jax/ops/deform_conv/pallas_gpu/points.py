@@ -16,10 +16,9 @@ from dcn_jax.sampling import Border, Positions, locate_along
 def locate_points(
     window: Window, offset_groups: int, offset: jax.Array, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """For each corner of each point, the row of x that it reads, and its weight times the modulation.
+    """The row of x at each corner of each point, and the corner's weight times the modulation.
 
-    A corner outside the map has the number of the row after the last.
-
+    A corner outside the map gets the row after the last one.
     offset `(B, *out_spatial, OG * K * n)`, mask `(B, *out_spatial, OG * K)` -> rows (int32) and weights
     (float32), both `(B, OG * K, corners, P)`.
     """

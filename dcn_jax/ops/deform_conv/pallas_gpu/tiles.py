@@ -39,14 +39,12 @@ class Tile(NamedTuple):
     channels: int
     features: int
     warps: int = 8
-    stages: int = 1
 
 
 WARPS = 4224  # to divide a sum over positions among: 32 for each multiprocessor of an H100
 
 # The largest tile of each kernel, by the dtype or the algorithm of the products: positions, channels, features. Those of
-# "half" and "TF32_TF32_F32" are the fastest measured on an H200 (JOURNAL.md), the others fit into the registers. All have
-# one stage: with more, Triton copies the pixels through shared memory.
+# "half" and "TF32_TF32_F32" are the fastest measured on an H200 (JOURNAL.md), the others fit into the registers.
 _TILES = {
     "half": {
         "forward, narrow": Tile(64, 32, 64, warps=4),

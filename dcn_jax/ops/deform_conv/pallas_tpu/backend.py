@@ -146,9 +146,7 @@ def _result(spec: Spec, call: TpuCall, operands: ForwardOperands) -> jax.Array:
     return batching.run_pass(FORWARD, call, operands).y
 
 
-def _gradients(
-    spec: Spec, call: TpuCall, active: tuple[str, ...], y_bar: jax.Array, operands: ForwardOperands
-) -> dict[str, jax.Array]:
+def _gradients(spec: Spec, call: TpuCall, active: tuple[str, ...], y_bar: jax.Array, operands: ForwardOperands) -> dict:
     """The gradients of the operands named in `active`."""
     del spec
     x, kernel, offset, mask, _ = operands

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from dcn_jax.ops.deform_conv.pallas_tpu.tiles import COLUMNS, POSITIONS, ROWS, StripLayout, TpuCall
+from dcn_jax.ops.deform_conv.pallas_tpu.tiles import COLUMNS, POSITIONS, ROWS, StripLayout
 
-# The references are to the part of each array that one strip needs: N tiles, P points in a tile, W columns of the map
-# with its margins.
+# The references are to the part of each array that one strip needs: N tiles of P points each, and W columns of the map
+# with its margins. `call` is a `TpuCall`.
 #
 #     x_ref                         (1, 1, patch rows, W, C)
 #     kernel_ref, kernel_bar_ref    (K, C, F)
@@ -33,7 +33,7 @@ from dcn_jax.ops.deform_conv.pallas_tpu.tiles import COLUMNS, POSITIONS, ROWS, S
 #     sum_ref                       (patch rows, W, C), in float32: scratch memory that is kept from strip to strip
 
 
-def forward(x_ref, kernel_ref, regular_ref, points_ref, bias_ref, y_ref, *, call: TpuCall):
+def forward(x_ref, kernel_ref, regular_ref, points_ref, bias_ref, y_ref, *, call):
     """y, bias included, for one strip."""
     layout, precision = call.layout, call.precision
 
@@ -54,24 +54,14 @@ def forward(x_ref, kernel_ref, regular_ref, points_ref, bias_ref, y_ref, *, call
         y_ref[:, pl.ds(columns.start, width), :] = y.astype(y_ref.dtype)
         return 0
 
-    # The last tile is outside the loop, because it may have fewer columns.
+    # The last tile is outside the loop, because it may have fewer than COLUMNS columns.
     if layout.tiles > 1:
         lax.fori_loop(0, layout.tiles - 1, lambda n, _: tile(n, COLUMNS), 0)
-    tile(layout.tiles - 1, layout.width - (layout.tiles - 1) * COLUMNS)
+    tile(layout.tiles - 1, layout.window.out_spatial[1] - (layout.tiles - 1) * COLUMNS)
 
 
 def backward(
-    x_ref,
-    kernel_ref,
-    regular_ref,
-    points_ref,
-    y_bar_ref,
-    x_bar_ref,
-    kernel_bar_ref,
-    points_bar_ref,
-    sum_ref,
-    *,
-    call: TpuCall,
+    x_ref, kernel_ref, regular_ref, points_ref, y_bar_ref, x_bar_ref, kernel_bar_ref, points_bar_ref, sum_ref, *, call
 ):
     """x_bar and points_bar for one strip; kernel_bar is a sum over all strips and images.
 

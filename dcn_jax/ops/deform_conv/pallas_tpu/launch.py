@@ -67,7 +67,7 @@ def _forward(call: TpuCall, operands: ForwardOperands) -> _ForwardResults:
     stack, images, features = stack_size(operands), operands.x.shape[1], given["kernel"].array.shape[-1]
     given["bias"] = _Block(tiles.pad_to(operands.bias[:, None], features), (1, features), lambda *_: (0, 0))
     shape = jax.ShapeDtypeStruct((stack, images, *call.spec.window.out_spatial, features), call.spec.out_dtype)
-    y = _Block(shape, (None, ROWS, call.layout.width, features), lambda i, j: (i, j, 0, 0))
+    y = _Block(shape, (None, ROWS, call.spec.window.out_spatial[1], features), lambda i, j: (i, j, 0, 0))
     (y,) = _launch_strips(call, "forward", kernels.forward, given, [y], grid=(stack, images, call.layout.strips))
     return _ForwardResults(y[..., : operands.kernel.shape[-1]])
 
@@ -140,10 +140,7 @@ def _launch_strips(
     grid: tuple[int, int, int],
     scratch: tuple[int, ...] | None = None,
 ) -> list[jax.Array]:
-    """Run the kernel `body` over a grid of (stack, images, strips).
-
-    `scratch` is the shape of a float32 array on chip, which keeps its values from program to program.
-    """
+    """Run a kernel over a grid of (stack, images, strips). A float32 array `scratch` lasts from program to program."""
 
     def spec(block: _Block) -> pl.BlockSpec:
         shared, one = block.array.shape[0] == 1, pl.Element(1) if isinstance(block.shape[0], pl.Element) else None

@@ -33,11 +33,6 @@ class StripLayout(NamedTuple):
     tiles: int  # in a strip
 
     @property
-    def width(self) -> int:
-        """The columns of output positions. The last tile of a strip may have fewer than COLUMNS of them."""
-        return self.window.out_spatial[1]
-
-    @property
     def columns(self) -> int:
         """The columns of the map with its margins: W."""
         return (self.tiles - 1) * COLUMNS + self.patch_columns
