@@ -209,10 +209,11 @@ def matrix_product(
 
     For float32 matrices, `precision` means what it means to XLA on a TPU: one product of bfloat16, three, or six.
     """
+    numbers = (((axis_a,), (axis_b,)), ((), ()))
+    # Without a precision of their own, products of bfloat16 would take that of `jax.default_matmul_precision`. Inside TPU
+    # kernels JAX knows "default" and "highest" alone, and "highest" would multiply bfloat16 as if it were float32.
     dot = functools.partial(
-        lax.dot_general,
-        dimension_numbers=(((axis_a,), (axis_b,)), ((), ())),
-        preferred_element_type=jnp.float32,
+        lax.dot_general, dimension_numbers=numbers, precision=lax.Precision.DEFAULT, preferred_element_type=jnp.float32
     )
     if a.dtype == jnp.bfloat16:
         return dot(a, b)

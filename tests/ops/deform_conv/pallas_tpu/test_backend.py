@@ -249,6 +249,18 @@ def gradients_of_map(op, x, *rest):
     return gradients_of(jax.vmap(op, (0, None, 0, 0, None)), SMALL)(x, *rest)
 
 
+@pytest.mark.parametrize("context", ["high", "highest", "BF16_BF16_F32_X3"])
+def test_products_of_bfloat16_ignore_the_precision_that_is_set(monkeypatch, context):
+    """With most of these settings JAX cannot lower a product inside a TPU kernel. "highest" would make it slower."""
+
+    def gradients(op, *arrays):
+        return gradients_of(functools.partial(op, precision="default"), SMALL)(*arrays)
+
+    wanted = lowered(monkeypatch, gradients, *SMALL.arrays)
+    with jax.default_matmul_precision(context):
+        assert lowered(monkeypatch, gradients, *SMALL.arrays) == wanted
+
+
 @pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
 @pytest.mark.parametrize(
     ("program", "wanted"),
