@@ -4,11 +4,10 @@
     multiply_pixels(pixels, factors)   pixels · factors               in float32
     split_bfloat16(values)             float32 as the sum of two bfloat16
 
-From `jax.numpy`, Triton compiles slower code: two instructions to multiply and add where the GPU has
-one. And it moves each operand of the sum through shared memory to the matrix product, instead of the sum.
-It moves no instruction with side effects, so these are marked as having some. The mark needs private
-parts of Pallas, used in this file alone; without them the results are the same. `interpret` is for Pallas's
-interpreter, which cannot run GPU instructions.
+From `jax.numpy`, Triton compiles two instructions to multiply and add where the GPU has one, and moves
+each operand of the sum, not the sum, through shared memory to the next matrix product. It does not move
+instructions with side effects, so those here are marked as having some. The mark needs private parts of
+Pallas, used in this file alone; without it results are the same. `interpret`: for Pallas's interpreter.
 """
 
 import functools
@@ -93,7 +92,7 @@ def multiply_pixels(pixels: jax.Array, factors: jax.Array, *, interpret: bool) -
 def split_bfloat16(values: jax.Array) -> tuple[jax.Array, jax.Array]:
     """float32 numbers `(N, C)` as the nearest bfloat16 and the rest, rounded to bfloat16. On a GPU alone.
 
-    The nearest to inf is the largest finite number and the rest is inf, for inf - inf would be NaN.
+    Infinity becomes the largest finite bfloat16 and a rest of inf: rounded to inf, its rest would be inf - inf = NaN.
     """
     if _pinned_p is None:  # Pallas's own primitive allows one result only
         largest = float(jnp.finfo(jnp.bfloat16).max)

@@ -1,7 +1,7 @@
 """Launching kernels on whole arrays, on a CUDA GPU, on a TPU or in Pallas's interpreter.
 
-`launch` runs a GPU kernel. `on_platform` wraps any call of Pallas's, and gives an error that helps where
-the call cannot be lowered. Every array has a stack axis before its own axes, for `jax.vmap` (see
+`launch` runs a GPU kernel. `on_platform` wraps any call of Pallas's; if the call cannot be lowered, its error
+says what to do. Every array has a stack axis before its own axes, for `jax.vmap` (see
 `batching`). Its size is that of the stack, or 1 for an array that all members of the stack share.
 """
 
@@ -79,7 +79,7 @@ def launch(
     warps: int,
     interpret: bool,
 ) -> dict[str, Any]:
-    """Run the GPU kernel `body` over `grid`, once for each member of the stack.
+    """Run the GPU kernel `body` over `grid`, for each member of the stack.
 
     `body` gets each operand and result by name, as `NAME_ref`: a reference to the whole array without
     its stack axis, or None for an operand that is None. A result is given by its shape and dtype, or by
@@ -104,7 +104,9 @@ def launch(
         out_specs=[_whole(a) for a in results.values()],
         out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=over) for a in results.values()],
         input_output_aliases={len(given) + i: list(results).index(key) for i, key in enumerate(starts)},
-        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
+        compiler_params=triton.CompilerParams(
+            num_warps=warps, num_stages=1
+        ),  # with more, Triton loads through shared memory
         interpret=interpret,
         name=name,
     )

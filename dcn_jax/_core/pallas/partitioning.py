@@ -127,7 +127,7 @@ def _name_factors(axes: dict[str, tuple[str | None, ...]]) -> list[str]:
 
 
 def vary_alike(arrays):
-    """Inside `shard_map`, declare that all arrays vary over the same mesh axes, as results of a kernel do."""
+    """Inside `shard_map`, let each array vary over all mesh axes that any varies over, as a kernel's results do."""
     axes = frozenset().union(*(jax.typeof(a).mat.varying for a in jax.tree.leaves(arrays)))
     return jax.tree.map(lambda a: lax.pcast(a, tuple(axes - jax.typeof(a).mat.varying), to="varying"), arrays)
 

@@ -89,10 +89,9 @@ def _dot_algorithm(precision: Any) -> lax.DotAlgorithmPreset | None:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # a call outside of jit compiles once, not each time
 def _op(spec: Spec, call: GpuCall, arrays: Arrays) -> jax.Array:
-    made = by_kernels(_result, _gradients, _by_xla, call)
-    return platform_op(
-        Op(spec, type_of(functools.partial(_by_xla, spec, call), arrays), made, partitioning.holds_kernels()), arrays
-    )
+    result = type_of(functools.partial(_by_xla, spec, call), arrays)
+    algorithms = by_kernels(_result, _gradients, _by_xla, call)
+    return platform_op(Op(spec, result, algorithms, partitioning.holds_kernels()), arrays)
 
 
 def _by_xla(spec: Spec, call: GpuCall, arrays: Arrays) -> jax.Array:
@@ -147,7 +146,7 @@ def _prepare(call: GpuCall, arrays: Arrays) -> tuple[_ForwardOperands, jax.Array
     row, weight = locate_points(window, groups, flat(offset), None if mask is None else flat(mask))
     rows = flat(x).reshape(-1, math.prod(window.spatial) * groups, channels // groups)
     operands = _ForwardOperands(rows, kernel.reshape(window.taps, *kernel.shape[-2:]), row, weight, bias)
-    operands = partitioning.vary_alike(operands)  # and so do their gradients, which kernels compute
+    operands = partitioning.vary_alike(operands)
     return operands._replace(row=None), operands.row
 
 
@@ -181,8 +180,7 @@ def _forward(call: GpuCall, operands: _ForwardOperands) -> _ForwardResults:
 
 
 def _backward(call: GpuCall, operands: _BackwardOperands) -> _BackwardResults:
-    x_bar = _backward_x(call, operands)
-    kernel_bar, weight_bar = _backward_kernel(call, operands)
+    x_bar, (kernel_bar, weight_bar) = _backward_x(call, operands), _backward_kernel(call, operands)
     return _BackwardResults(x_bar.astype(operands.x.dtype), kernel_bar.astype(operands.kernel.dtype), weight_bar)
 
 
@@ -198,24 +196,17 @@ def _backward_x(call: GpuCall, operands: _BackwardOperands) -> jax.Array:
 
 def _backward_kernel(call: GpuCall, operands: _BackwardOperands) -> tuple[jax.Array, jax.Array]:
     x, kernel, row, _, y_bar = operands
-    stack, shape = stack_size(operands), kernel.shape[1:]
+    stack = stack_size(operands)
     tiling = tiling_for("backward_kernel", call, x.shape[-1], y_bar.shape[-1])
     programs = call.spec.window.taps * call.segments * tiling.channel_blocks * tiling.feature_blocks
     splits = min(max(1, WARPS // (tiling.tile.warps * programs * stack)), count_chunks(tiling, x.shape[1]))
-    if splits == 1:
-        kernel_bar = jax.ShapeDtypeStruct((stack, *shape), kernel.dtype)
-    else:
-        kernel_bar = partitioning.zeros((stack, *shape), like=x)
+    body = functools.partial(kernels.backward_kernel, splits=splits)
+    shape = stack, *kernel.shape[1:]
+    kernel_bar = jax.ShapeDtypeStruct(shape, kernel.dtype) if splits == 1 else partitioning.zeros(shape, like=x)
     _, images, points, corners, positions = row.shape
-    terms = (stack, images, points, tiling.weight_terms, corners, positions)
-    made = _launch_tiles(
-        "backward_kernel",
-        functools.partial(kernels.backward_kernel, splits=splits),
-        operands._asdict(),
-        {"weight_bar": jax.ShapeDtypeStruct(terms, jnp.float32), "kernel_bar": kernel_bar},
-        (programs, splits),
-        tiling,
-    )
+    terms = stack, images, points, tiling.weight_terms, corners, positions
+    results = {"weight_bar": jax.ShapeDtypeStruct(terms, jnp.float32), "kernel_bar": kernel_bar}
+    made = _launch_tiles("backward_kernel", body, operands._asdict(), results, (programs, splits), tiling)
     return made["kernel_bar"], jnp.sum(made["weight_bar"], axis=3)
 
 
@@ -223,9 +214,7 @@ _FORWARD = partitioning.Pass(_forward, batched=frozenset({"x", "row", "weight", 
 _BACKWARD = partitioning.Pass(_backward, batched=frozenset({"x", "row", "weight", "y_bar", "x_bar", "weight_bar"}))
 
 
-def _launch_tiles(
-    name: str, body, operands: dict, results: dict, grid: tuple[int, int], tiling: Tiling
-) -> dict[str, Any]:
+def _launch_tiles(name: str, body, operands: dict, results: dict, grid: tuple[int, int], tiling: Tiling) -> dict:
     return launch(
         functools.partial(body, tiling=tiling),
         operands,

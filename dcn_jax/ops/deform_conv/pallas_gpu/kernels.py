@@ -4,9 +4,10 @@
     x_bar_q      = Σ_p Σ_n  W_q(p_n) · s_bar_n(p)      s_bar_n(p) = y_bar(p) · w_nᵀ           backward_x
     W_bar_q(p_n) = Σ_c  x_q · s_bar_n(p)               w_bar_n = Σ_p  s_n(p)ᵀ · y_bar(p)      backward_kernel
 
-At the output position p, tap n reads the point p_n, between the pixels x_q: its corners. W_q is the
-weight of a corner times the modulation; `points` has computed both rows and weights. The sample s_n is a
-row of channels, w_n the tap's matrix, x_bar the gradient of x. Samples are never written to memory.
+At the output position p, tap n reads at the point p_n. The pixels x_q around it are its corners. W_q is the
+weight of a corner times the modulation; `points` has found the weights, and which rows of x are the corners.
+The sample s_n is a row of channels, w_n is the tap's matrix, and x_bar is the gradient of x, and so on. The
+samples are never written to memory.
 """
 
 import functools

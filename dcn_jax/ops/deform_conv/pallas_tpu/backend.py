@@ -131,8 +131,8 @@ def _precision(precision: Any) -> lax.Precision | None:
 
 @functools.partial(jax.jit, static_argnums=0)  # a call outside of jit compiles once, not each time
 def _op(call: TpuCall, operands: ForwardOperands) -> jax.Array:
-    made = by_kernels(_result, _gradients, _by_xla, call)
-    return platform_op(Op(call.spec, type_of(functools.partial(_by_xla, call.spec, call), operands), made), operands)
+    result = type_of(functools.partial(_by_xla, call.spec, call), operands)
+    return platform_op(Op(call.spec, result, by_kernels(_result, _gradients, _by_xla, call)), operands)
 
 
 def _by_xla(spec: Spec, call: TpuCall, operands: ForwardOperands) -> jax.Array:
