@@ -4,10 +4,10 @@
     multiply_pixels(pixels, factors)   pixels · factors               in float32
     split_bfloat16(values)             float32 as the sum of two bfloat16
 
-From `jax.numpy`, Triton compiles two instructions to multiply and add where the GPU has one, and moves
-each operand of the sum, not the sum, through shared memory to the next matrix product. It does not move
-instructions with side effects, so those here are marked as having some. The mark needs private parts of
-Pallas, used in this file alone; without it results are the same. `interpret`: for Pallas's interpreter.
+From `jax.numpy`, Triton compiles two instructions to multiply and add where the GPU has one, and
+moves each operand of the sum, not the sum, through shared memory to the next matrix product. It
+leaves instructions with side effects in place, so those here are marked as having some. The mark
+needs private parts of Pallas, used in this file alone; without it, results are the same.
 """
 
 import functools
@@ -76,7 +76,7 @@ def weighted_sum(pixels: Sequence[jax.Array], weights: Sequence[jax.Array], dtyp
 
 
 def multiply_pixels(pixels: jax.Array, factors: jax.Array, *, interpret: bool) -> jax.Array:
-    """Pixels `(N, C)` times float32 factors `(N, C)`, in float32."""
+    """Pixels `(N, C)` times float32 factors `(N, C)`, in float32. `interpret`: in Pallas's interpreter."""
     narrow = pixels.dtype.name
     if interpret:
         return pixels.astype(jnp.float32) * factors
@@ -90,9 +90,9 @@ def multiply_pixels(pixels: jax.Array, factors: jax.Array, *, interpret: bool) -
 
 
 def split_bfloat16(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32 numbers `(N, C)` as the nearest bfloat16 and the rest, rounded to bfloat16. On a GPU alone.
+    """float32 numbers `(N, C)` as the nearest bfloat16 and the rest, rounded. On a GPU alone.
 
-    Infinity becomes the largest finite bfloat16 and a rest of inf: rounded to inf, its rest would be inf - inf = NaN.
+    Infinity becomes the largest finite bfloat16 and a rest of inf. (inf leaves inf - inf = NaN.)
     """
     if _pinned_p is None:  # Pallas's own primitive allows one result only
         largest = float(jnp.finfo(jnp.bfloat16).max)
@@ -114,8 +114,8 @@ def _run_asm(lines: Sequence[str], arrays: Sequence[jax.Array], *dtypes) -> Sequ
     """Run instructions on arrays of one shape, element by element.
 
     If any dtype has 16 bits, the instructions run on two neighbouring elements at a time. $0, $1, …
-    are registers, those of the results (one result for each of `dtypes`) before those of the arrays.
-    Two 16-bit elements share one register; each 32-bit element has its own.
+    are registers, those of the results (one result for each of `dtypes`) before those of the
+    arrays. Two 16-bit elements share one register; each 32-bit element has its own.
     """
     together = 4 // min(jnp.dtype(dtype).itemsize for dtype in (*dtypes, *(array.dtype for array in arrays)))
 

@@ -1,9 +1,9 @@
 """Atomic adds with relaxed memory order: an add does not order the program's other memory accesses.
 
-That is enough for a sum that is read only after its kernel has ended. Pallas's own atomic add acquires
-and releases: it puts a memory barrier before each add, and empties the first-level cache after it.
-Here the same primitive is lowered as Pallas lowers it, and then set to relaxed. This needs private
-parts of Pallas, used in this file alone. If one is missing, Pallas's own add is used.
+That is enough for a sum that is read only after its kernel has ended. Pallas's own atomic add
+acquires and releases: it puts a memory barrier before each add, and empties the first-level cache
+after it. Here the same primitive is lowered as Pallas lowers it, and then set to relaxed. This
+needs private parts of Pallas, used in this file alone. If one is missing, Pallas's own add is used.
 """
 
 import jax

@@ -1,7 +1,7 @@
 """Used inside a kernel: loops and index arithmetic, and loading, storing and adding blocks of an array.
 
-`Elements` are some elements of an array: their indices, and a mask of those that lie in the array. A
-block may reach beyond the end of its axis; indices beyond the end are masked, and never touch memory.
+`Elements` are some elements of an array: their indices, and a mask of those that lie in the array.
+A block may reach beyond the end of its axis. What lies beyond is masked, and never touches memory.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ def loop(count: int, body: Callable, start):
 
 def quotient(number: jax.Array, divisor: int) -> jax.Array:
     """`number // divisor`, for numbers that are not negative."""
-    # `//` rounds down, so it compiles to a comparison, a selection and a second division, for negative
-    # numbers. A Python int would make the division a 64-bit one if x64 is enabled.
+    # `//` rounds down, so it compiles to a comparison, a selection and a second division, for
+    # negative numbers. A Python int would make the division a 64-bit one if x64 is enabled.
     return lax.div(number, np.int32(divisor))
 
 
@@ -64,7 +64,7 @@ def shift(elements: Elements, start) -> Elements:
 def outer(rows: Elements, columns: Elements, *leading) -> Elements:
     """A matrix of elements: each of `rows` with each of `columns`.
 
-    The columns are indices of the array's last axis, `leading` of its first axes, the rows of those between.
+    `leading` are indices of the array's first axes, `rows` of the next ones, `columns` of the last.
     """
     index = (*leading, *(i[:, None] for i in rows.index), *(i[None, :] for i in columns.index))
     rows_exist = None if rows.exists is None else rows.exists[:, None]
@@ -91,5 +91,5 @@ def add(ref, elements: Elements, value, *, interpret: bool) -> None:
     if not interpret:
         atomics.add(ref, elements.index, value, elements.exists)
         return
-    # The interpreter drops an index beyond the array but counts a negative one from the array's end.
+    # The interpreter drops indices beyond the array, but counts negative ones from its end.
     addupdate(ref, elements.index, value if elements.exists is None else jnp.where(elements.exists, value, 0.0))

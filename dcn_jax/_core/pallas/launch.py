@@ -1,7 +1,7 @@
 """Launching kernels on whole arrays, on a CUDA GPU, on a TPU or in Pallas's interpreter.
 
-`launch` runs a GPU kernel. `on_platform` wraps any call of Pallas's; if the call cannot be lowered, its error
-says what to do. Every array has a stack axis before its own axes, for `jax.vmap` (see
+`launch` runs a GPU kernel. `on_platform` wraps any call of Pallas's; if the call cannot be lowered,
+its error says what to do. Every array has a stack axis before its own axes, for `jax.vmap` (see
 `batching`). Its size is that of the stack, or 1 for an array that all members of the stack share.
 """
 
@@ -18,8 +18,8 @@ from jax.experimental.pallas import triton
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import mlir
 
-# A user context is part of the cache key of `jax.jit`, so the interpreter and the device never share a
-# trace. Each thread has its own value.
+# A user context is part of the cache key of `jax.jit`, so the interpreter and the device never
+# share a trace. Each thread has its own value.
 _interpreting = jax.make_user_context(False)
 
 
@@ -81,9 +81,9 @@ def launch(
 ) -> dict[str, Any]:
     """Run the GPU kernel `body` over `grid`, for each member of the stack.
 
-    `body` gets each operand and result by name, as `NAME_ref`: a reference to the whole array without
-    its stack axis, or None for an operand that is None. A result is given by its shape and dtype, or by
-    an array of initial values; its stack axis always has the size of the stack.
+    `body` gets each operand and result by name, as `NAME_ref`: a reference to the whole array
+    without its stack axis, or None for an operand that is None. A result is given by its shape and
+    dtype, or by an array of initial values; its stack axis always has the size of the stack.
     """
     given = {key: a for key, a in operands.items() if a is not None}
     starts = {key: a for key, a in results.items() if isinstance(a, jax.Array)}
@@ -125,8 +125,8 @@ def on_platform(platform: str, call: Callable, *arrays: jax.Array) -> list[jax.A
     return _launch_p.bind(*arrays, jaxpr=jax.make_jaxpr(call)(*arrays), platform=platform)
 
 
-# The platform is known only when the program is lowered. So the call is a primitive, whose lowering raises
-# the error for a wrong platform, and hides JAX's warning that its Triton backend will be replaced (JAX >= 0.11).
+# The platform is known only when the program is lowered. So the call is a primitive: its lowering
+# raises the error for a wrong platform, and hides JAX's warning that Triton is deprecated.
 _launch_p = Primitive("pallas_launch")
 _launch_p.multiple_results = True
 _launch_p.def_abstract_eval(lambda *_, jaxpr, platform: jaxpr.out_avals)

@@ -1,8 +1,8 @@
 """Keeping kernels local: on a mesh, each device runs a kernel on its own part of the stack and of the batch.
 
-JAX's partitioner cannot look inside a kernel. Left to itself it gathers all operands on every device.
-`keep_local` tells it which axes may be split, and adds up over the devices the results that have no
-batch axis, such as the gradient of the convolution's kernel.
+JAX's partitioner cannot look inside a kernel. Left to itself it gathers all operands on every
+device. `keep_local` tells it which axes may be split, and adds up over the devices the results that
+have no batch axis, such as the gradient of the convolution's kernel.
 """
 
 import functools
@@ -23,10 +23,9 @@ from dcn_jax._core.pallas.launch import stack_size
 class Pass(NamedTuple):
     """The forward or the backward pass of an op; hashable."""
 
-    # (call, operands) -> results: NamedTuples of arrays with a stack axis. `call` is hashable: all that is not an array.
-    run: Callable
-    # The names of operands and results whose second axis is the batch. None: the pass runs on one device, or inside
-    # `jax.shard_map`, because on TPUs JAX cannot be told how to partition (jax issue 38196).
+    run: Callable  # (call, operands) -> results: NamedTuples of arrays with a stack axis
+    # The operands and results whose second axis is the batch. None: a TPU's, whose compiler cannot
+    # be told how to partition (jax issue 38196). It runs on one device, or inside `jax.shard_map`.
     batched: frozenset[str] | None
 
 
@@ -54,7 +53,7 @@ def keep_local(which: Pass, call: Any, operands):
             results = run(operands)
             if over_batch is None:
                 return results
-            # A result without a batch axis is a sum over the batch, of which each device has its part.
+            # A result without a batch axis is a sum over the batch. Each device has a part of it.
             whole = [name for name in axes_out if "batch" not in axes_out[name]]
             return results._replace(**{name: lax.psum(getattr(results, name), over_batch) for name in whole})
 
@@ -72,9 +71,10 @@ def keep_local(which: Pass, call: Any, operands):
     return partitioned(operands)
 
 
-# JAX traces the program of one device under the user's mesh. If that mesh has explicit axes, the addition inside
-# `lax.psum` contains a sharding. XLA's GPU compiler then does not recognise it as an addition, and ends the process.
-# This primitive traces and lowers the program under a mesh without axes instead.
+# JAX traces the program of one device under the user's mesh. If that mesh has explicit axes, the
+# addition inside `lax.psum` contains a sharding. XLA's GPU compiler then does not recognise it as
+# an addition, and ends the process. This primitive traces and lowers the program under a mesh
+# without axes instead.
 _without_mesh_p = Primitive("without_mesh")
 _without_mesh_p.multiple_results = True
 _without_mesh_p.def_abstract_eval(lambda *_, jaxpr, no_axes: jaxpr.out_avals)
@@ -102,8 +102,8 @@ mlir.register_lowering(_without_mesh_p, _lower_without_mesh)
 def holds_kernels() -> Any:
     """A jaxpr that contains a call of `custom_partitioning`, as `keep_local` makes one.
 
-    JAX passes the list of devices to a lowering only if a jaxpr contains such a call. A primitive whose
-    lowering makes one must therefore have this jaxpr among its parameters.
+    JAX passes the list of devices to a lowering only if a jaxpr contains such a call. A primitive
+    whose lowering makes one must therefore have this jaxpr among its parameters.
     """
     same = custom_partitioning(lambda x: x)
     same.def_partition(lambda *_: None, sharding_rule="i -> i")

@@ -1,8 +1,8 @@
 """`deform_conv` as fused GPU kernels, which gather, interpolate, modulate and multiply in one pass.
 
-`_result` and `_gradients` are the op and its gradients. `_prepare` computes what the kernels read: rows of
-the map and their weights. `_forward` and `_backward` divide the work into tiles, and launch the kernels.
-JOURNAL.md has the times, what was tried, and what to try next.
+`_result` and `_gradients` are the op and its gradients. `_prepare` computes what the kernels read:
+rows of the map and their weights. `_forward` and `_backward` divide the work into tiles, and launch
+the kernels. JOURNAL.md has the times, what was tried, and what to try next.
 """
 
 import functools
@@ -29,7 +29,7 @@ from dcn_jax.ops.deform_conv.xla import backend as xla
 
 DTYPES = ("float32", "bfloat16", "float16")  # of x and kernel; sums are float32
 
-# How float32 products are computed, by `precision`. Products of two 16-bit numbers are exact in any case.
+# How float32 products are computed, by `precision`. Products of 16-bit numbers are always exact.
 _DOT_ALGORITHMS = {
     (lax.Precision.DEFAULT, lax.Precision.DEFAULT): lax.DotAlgorithmPreset.TF32_TF32_F32,
     (lax.Precision.HIGH, lax.Precision.HIGH): lax.DotAlgorithmPreset.TF32_TF32_F32,
@@ -66,7 +66,7 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
         return xla.run(spec, arrays)  # a GPU cannot launch a kernel with an empty grid
     out_dtype = spec.out_dtype if spec.out_dtype.name in DTYPES else jnp.dtype("float32")
     algorithm = cast(lax.DotAlgorithmPreset, _dot_algorithm(spec.precision))
-    # The gradients may be traced later, outside `interpret`. They are interpreted if the result was.
+    # Gradients may be traced later, outside `interpret`. They are interpreted if the result was.
     call = GpuCall(spec._replace(out_dtype=out_dtype), algorithm, interpreting())
     rank = spec.window.rank
     compute = on_any_mesh(

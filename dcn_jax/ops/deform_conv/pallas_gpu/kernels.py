@@ -4,10 +4,10 @@
     x_bar_q      = Σ_p Σ_n  W_q(p_n) · s_bar_n(p)      s_bar_n(p) = y_bar(p) · w_nᵀ           backward_x
     W_bar_q(p_n) = Σ_c  x_q · s_bar_n(p)               w_bar_n = Σ_p  s_n(p)ᵀ · y_bar(p)      backward_kernel
 
-At the output position p, tap n reads at the point p_n. The pixels x_q around it are its corners. W_q is the
-weight of a corner times the modulation; `points` has found the weights, and which rows of x are the corners.
-The sample s_n is a row of channels, w_n is the tap's matrix, and x_bar is the gradient of x, and so on. The
-samples are never written to memory.
+At the output position p, tap n reads at the point p_n. The pixels x_q around it are its corners.
+W_q is the weight of a corner times the modulation; `points` has found the weights, and which rows
+of x are the corners. The sample s_n is a row of channels, w_n is the tap's matrix, and x_bar is the
+gradient of x, and so on. The samples are never written to memory.
 """
 
 import functools
@@ -44,7 +44,7 @@ def forward(x_ref, kernel_ref, row_ref, weight_ref, bias_ref, y_ref, *, tiling: 
     features = tiling.group_features(feature_group, number)
     positions = tiles.tile_positions(tiling, x_ref.shape[0], pl.program_id(1))
 
-    # The loop over channels is the inner one, because rows and weights are the same for all of them.
+    # The loop over channels is the inner one: rows and weights are the same for all channels.
     def add_points(number, total):
         tap, in_feature_group = unravel(number, tiling.segments_per_feature_group)
         segment = feature_group * tiling.segments_per_feature_group + in_feature_group
@@ -94,9 +94,9 @@ def backward_kernel(
 ):
     """kernel_bar and a term of weight_bar, for a tap, a block of channels and a block of features.
 
-    Both need the same pixels. The sum over the chunks of positions is divided among `splits` programs. If
-    there are several, they add to kernel_bar, which starts as float32 zeros. Grid: the taps and blocks,
-    the splits.
+    Both need the same pixels. The sum over the chunks of positions is divided among `splits`
+    programs. If there are several, they add to kernel_bar, which starts as float32 zeros. Grid: the
+    taps and blocks, the splits.
     """
     images, call = x_ref.shape[0], tiling.call
     tap, number, channel_block, feature_block = unravel(
@@ -124,7 +124,7 @@ def backward_kernel(
             index = (image, _point(tiling, segment.offset_group, tap), term, corner, position)
             products = asm.multiply_pixels(of_corner, samples_bar, interpret=call.interpret)
             store(weight_bar_ref, Elements(index, positions.exists), jnp.sum(products, axis=1))
-        # The transpose of kernel_bar: a Hopper GPU multiplies 64 rows at least, and features are many.
+        # kernel_bar transposed: a Hopper GPU multiplies at least 64 rows, and features are many.
         return _add_product(call, total, y_bar, samples, ((0,), (0,)))
 
     total = loop(count, add_positions, jnp.zeros((tiling.tile.features, tiling.tile.channels), jnp.float32)).T
@@ -200,7 +200,7 @@ def _add_product(call: GpuCall, total, a, b, contract=((1,), (0,))) -> jax.Array
         return total + dot(a, b)
     if call.dot_algorithm != lax.DotAlgorithmPreset.TF32_TF32_F32:
         return total + dot(a, b, precision=call.dot_algorithm)
-    # Three products of bfloat16 instead of one of TF32: they keep 16 bits where TF32 has 11, and a Hopper GPU cannot
-    # transpose an operand of TF32.
+    # Three products of bfloat16 instead of one of TF32: they keep 16 bits where TF32 has 11, and a
+    # Hopper GPU cannot transpose an operand of TF32.
     (a, a_rest), (b, b_rest) = asm.split_bfloat16(a), asm.split_bfloat16(b)
     return total + dot(a_rest, b) + dot(a, b_rest) + dot(a, b)

@@ -1,7 +1,7 @@
 """Where the taps read: computed in XLA, before the GPU kernels, which only gather the rows they are given.
 
-Inside a kernel, every thread that reads a part of a row would compute the row's number again. That was
-more than half of the instructions. XLA computes each once, in a few passes over offset and mask.
+Inside a kernel, each thread that reads a part of a row would compute the row's number again: more
+than half of its instructions. XLA computes it once, in a few passes over offset and mask.
 """
 
 import jax
@@ -18,16 +18,16 @@ def locate_points(
 ) -> tuple[jax.Array, jax.Array]:
     """The row of x at each corner of each point, and the corner's weight times the modulation.
 
-    A corner outside the map gets the row after the last one.
-    offset `(B, *out_spatial, OG * K * n)`, mask `(B, *out_spatial, OG * K)` -> rows (int32) and weights
-    (float32), both `(B, OG * K, corners, P)`.
+    A corner outside the map gets the row after the last one. Both are `(B, OG * K, corners, P)`, in
+    int32 and float32, of offset `(B, *out_spatial, OG * K * n)` and mask `(B, *out_spatial, OG *
+    K)`.
     """
 
     def by_point(array, *rest):  # (B, *out_spatial, OG * K * …) -> (B, OG, K, …, P)
         return jnp.moveaxis(array.reshape(array.shape[0], -1, offset_groups, window.taps, *rest), 1, -1)
 
-    # The kernels want the positions as the last axis. `sampling.locate` has them first, and its results
-    # would have to be transposed in several passes. So the inputs are transposed here instead.
+    # The kernels want positions last. `sampling.locate` has them first, and its results would have
+    # to be transposed, in several passes. So the inputs are transposed here instead.
     offset = by_point(offset.astype(wide(offset.dtype)), window.rank)
     starts = regular_positions(window).reshape(-1, window.rank)  # (P, n)
     regular = regular_taps(window)[:, :, None] + starts.T[None]  # (K, n, P)

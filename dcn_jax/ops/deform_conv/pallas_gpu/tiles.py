@@ -1,9 +1,9 @@
 """How the GPU kernels divide a call among programs: tiles, their sizes, and the elements they hold.
 
-The channels are divided into segments. A segment is the largest run of channels that lies in one offset
-group and in one feature group. A program takes a block of a segment's channels, a block of a feature
-group's features, or both, and a number of output positions: a tile, which may hold positions of several
-images, or chunks, each of one image.
+The channels are divided into segments. A segment is the largest run of channels that lies in one
+offset group and in one feature group. A program takes a block of a segment's channels, a block of a
+feature group's features, or both, and a number of output positions: a tile, which may hold
+positions of several images, or chunks, each of one image.
 """
 
 import math
@@ -43,8 +43,9 @@ class Tile(NamedTuple):
 
 WARPS = 4224  # to divide a sum over positions among: 32 for each multiprocessor of an H100
 
-# The largest tile of each kernel, by the dtype or the algorithm of the products: positions, channels, features. Those of
-# "half" and "TF32_TF32_F32" are the fastest measured on an H200 (JOURNAL.md), the others fit into the registers.
+# The largest tile of each kernel, by the dtype or the algorithm of the products: positions,
+# channels, features. Those of "half" and "TF32_TF32_F32" are the fastest measured on an H200
+# (JOURNAL.md), the others fit into the registers.
 _TILES = {
     "half": {
         "forward, narrow": Tile(64, 32, 64, warps=4),
@@ -60,8 +61,8 @@ _TILES = {
         "backward_kernel, narrow": Tile(64, 32, 64, warps=4),
         "backward_kernel": Tile(64, 64, 128),
     },
-    # Replace "half" and "TF32_TF32_F32" if channels or features are no multiple of 8, and so are loaded one by one ("odd"),
-    # or if the points have eight corners ("3-D").
+    # Replace "half" and "TF32_TF32_F32" if channels or features are no multiple of 8, and so are
+    # loaded one by one ("odd"), or if the points have eight corners ("3-D").
     "odd or 3-D": {
         "forward": Tile(64, 32, 64),
         "backward_x": Tile(64, 32, 64),
@@ -221,8 +222,8 @@ def chunk_positions(tiling: Tiling, images: int, number) -> Elements:
 def _column_strips(window: Window) -> tuple[int, int, int]:
     """The order of positions in tiles: down one strip of about 12 columns after another.
 
-    So a tile is about as wide as high, and many pixels that it reads are still in the first-level cache.
-    Returns how many strips there are, their rows, and their columns.
+    So a tile is about as wide as high, and many pixels that it reads are still in the first-level
+    cache. Returns how many strips there are, their rows, and their columns.
     """
     *rows, columns = window.out_spatial
     strips = max(1, round(columns / 12)) if rows else 1

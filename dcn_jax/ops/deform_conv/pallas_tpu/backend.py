@@ -1,8 +1,8 @@
 """`deform_conv` as TPU kernels, for bounded offsets: matrix products instead of gathers and scatters.
 
-`run` brings the arrays into the form that the kernels read. `_result` and `_gradients` are the op and its
-gradients. `kernels` tells how they read. The kernels compile for TPUs v5e and v6e and are tested in
-Pallas's interpreter. They have never run on a TPU.
+`run` brings the arrays into the form that the kernels read. `_result` and `_gradients` are the op
+and its gradients. `kernels` tells how they read. The kernels compile for TPUs v5e and v6e and are
+tested in Pallas's interpreter. They have never run on a TPU.
 """
 
 import functools
@@ -90,7 +90,7 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
         return xla.run(spec, arrays)  # a kernel cannot take arrays without elements
     out_dtype = spec.out_dtype if spec.out_dtype.name in DTYPES else jnp.dtype("float32")
     precision = cast(lax.Precision, _precision(spec.precision))
-    # The gradients may be traced later, outside `interpret`. They are interpreted if the result was.
+    # Gradients may be traced later, outside `interpret`. They are interpreted if the result was.
     call = TpuCall(spec._replace(out_dtype=out_dtype), layout_for(spec), precision, interpreting())
     compute = on_any_mesh(
         functools.partial(_arrange, call, spec.out_dtype),

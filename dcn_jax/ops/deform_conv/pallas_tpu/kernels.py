@@ -1,13 +1,13 @@
 """The two TPU kernels. They read between pixels by a product with a matrix of weights, without a gather.
 
-Offsets are bounded, so a tile of output positions reads one patch of the map. The samples of the tile are
+Offsets are bounded, so a tile of output positions reads one patch of the map. Its samples are
 
     samples (P, C) = weightsᵀ (P, pixels) · patch (pixels, C)
     weights[q, p]  = hat(y_p − q_y) · hat(x_p − q_x) · modulation_p,      hat(t) = max(0, 1 − |t|)
 
-for the P points of all taps and positions of the tile, and the pixels q of the patch. Gradients are products
-with the same matrix, without a scatter. The grid goes through the map strip by strip, and a program through
-the tiles of its strip. `x_bar` is the gradient of x.
+for the P points of all taps and positions of the tile, and the pixels q of the patch. Gradients are
+products with the same matrix, without a scatter. The grid goes through the strips of the map, and a
+program through the tiles of its strip. `x_bar` is the gradient of x.
 """
 
 import functools
@@ -20,8 +20,8 @@ from jax.experimental import pallas as pl
 
 from dcn_jax.ops.deform_conv.pallas_tpu.tiles import COLUMNS, POSITIONS, ROWS, StripLayout
 
-# The references are to the part of each array that one strip needs: N tiles of P points each, and W columns of the map
-# with its margins. `call` is a `TpuCall`.
+# The references are to the part of each array that one strip needs: N tiles of P points each, and W
+# columns of the map with its margins. `call` is a `TpuCall`.
 #
 #     x_ref                         (1, 1, patch rows, W, C)
 #     kernel_ref, kernel_bar_ref    (K, C, F)
@@ -65,9 +65,10 @@ def backward(
 ):
     """x_bar and points_bar for one strip; kernel_bar is a sum over all strips and images.
 
-    The strips below read some of the same rows of the map. So x_bar is summed in `sum_ref`, which holds the
-    rows that this strip reads. After the strip its first ROWS rows are finished: they go to `x_bar_ref`, and
-    the others move up. After the last strip of positions, `extra_strips` programs do only that.
+    The strips below read some of the same rows of the map. So x_bar is summed in `sum_ref`, which
+    holds the rows that this strip reads. After the strip its first ROWS rows are finished: they go
+    to `x_bar_ref`, and the others move up. After the last strip of positions, `extra_strips`
+    programs do only that.
     """
     layout, precision = call.layout, call.precision
     image, strip = pl.program_id(1), pl.program_id(2)
@@ -182,10 +183,10 @@ def place_points(n, regular_ref, points_ref, layout: StripLayout) -> Points:
 def hats(offset: jax.Array, regular: jax.Array, pixels: int) -> Hats:
     """`sampling.neighbours` of linear reading, for "zeros" and offsets that are bounded, spelt for matrix products.
 
-    The points are at `offset` from the whole numbers `regular`, both `(1, P)`. Where the offset is a whole
-    number, the slope is the right-hand derivative. A NaN makes both weights of its point NaN.
+    The points are at `offset` from the whole numbers `regular`, both `(1, P)`. At a whole number
+    the slope is the right-hand derivative. A NaN makes both weights of its point NaN.
     """
-    # A NaN as an integer is whatever the platform makes of it. So only the fraction is computed from the NaN.
+    # A NaN has no integer. So its whole part is 0 here, and only its fraction is NaN.
     whole = jnp.where(offset == offset, jnp.floor(offset), 0.0)
     fraction = offset - whole
     below = regular + whole.astype(jnp.int32)
@@ -207,11 +208,12 @@ def matrix_product(
 ) -> jax.Array:
     """The product of two matrices, contracted over an axis of each, in float32.
 
-    For float32 matrices, `precision` means what it means to XLA on a TPU: one product of bfloat16, three, or six.
+    `precision` is for float32 matrices, as on a TPU: one product of bfloat16, three, or six.
     """
     numbers = (((axis_a,), (axis_b,)), ((), ()))
-    # Without a precision of their own, products of bfloat16 would take that of `jax.default_matmul_precision`. Inside TPU
-    # kernels JAX knows "default" and "highest" alone, and "highest" would multiply bfloat16 as if it were float32.
+    # Without a precision of their own, products of bfloat16 would take that of
+    # `jax.default_matmul_precision`. Inside TPU kernels JAX knows "default" and "highest" alone,
+    # and "highest" would multiply bfloat16 as if it were float32.
     dot = functools.partial(
         lax.dot_general, dimension_numbers=numbers, precision=lax.Precision.DEFAULT, preferred_element_type=jnp.float32
     )

@@ -1,9 +1,9 @@
 """Launching the two TPU kernels on whole arrays.
 
-`FORWARD` and `BACKWARD` are the two passes. Each array has a stack axis S before the axes given here (see
-`dcn_jax._core.pallas.batching`). A pass adds margins to the map, brings offsets and modulations into the
-order of tiles, tells Pallas which block of each array a program of the grid needs, and undoes all that for
-the results.
+`FORWARD` and `BACKWARD` are the two passes. Each array has a stack axis S before the axes given
+here (see `dcn_jax._core.pallas.batching`). A pass adds margins to the map, brings offsets and
+modulations into the order of tiles, tells Pallas which block of each array a program of the grid
+needs, and undoes all that for the results.
 """
 
 import functools
@@ -112,15 +112,15 @@ def _inputs(layout: StripLayout, operands: ForwardOperands | BackwardOperands) -
         tiles.add_margins(layout, x),
         tiles.pad_to(kernel, *(tiles.round_up(n, LANES) for n in kernel.shape[-2:])),
     )
-    # Stacked after each array is in the order of tiles. The other way round, a TPU takes a fifth longer around the kernels.
+    # Stacked in the order of tiles. Before it, a TPU takes a fifth longer around the kernels.
     points = [tiles.to_tiles(layout, array) for array in (offset[..., ::2], offset[..., 1::2], mask)]
     points, regular = jnp.stack(points, axis=3), tiles.regular_points(layout)[None]
 
     def strip(j):
         return jnp.minimum(j, layout.strips - 1)
 
-    # The rows that strips read overlap, so a block of x may begin at any row. Pallas wants its index in elements then, not
-    # in blocks, along every axis.
+    # The rows that strips read overlap, so a block of x may begin at any row. Pallas wants its
+    # index in elements then, not in blocks, along every axis.
     rows = tuple(map(pl.Element, (1, layout.patch_rows, *x.shape[3:])))
     return {
         "x": _Block(x, rows, lambda i, j: (i, strip(j) * ROWS, 0, 0)),

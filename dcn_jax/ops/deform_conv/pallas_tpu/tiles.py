@@ -1,8 +1,8 @@
 """How the TPU kernels divide the output positions into strips and tiles, and arrays brought into that order and back.
 
-A strip is ROWS rows of output positions, from the left of the map to its right. A tile is COLUMNS columns
-of a strip. The pixels that the taps of a tile can read form its patch; the patches of neighbouring tiles
-overlap. The map gets margins, so that every patch lies inside it.
+A strip is ROWS rows of output positions, from the left of the map to its right. A tile is COLUMNS
+columns of a strip. The pixels that the taps of a tile can read form its patch; the patches of
+neighbouring tiles overlap. The map gets margins, so that every patch lies inside it.
 """
 
 import math
@@ -15,8 +15,8 @@ from jax import lax
 from dcn_jax.geometry import Window
 from dcn_jax.ops.deform_conv.call import Spec
 
-# A tile has 8 columns, so that its patch starts where a vector register does, and 6 rows, so that its
-# patch has 16 rows for a 3×3 kernel with offsets within ±4.
+# A tile has 8 columns, so that its patch starts where a vector register does, and 6 rows, so that
+# its patch has 16 rows for a 3×3 kernel with offsets within ±4.
 ROWS, COLUMNS = 6, 8
 POSITIONS = ROWS * COLUMNS
 LANES = 128  # channels and features are filled up with zeros to a multiple of this
