@@ -1,4 +1,4 @@
-"""Sums in the GPU's own instructions: what they are in Pallas's interpreter, and what a GPU is given to compile."""
+"""Arithmetic in the GPU's own instructions: its results in the interpreter, and its text in a kernel."""
 
 import importlib.util
 import re
@@ -39,7 +39,7 @@ def test_the_interpreter_sums_in_float32_and_rounds_once(dtype):
 
 
 def instructions(given, dtype, rounded):
-    """The inline assemblies of a kernel that does all three: (instructions, options as they are printed)."""
+    """(instructions, printed options) of each inline assembly in a kernel that calls all three functions."""
 
     def body(pixels_ref, wide_ref, sums_ref, products_ref, near_ref, left_ref):
         rows, columns = blocks.block(0, SHAPE[0], SHAPE[0]), blocks.block(0, SHAPE[1], SHAPE[1])
@@ -86,7 +86,7 @@ def test_a_gpu_multiplies_and_adds_in_one_instruction_that_nothing_moves(dtype, 
 @pytest.mark.parametrize("gone", ["a module", "a name", "a rule"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_where_pallas_has_changed_its_own_instructions_serve(monkeypatch, gone, dtype):
-    """They may be moved then, and one of two results is left to Triton."""
+    """Triton may move them then. Splitting has two results, so it is left to `jax.numpy`."""
     if gone == "a module":
         monkeypatch.setitem(sys.modules, "jax._src.pallas.triton.primitives", None)
     elif gone == "a name":

@@ -1,4 +1,4 @@
-"""Adding where other programs add too: in Pallas's interpreter, and what a GPU is given to compile."""
+"""Adding to elements that other programs add to: in the interpreter, and as Triton IR for a GPU."""
 
 import functools
 import importlib.util
@@ -20,7 +20,7 @@ SIZE = 21  # of two blocks of 16, the second ragged
 
 
 def add_at(add, values, index, *, interpret):
-    """Ones `(1, 4, 4)`, and each value added to the four at its index."""
+    """An array of ones `(1, 4, 4)` after each value has been added to all of the row that its index names."""
 
     def body(values_ref, index_ref, sums_ref):
         these = blocks.block(pl.program_id(0), 16, SIZE)
@@ -34,7 +34,7 @@ def add_at(add, values, index, *, interpret):
 
 
 def test_the_interpreter_adds_each_value_that_exists():
-    """Also where indices meet, within a block and across blocks; and none that is masked, as all are whose index is no row."""
+    """Several values add to one row, from one block and from both. Values whose index is no row are masked."""
     rng = np.random.default_rng(0)
     values, index = rng.standard_normal((1, SIZE), np.float32), rng.integers(0, 4, (1, SIZE), np.int32)
     index[0, [2, 17]] = -1, 4
@@ -47,7 +47,7 @@ def test_the_interpreter_adds_each_value_that_exists():
 
 
 def atomic_adds(add):
-    """How the adds of a kernel are meant for a GPU, "relaxed" say, and their operands."""
+    """(memory order, for example "relaxed", and number of operands) of each atomic add in a kernel."""
     shapes = [jax.ShapeDtypeStruct((1, SIZE), dtype) for dtype in (jnp.float32, jnp.int32)]
     text = aot.triton(functools.partial(add_at, add, interpret=False), *shapes)
     return [

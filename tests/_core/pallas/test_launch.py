@@ -1,4 +1,4 @@
-"""Launching kernels, in Pallas's interpreter: what goes by name, and which mode holds where."""
+"""Launching kernels in Pallas's interpreter: arrays by name, the stack, and the scope of `interpret`."""
 
 import threading
 

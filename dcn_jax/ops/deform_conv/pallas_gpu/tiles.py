@@ -2,8 +2,8 @@
 
 The channels are divided into segments. A segment is the largest run of channels that lies in one
 offset group and in one feature group. A program takes a block of a segment's channels, a block of a
-feature group's features, or both, and a number of output positions: a tile, which may hold
-positions of several images, or chunks, each of one image.
+feature group's features, or both. And it takes either a tile of output positions, which may be
+those of several images, or one chunk of positions after another, each of one image.
 """
 
 import math
@@ -22,7 +22,7 @@ from dcn_jax.ops.deform_conv.call import Spec
 class GpuCall(NamedTuple):
     """A call of the op, without its arrays, and how the kernels run it; hashable."""
 
-    spec: Spec
+    spec: Spec  # its out_dtype is the one that the kernels write
     dot_algorithm: lax.DotAlgorithmPreset  # of float32 products
     interpret: bool
 
@@ -41,7 +41,7 @@ class Tile(NamedTuple):
     warps: int = 8
 
 
-WARPS = 4224  # to divide a sum over positions among: 32 for each multiprocessor of an H100
+WARPS = 4224  # that a sum over positions is divided among: 32 for each multiprocessor of an H100
 
 # The largest tile of each kernel, by the dtype or the algorithm of the products: positions,
 # channels, features. Those of "half" and "TF32_TF32_F32" are the fastest measured on an H200

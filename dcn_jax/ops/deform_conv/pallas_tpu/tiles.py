@@ -1,4 +1,4 @@
-"""How the TPU kernels divide the output positions into strips and tiles, and arrays brought into that order and back.
+"""How the TPU kernels divide the output positions into strips and tiles, and bring arrays into that order and back.
 
 A strip is ROWS rows of output positions, from the left of the map to its right. A tile is COLUMNS
 columns of a strip. The pixels that the taps of a tile can read form its patch; the patches of
@@ -46,7 +46,7 @@ class StripLayout(NamedTuple):
 class TpuCall(NamedTuple):
     """A call of the op, without its arrays, and how the kernels run it; hashable."""
 
-    spec: Spec
+    spec: Spec  # its out_dtype is the one that the kernels write
     layout: StripLayout
     precision: lax.Precision  # of float32 products
     interpret: bool
@@ -64,7 +64,7 @@ def layout_for(spec: Spec) -> StripLayout:
 
 
 def round_up(size: int, multiple: int) -> int:
-    """The smallest multiple that is at least `size`."""
+    """The smallest multiple of `multiple` that is at least `size`."""
     return -(-size // multiple) * multiple
 
 

@@ -1,4 +1,4 @@
-"""The TPU kernels' reading between pixels, beside `sampling.linear_sample`: no kernel runs here."""
+"""The TPU kernels' reading between pixels, compared with `sampling.linear_sample`. No kernel runs here."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from dcn_jax.sampling import linear_sample
 from tests.support.running import normal
 
 ROWS, COLUMNS, COUNT = 5, 7, 64
-# One row of the identity for each pixel: what a point reads of this map are the weights of all pixels.
+# Each pixel has a channel of its own, so a point reads the weights of all pixels from this map.
 PIXELS = jnp.eye(ROWS * COLUMNS).reshape(ROWS, COLUMNS, ROWS * COLUMNS)
 
 
