@@ -72,12 +72,18 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
     plan = Plan(spec._replace(out_dtype=out_dtype), product, interpreting())
     rank = spec.window.rank
     compute = on_any_mesh(
-        lambda *arrays: _op(spec, plan, Arrays(*arrays)),
+        _op_on_one_mesh,
+        (spec, plan),
+        arrays,
         batched=(arrays.x, arrays.offset),
         batch=arrays.x.ndim - rank - 1,
         whole=rank + 1,
     )
     return compute(*arrays)
+
+
+def _op_on_one_mesh(call: tuple[Spec, Plan], *arrays) -> jax.Array:
+    return _op(*call, Arrays(*arrays))
 
 
 def _product(precision: Any) -> lax.DotAlgorithmPreset | None:

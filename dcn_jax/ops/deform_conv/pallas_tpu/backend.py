@@ -91,7 +91,9 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
     cut = cut_for(spec, cast(lax.Precision, _precision(spec.precision)))
     plan = Plan(spec._replace(out_dtype=out_dtype), cut, interpreting())
     compute = on_any_mesh(
-        functools.partial(_arrange, plan, spec.out_dtype),
+        _arrange,
+        (plan, spec.out_dtype),
+        arrays,
         batched=(arrays.x, arrays.offset),
         batch=arrays.x.ndim - 3,
         whole=3,
@@ -99,8 +101,9 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
     return compute(*arrays)
 
 
-def _arrange(plan: Plan, out_dtype, x, kernel, offset, mask, bias) -> jax.Array:
+def _arrange(call: tuple[Plan, Any], x, kernel, offset, mask, bias) -> jax.Array:
     """Flatten the batch axes and cast to what the kernels read; bring the result back."""
+    plan, out_dtype = call
     spec, batch = plan.spec, x.shape[:-3]
 
     def flat(array):

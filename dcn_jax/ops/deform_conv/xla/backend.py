@@ -25,7 +25,9 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
     """`deform_conv` of a checked call."""
     rank = spec.window.rank
     compute = on_any_mesh(
-        functools.partial(convolve, spec),
+        convolve,
+        spec,
+        arrays,
         batched=(arrays.x, arrays.offset),
         batch=arrays.x.ndim - rank - 1,
         whole=rank + 1,
