@@ -132,9 +132,17 @@ class _Transpose(NamedTuple):
                 if pull := _stated_gradients(of, algorithm, active):
                     return pull(*cotangents, *fixed)
 
+        given = iter(fixed)
+        arrays = [next(given) if kind is None else None for kind in self.linear]
+        active = tuple(i for i, kind in enumerate(self.linear) if kind is not None)
+        # Of an op that is itself linear in some arrays, the stated gradients are the transpose, wherever they are taken.
+        if pull := _stated_gradients(self.of, algorithm._replace(gradients_can_be_mapped=True), active):
+            at = [ad.instantiate_zeros(ad.Zero(self.linear[i])) if i in active else a for i, a in enumerate(arrays)]
+            return pull(*cotangents, *at)
+
         def of_linear(*moving):
-            given, moved = iter(fixed), iter(moving)
-            return self.of(algorithm, [next(given if kind is None else moved) for kind in self.linear])
+            moved = dict(zip(active, moving, strict=True))
+            return self.of(algorithm, [moved.get(i, array) for i, array in enumerate(arrays)])
 
         return list(jax.linear_transpose(of_linear, *types)(list(cotangents)))
 

@@ -4,7 +4,6 @@ It is `deform_conv` with a kernel of ones, a group for each channel, and the off
 `run` says so. DCNv4 shares all but how its arguments are packed.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from numbers import Real
@@ -174,8 +173,8 @@ def check_axes(
 
 def run(grid: Grid, x: jax.Array, offset: jax.Array, mask: jax.Array) -> jax.Array:
     """The op of checked arguments, in DCNv3's orders."""
-    compute = functools.partial(_convolve, grid)
-    return on_any_mesh(compute, batched=(x,), batch=x.ndim - 3, whole=3)(x, offset, mask)
+    arrays = x, offset, mask
+    return on_any_mesh(_convolve, grid, arrays, batched=(x,), batch=x.ndim - 3, whole=3)(*arrays)
 
 
 def _convolve(grid: Grid, x: jax.Array, offset: jax.Array, mask: jax.Array) -> jax.Array:

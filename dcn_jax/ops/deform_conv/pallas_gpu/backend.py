@@ -70,12 +70,18 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
     call = GpuCall(spec._replace(out_dtype=out_dtype), algorithm, interpreting())
     rank = spec.window.rank
     compute = on_any_mesh(
-        lambda *arrays: _op(spec, call, Arrays(*arrays)),
+        _op_on_one_mesh,
+        (spec, call),
+        arrays,
         batched=(arrays.x, arrays.offset),
         batch=arrays.x.ndim - rank - 1,
         whole=rank + 1,
     )
     return compute(*arrays)
+
+
+def _op_on_one_mesh(static: tuple[Spec, GpuCall], *arrays) -> jax.Array:
+    return _op(*static, Arrays(*arrays))
 
 
 def _dot_algorithm(precision: Any) -> lax.DotAlgorithmPreset | None:

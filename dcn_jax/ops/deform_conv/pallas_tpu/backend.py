@@ -93,7 +93,9 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
     # Gradients may be traced later, outside `interpret`. They are interpreted if the result was.
     call = TpuCall(spec._replace(out_dtype=out_dtype), layout_for(spec), precision, interpreting())
     compute = on_any_mesh(
-        functools.partial(_arrange, call, spec.out_dtype),
+        _arrange,
+        (call, spec.out_dtype),
+        arrays,
         batched=(arrays.x, arrays.offset),
         batch=arrays.x.ndim - 3,
         whole=3,
@@ -101,8 +103,9 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
     return compute(*arrays)
 
 
-def _arrange(call: TpuCall, out_dtype, x, kernel, offset, mask, bias) -> jax.Array:
+def _arrange(static: tuple[TpuCall, Any], x, kernel, offset, mask, bias) -> jax.Array:
     """The op, for arrays with any batch axes and of any dtype. The batch axes become one for the kernels."""
+    call, out_dtype = static
     spec, batch = call.spec, x.shape[:-3]
 
     def flat(array):

@@ -25,6 +25,7 @@ from dcn_jax.geometry import int32, regular_taps
 from dcn_jax.ops.deform_conv.call import Spec
 from dcn_jax.ops.deform_conv.xla.blocks import (
     Blocks,
+    Divided,
     Operands,
     add_part,
     border_of,
@@ -32,6 +33,7 @@ from dcn_jax.ops.deform_conv.xla.blocks import (
     divide_cotangent,
     first_taps,
     join,
+    moving,
     one_batch_axis,
     read_images,
     take,
@@ -63,7 +65,7 @@ def gradients(
     """The gradients of the operands named in `active`: the transpose of `result`, last block first."""
     groups, features = spec.feature_groups, operands.matrices.shape[-1]
     divided, undo = jax.vjp(partial(divide, spec, blocks), operands)
-    first, y_bar = first_taps(spec, blocks), divide_cotangent(blocks, y_bar)
+    first, y_bar, active = first_taps(spec, blocks), divide_cotangent(blocks, y_bar), moving(divided, active)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def add(carry, _):
@@ -82,17 +84,17 @@ def gradients(
 
 
 def _pull_block(
-    spec: Spec, blocks: Blocks, first: jax.Array, block, part: Operands, active: tuple[str, ...], bar: jax.Array
+    spec: Spec, blocks: Blocks, first: jax.Array, block, part: Divided, active: tuple[str, ...], bar: jax.Array
 ) -> dict[str, jax.Array]:
     """The gradients of what a block reads, at `bar`, the gradient of its product."""
 
-    def located(moving):
-        rows, summed, points, scale = _locate_block(spec, blocks, first, part._replace(**moving), block)
+    def located(given):
+        rows, summed, points, scale = _locate_block(spec, blocks, first, part._replace(**given), block)
         rows, summed, at = one_batch_axis(rows, summed, locate(points, scale, border_of(spec)))
         return (rows, summed, at.weight), at.row
 
-    moving = {name: getattr(part, name) for name in active if name != "matrices"}
-    (rows, summed, weight), undo, row = jax.vjp(located, moving, has_aux=True)
+    given = {name: getattr(part, name) for name in active if name != "matrices"}
+    (rows, summed, weight), undo, row = jax.vjp(located, given, has_aux=True)
     at = Rows(row, weight)
     samples = _samples(spec, blocks, first, part._replace(matrices=None), block)
     _, pull_product = jax.vjp(partial(_multiply, spec), samples, part.matrices)
@@ -124,7 +126,7 @@ def _multiply(spec: Spec, samples: jax.Array, matrices: jax.Array) -> jax.Array:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _samples(spec: Spec, blocks: Blocks, first: jax.Array, part: Operands, block: jax.Array) -> jax.Array:
+def _samples(spec: Spec, blocks: Blocks, first: jax.Array, part: Divided, block: jax.Array) -> jax.Array:
     """`_read_block`, materialised, so that XLA cannot fuse the product's reshape into the gather."""
     # Fused, the gather would compute the tap and the group of every channel anew, in three times the time. XLA's CPU backend
     # does not fuse into a conditional, even one that is always true; an optimization barrier it drops.
@@ -143,13 +145,13 @@ def _samples_jvp(spec, blocks, primals, tangents):
     return _samples(spec, blocks, *primals), jax.jvp(partial(_read_block, spec, blocks), primals, tangents)[1]
 
 
-def _read_block(spec: Spec, blocks: Blocks, first: jax.Array, part: Operands, block: jax.Array) -> jax.Array:
+def _read_block(spec: Spec, blocks: Blocks, first: jax.Array, part: Divided, block: jax.Array) -> jax.Array:
     """The samples of a block, of all taps, as `_arrange` arranges them."""
     rows, summed, points, scale = _locate_block(spec, blocks, first, part, block)
     return _arrange(spec, read_images(rows, summed, locate(points, scale, border_of(spec))))
 
 
-def _read_block_quickly(spec: Spec, blocks: Blocks, first: jax.Array, part: Operands, block: jax.Array) -> jax.Array:
+def _read_block_quickly(spec: Spec, blocks: Blocks, first: jax.Array, part: Divided, block: jax.Array) -> jax.Array:
     """`_read_block`, where no derivative is wanted."""
     rows, summed, points, scale = _locate_block(spec, blocks, first, part, block)
     rows, _, (points, scale) = one_batch_axis(rows, None, (points, scale))
@@ -158,7 +160,7 @@ def _read_block_quickly(spec: Spec, blocks: Blocks, first: jax.Array, part: Oper
 
 
 def _locate_block(
-    spec: Spec, blocks: Blocks, first: jax.Array, part: Operands, block: jax.Array
+    spec: Spec, blocks: Blocks, first: jax.Array, part: Divided, block: jax.Array
 ) -> tuple[jax.Array, jax.Array | None, Positions, jax.Array | None]:
     """The maps by groups, `(*B, R, C / groups)`, where a block reads them, `(*B, size, K, groups, n)`, and its modulations.
 

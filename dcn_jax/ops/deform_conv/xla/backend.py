@@ -8,7 +8,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from dcn_jax._core.mesh import on_any_mesh, zeros_varying_like
 from dcn_jax.ops.deform_conv.call import Arrays, Spec, add_bias
@@ -25,7 +24,9 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
     """`deform_conv` of a checked call."""
     rank = spec.window.rank
     compute = on_any_mesh(
-        functools.partial(convolve, spec),
+        convolve,
+        spec,
+        arrays,
         batched=(arrays.x, arrays.offset),
         batch=arrays.x.ndim - rank - 1,
         whole=rank + 1,
@@ -49,15 +50,11 @@ def convolve(spec: Spec, x, kernel, offset, mask, bias) -> jax.Array:
         axes = array.shape[: len(batch)]
         return array.reshape(*(axes if shared else (math.prod(axes),)), *shape)
 
-    rows, summed = flatten(x, math.prod(window.spatial) * groups, channels // groups), None
-    if rows.dtype != spec.accumulate:  # narrow rows are read, and their gradient is summed in the wider dtype
-        rows, summed = lax.stop_gradient(rows), rows.astype(spec.accumulate)
     operands = Operands(
-        rows,
+        flatten(x, math.prod(window.spatial) * groups, channels // groups),
         kernel.reshape(window.taps, *kernel.shape[-2:]),
         flatten(offset, *per_tap, window.rank),
         None if mask is None else flatten(mask, *per_tap),
-        summed,
     )
     # Without a bias the sum is rounded inside the op, so its cotangent is cut into blocks before it is widened.
     y = _sum_taps(spec if bias is None else spec._replace(out_dtype=spec.accumulate), operands)

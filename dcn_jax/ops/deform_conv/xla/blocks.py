@@ -23,10 +23,19 @@ class Operands(NamedTuple):
 
     rows: Any  # (*B, R, Cg): the map, flattened to rows of one pixel and one offset group
     matrices: Any  # (K, C / feature groups, F)
-    offset: Any  # (*B, P, OG, K, n); in whole blocks (*B, number * size, [OG,] K * n)
-    modulation: Any  # (*B, P, OG, K) or None; in whole blocks (*B, number * size, [OG,] K)
-    # The rows in the accumulator's dtype, where they are narrower; else None. Values are read from `rows`, and the gradient
-    # flows here, so that it is summed in the wider dtype.
+    offset: Any  # (*B, P, OG, K, n)
+    modulation: Any  # (*B, P, OG, K), or None
+
+
+class Divided(NamedTuple):
+    """The operands as a loop over blocks reads them; `take` makes of them what one step reads."""
+
+    rows: Any  # (*B, R, Cg)
+    matrices: Any  # (K, C / feature groups, F), in the dtype that products are summed in
+    offset: Any  # (*B, number * size, [OG,] K * n)
+    modulation: Any  # (*B, number * size, [OG,] K), or None
+    # Where the rows are narrow: a copy in the dtype that products are summed in, else None. Values are read from `rows`, and
+    # the gradient flows to this copy, so that it is summed in the wider dtype.
     summed: Any
 
 
@@ -64,8 +73,11 @@ def fill_up(array: jax.Array, axis: int, length: Size) -> jax.Array:
     return jnp.pad(array, [(0, length - n if a == axis else 0) for a, n in enumerate(array.shape)])
 
 
-def divide(spec: Spec, blocks: Blocks, operands: Operands) -> Operands:
-    """Offsets and modulations in whole blocks, and matrices in the dtype that their gradient is summed in."""
+def divide(spec: Spec, blocks: Blocks, operands: Operands) -> Divided:
+    """Offsets and modulations in whole blocks; matrices, and narrow rows, in the dtype that their gradient is summed in."""
+    rows, summed = operands.rows, None
+    if rows.dtype != spec.accumulate:
+        rows, summed = lax.stop_gradient(rows), rows.astype(spec.accumulate)
     batch_axes, length = operands.rows.ndim - 2, blocks.number * blocks.size
 
     def in_blocks(array):  # (*B, P, OG, K, …) -> (*B, number * size, [OG,] K * …)
@@ -74,14 +86,16 @@ def divide(spec: Spec, blocks: Blocks, operands: Operands) -> Operands:
         array = array.reshape(*front, *several, math.prod(array.shape[batch_axes + 2 :]))
         return fill_up(array, batch_axes, length)
 
-    return operands._replace(
-        matrices=operands.matrices.astype(spec.accumulate),
-        offset=in_blocks(operands.offset),
-        modulation=None if operands.modulation is None else in_blocks(operands.modulation),
-    )
+    modulation = None if operands.modulation is None else in_blocks(operands.modulation)
+    return Divided(rows, operands.matrices.astype(spec.accumulate), in_blocks(operands.offset), modulation, summed)
 
 
-def take(spec: Spec, blocks: Blocks, block: jax.Array, tap: jax.Array | None, divided: Operands) -> Operands:
+def moving(divided: Divided, active: tuple[str, ...]) -> tuple[str, ...]:
+    """Which of the divided operands gradients flow to, for operands that are `active`."""
+    return tuple("summed" if name == "rows" and divided.summed is not None else name for name in active)
+
+
+def take(spec: Spec, blocks: Blocks, block: jax.Array, tap: jax.Array | None, divided: Divided) -> Divided:
     """What one step reads of the divided operands: a block, and of its taps one, or all where `tap` is None."""
     hold = partial(_hold, blocks, block)
 
@@ -101,7 +115,7 @@ def take(spec: Spec, blocks: Blocks, block: jax.Array, tap: jax.Array | None, di
 
 
 def add_part(
-    spec: Spec, blocks: Blocks, block: jax.Array, tap: jax.Array | None, divided: Operands, name: str, total, part
+    spec: Spec, blocks: Blocks, block: jax.Array, tap: jax.Array | None, divided: Divided, name: str, total, part
 ) -> jax.Array:
     """`total` with a step's gradient of one operand added where `take` took it from: the transpose of `take`."""
     match name:
@@ -115,7 +129,7 @@ def add_part(
 
 
 def _place(
-    spec: Spec, blocks: Blocks, block: jax.Array, tap: jax.Array | None, divided: Operands, array: jax.Array
+    spec: Spec, blocks: Blocks, block: jax.Array, tap: jax.Array | None, divided: Divided, array: jax.Array
 ) -> tuple[list[jax.Array], tuple[Size, ...]]:
     """Where in `(*B, number * size, [OG,] K * …)` a step's part begins, and its shape."""
     batch_axes = divided.rows.ndim - 2
@@ -146,7 +160,7 @@ def regular_table(spec: Spec, blocks: Blocks) -> Regular:
 
 
 def tap_points(
-    spec: Spec, blocks: Blocks, regular: Regular, block: jax.Array, tap: jax.Array, part: Operands
+    spec: Spec, blocks: Blocks, regular: Regular, block: jax.Array, tap: jax.Array, part: Divided
 ) -> tuple[Positions, jax.Array | None]:
     """Where one tap reads for the positions of a block, `(*B, size, OG, n)`, and its modulations, `(*B, size, OG)`."""
     batch_axes = part.rows.ndim - 2

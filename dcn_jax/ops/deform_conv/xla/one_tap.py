@@ -19,6 +19,7 @@ from dcn_jax.geometry import Size
 from dcn_jax.ops.deform_conv.call import Spec
 from dcn_jax.ops.deform_conv.xla.blocks import (
     Blocks,
+    Divided,
     Operands,
     Regular,
     add_part,
@@ -27,6 +28,7 @@ from dcn_jax.ops.deform_conv.xla.blocks import (
     divide_cotangent,
     is_depthwise,
     join,
+    moving,
     read_images,
     regular_table,
     take,
@@ -54,7 +56,7 @@ def result(spec: Spec, blocks: Blocks, operands: Operands) -> jax.Array:
             return (step + 1, total + product(block, tap)[None]), None
         return (step + 1, total.at[block].add(product(block, tap), mode="promise_in_bounds")), None
 
-    zeros = zeros_varying_like(operands, spec.accumulate, (blocks.number, *_shape(spec, blocks, operands)))
+    zeros = zeros_varying_like(divided, spec.accumulate, (blocks.number, *_shape(spec, blocks, operands)))
     (_, y), _ = lax.scan(add, (jnp.int32(0), zeros), length=blocks.number * spec.window.taps)
     y = jnp.moveaxis(y.reshape(blocks.number, images, blocks.size, features), 0, 1)
     return join(spec, y.reshape(images, blocks.number * blocks.size, features))
@@ -65,7 +67,7 @@ def gradients(
 ) -> dict[str, jax.Array]:
     """The gradients of the operands named in `active`: the transpose of `result`, step by step, last step first."""
     divided, undo = jax.vjp(partial(divide, spec, blocks), operands)
-    regular, y_bar = regular_table(spec, blocks), divide_cotangent(blocks, y_bar)
+    regular, y_bar, active = regular_table(spec, blocks), divide_cotangent(blocks, y_bar), moving(divided, active)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def add(carry, _):
@@ -74,8 +76,8 @@ def gradients(
         part = take(spec, blocks, block, tap, divided._replace(matrices=operands.matrices))
         bar = take_cotangent(spec, blocks, block, y_bar).reshape(_shape(spec, blocks, operands))
 
-        def of_active(moving):
-            return _product(spec, blocks, regular, block, tap, part._replace(**moving))
+        def of_active(given):
+            return _product(spec, blocks, regular, block, tap, part._replace(**given))
 
         (bars,) = jax.vjp(of_active, {name: getattr(part, name) for name in active})[1](bar)
         added = {n: add_part(spec, blocks, block, tap, divided, n, sums[n], bars[n]) for n in active}
@@ -104,7 +106,7 @@ def _shape(spec: Spec, blocks: Blocks, operands: Operands) -> tuple[Size, ...]:
 
 
 def _product(
-    spec: Spec, blocks: Blocks, regular: Regular, block: jax.Array, tap: jax.Array, part: Operands
+    spec: Spec, blocks: Blocks, regular: Regular, block: jax.Array, tap: jax.Array, part: Divided
 ) -> jax.Array:
     """What one tap adds to a block, of the shape `_shape`."""
     points, scale = tap_points(spec, blocks, regular, block, tap, part)

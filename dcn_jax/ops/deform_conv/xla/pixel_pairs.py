@@ -23,6 +23,7 @@ from dcn_jax.geometry import Size, int32
 from dcn_jax.ops.deform_conv.call import Spec
 from dcn_jax.ops.deform_conv.xla.blocks import (
     Blocks,
+    Divided,
     Operands,
     Regular,
     add_part,
@@ -30,6 +31,7 @@ from dcn_jax.ops.deform_conv.xla.blocks import (
     divide,
     divide_cotangent,
     join,
+    moving,
     one_batch_axis,
     regular_table,
     take,
@@ -54,7 +56,7 @@ def result(spec: Spec, blocks: Blocks, operands: Operands) -> jax.Array:
             tap, total = carry
             return (tap + 1, total + product(block, tap)), None
 
-        zeros = zeros_varying_like(operands, spec.accumulate, (images * blocks.size, features))
+        zeros = zeros_varying_like(divided, spec.accumulate, (images * blocks.size, features))
         (_, total), _ = lax.scan(add_tap, (jnp.int32(0), zeros), length=spec.window.taps)
         return block + 1, total
 
@@ -68,7 +70,7 @@ def gradients(
 ) -> dict[str, jax.Array]:
     """The gradients of the operands named in `active`: the transpose of `result`, step by step, last step first."""
     divided, undo = jax.vjp(functools.partial(_divide_pairs, spec, blocks), operands)
-    regular, y_bar = regular_table(spec, blocks), divide_cotangent(blocks, y_bar)
+    regular, y_bar, active = regular_table(spec, blocks), divide_cotangent(blocks, y_bar), moving(divided, active)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def add(carry, _):
@@ -79,8 +81,8 @@ def gradients(
         part = take(spec, blocks, block, tap, divided._replace(matrices=matrices))
         bar = take_cotangent(spec, blocks, block, y_bar)
 
-        def of_active(moving):
-            return _product(spec, blocks, regular, block, tap, part._replace(**moving))
+        def of_active(given):
+            return _product(spec, blocks, regular, block, tap, part._replace(**given))
 
         (bars,) = jax.vjp(of_active, {name: getattr(part, name) for name in active})[1](bar)
         added = {n: add_part(spec, blocks, block, tap, divided, n, sums[n], bars[n]) for n in active}
@@ -94,7 +96,7 @@ def gradients(
 
 
 def _product(
-    spec: Spec, blocks: Blocks, regular: Regular, block: jax.Array, tap: jax.Array, part: Operands
+    spec: Spec, blocks: Blocks, regular: Regular, block: jax.Array, tap: jax.Array, part: Divided
 ) -> jax.Array:
     """What one tap adds to a block: `(B * size, F)`. The maps and matrices of `part` are in pairs."""
     points, scale = tap_points(spec, blocks, regular, block, tap, part)
@@ -133,15 +135,13 @@ _materialized.defjvp(lambda primals, tangents: (primals[0], tangents[0]))
 # Maps and matrices in pairs
 
 
-def _divide_pairs(spec: Spec, blocks: Blocks, operands: Operands) -> Operands:
+def _divide_pairs(spec: Spec, blocks: Blocks, operands: Operands) -> Divided:
     """`divide`, with maps and matrices in pairs."""
-    border, groups = border_of(spec), spec.offset_groups
-    paired = operands._replace(
-        rows=_pair_up(operands.rows, border, groups),
-        matrices=_pair_matrices(operands.matrices, groups),
-        summed=None if operands.summed is None else _pair_up(operands.summed, border, groups),
-    )
-    return divide(spec, blocks, paired)
+    pair_up = functools.partial(_pair_up, border=border_of(spec), groups=spec.offset_groups)
+    matrices = _pair_matrices(operands.matrices, spec.offset_groups)
+    divided = divide(spec, blocks, operands._replace(matrices=matrices))
+    summed = None if divided.summed is None else pair_up(divided.summed)
+    return divided._replace(rows=pair_up(divided.rows), summed=summed)
 
 
 def _pair_matrices(matrices: jax.Array, groups: int) -> jax.Array:

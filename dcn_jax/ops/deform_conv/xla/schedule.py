@@ -111,7 +111,7 @@ def _blocks_of_all_taps_on_cpu(spec: Spec, operands: Operands, derivative: bool)
 
 
 def _is_narrow(operands: Operands) -> bool:
-    return any(jnp.finfo(array.dtype).bits < 32 for array in jax.tree.leaves(operands._replace(summed=None)))
+    return any(jnp.finfo(array.dtype).bits < 32 for array in jax.tree.leaves(operands))
 
 
 def _dividing(blocks: int, positions: Size) -> int:
