@@ -1,12 +1,12 @@
 """Meshes of devices: how an op is placed on one is left to the partitioner."""
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
@@ -50,5 +50,15 @@ _jitted_on_mesh = jax.jit(_on_mesh, static_argnums=(0, 1, 2))
 
 def zeros_varying_like(arrays: Any, dtype: Any, shape: Sequence[Any]) -> jax.Array:
     """Zeros to add to. Within `shard_map` they vary over the devices that any of `arrays` varies over, as the sum will."""
-    zeros = [jnp.zeros_like(array, dtype, shape) for array in jax.tree.leaves(arrays)]
-    return functools.reduce(operator.add, zeros)
+    return lax.pcast(jnp.zeros(shape, dtype), tuple(_varying(arrays)), to="varying")
+
+
+def vary_alike(arrays: Any) -> Any:
+    """`arrays`, which within `shard_map` then all vary over the same mesh axes, as the results of kernels do."""
+    axes = _varying(arrays)
+    return jax.tree.map(lambda a: lax.pcast(a, tuple(axes - _varying(a)), to="varying"), arrays)
+
+
+def _varying(arrays: Any) -> frozenset:
+    """The mesh axes over which any of `arrays` varies."""
+    return frozenset().union(*(jax.typeof(array).mat.varying for array in jax.tree.leaves(arrays)))

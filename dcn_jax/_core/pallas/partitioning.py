@@ -124,14 +124,3 @@ def _name_axes(arrays, stack: int, batched: frozenset[str]) -> dict[str, tuple[s
 def _name_factors(axes: dict[str, tuple[str | None, ...]]) -> list[str]:
     """For each array, its axes in the notation of a sharding rule: "stack kernel1 kernel2"."""
     return [" ".join(axis or f"{name}{i}" for i, axis in enumerate(of_array)) for name, of_array in axes.items()]
-
-
-def vary_alike(arrays):
-    """Inside `shard_map`, let each array vary over all mesh axes that any varies over, as a kernel's results do."""
-    axes = frozenset().union(*(jax.typeof(a).mat.varying for a in jax.tree.leaves(arrays)))
-    return jax.tree.map(lambda a: lax.pcast(a, tuple(axes - jax.typeof(a).mat.varying), to="varying"), arrays)
-
-
-def zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
-    """float32 zeros to add to. Inside `shard_map` they vary over the mesh axes that `like` varies over."""
-    return lax.pcast(jnp.zeros(shape, jnp.float32), tuple(jax.typeof(like).mat.varying), to="varying")

@@ -16,7 +16,7 @@ from jax.export import is_symbolic_dim
 from jax.sharding import AxisType
 
 from dcn_jax._core.dtypes import asked_precision, wide
-from dcn_jax._core.mesh import on_any_mesh
+from dcn_jax._core.mesh import on_any_mesh, vary_alike, zeros_varying_like
 from dcn_jax._core.pallas import batching, partitioning
 from dcn_jax._core.pallas.derivatives import by_kernels
 from dcn_jax._core.pallas.launch import interpreting, launch, out_of_reach, stack_size
@@ -152,7 +152,7 @@ def _prepare(call: GpuCall, arrays: Arrays) -> tuple[_ForwardOperands, jax.Array
     row, weight = locate_points(window, groups, flat(offset), None if mask is None else flat(mask))
     rows = flat(x).reshape(-1, math.prod(window.spatial) * groups, channels // groups)
     operands = _ForwardOperands(rows, kernel.reshape(window.taps, *kernel.shape[-2:]), row, weight, bias)
-    operands = partitioning.vary_alike(operands)
+    operands = vary_alike(operands)
     return operands._replace(row=None), operands.row
 
 
@@ -195,7 +195,7 @@ def _backward_x(call: GpuCall, operands: _BackwardOperands) -> jax.Array:
     tiling = tiling_for("backward_x", call, x.shape[-1], operands.y_bar.shape[-1])
     given = operands._asdict()
     del given["x"]
-    zeros = partitioning.zeros((stack_size(operands), *x.shape[1:]), like=x)
+    zeros = zeros_varying_like(x, jnp.float32, (stack_size(operands), *x.shape[1:]))
     grid = call.segments * tiling.channel_blocks, count_tiles(tiling, x.shape[1])
     return _launch_tiles("backward_x", kernels.backward_x, given, {"x_bar": zeros}, grid, tiling)["x_bar"]
 
@@ -208,7 +208,7 @@ def _backward_kernel(call: GpuCall, operands: _BackwardOperands) -> tuple[jax.Ar
     splits = min(max(1, WARPS // (tiling.tile.warps * programs * stack)), count_chunks(tiling, x.shape[1]))
     body = functools.partial(kernels.backward_kernel, splits=splits)
     shape = stack, *kernel.shape[1:]
-    kernel_bar = jax.ShapeDtypeStruct(shape, kernel.dtype) if splits == 1 else partitioning.zeros(shape, like=x)
+    kernel_bar = jax.ShapeDtypeStruct(shape, kernel.dtype) if splits == 1 else zeros_varying_like(x, jnp.float32, shape)
     _, images, points, corners, positions = row.shape
     terms = stack, images, points, tiling.weight_terms, corners, positions
     results = {"weight_bar": jax.ShapeDtypeStruct(terms, jnp.float32), "kernel_bar": kernel_bar}
