@@ -27,18 +27,11 @@ from dcn_jax.ops.deform_conv.xla.blocks import (
     Blocks,
     Divided,
     Operands,
-    add_part,
     border_of,
-    divide,
-    divide_cotangent,
-    first_taps,
     join,
     moving,
     one_batch_axis,
     read_images,
-    take,
-    take_cotangent,
-    take_positions,
 )
 from dcn_jax.sampling import INTO_MAP, Border, Positions, Rows, cell, locate, read_rows
 
@@ -46,11 +39,11 @@ from dcn_jax.sampling import INTO_MAP, Border, Positions, Rows, cell, locate, re
 def result(spec: Spec, blocks: Blocks, operands: Operands) -> jax.Array:
     """The sum over taps, one block after another: `(B, P, F)`."""
     groups, images, features = spec.feature_groups, math.prod(operands.rows.shape[:-2]), operands.matrices.shape[-1]
-    divided, first = divide(spec, blocks, operands), first_taps(spec, blocks)
+    divided, first = blocks.divide(spec, operands), blocks.first_taps(spec)
 
     @partial(jax.checkpoint, prevent_cse=False)  # a derivative of the loop keeps no samples either
     def product(block, _):
-        part = take(spec, blocks, block, None, divided)
+        part = blocks.take(spec, block, None, divided)
         samples = _samples(spec, blocks, first, part._replace(matrices=None), block)
         return block + 1, _multiply(spec, samples, part.matrices)
 
@@ -64,17 +57,17 @@ def gradients(
 ) -> dict[str, jax.Array]:
     """The gradients of the operands named in `active`: the transpose of `result`, last block first."""
     groups, features = spec.feature_groups, operands.matrices.shape[-1]
-    divided, undo = jax.vjp(partial(divide, spec, blocks), operands)
-    first, y_bar, active = first_taps(spec, blocks), divide_cotangent(blocks, y_bar), moving(divided, active)
+    divided, undo = jax.vjp(partial(blocks.divide, spec), operands)
+    first, y_bar, active = blocks.first_taps(spec), blocks.divide_cotangent(y_bar), moving(divided, active)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def add(carry, _):
         block, sums = carry
-        part = take(spec, blocks, block, None, divided._replace(matrices=operands.matrices))
-        bar = take_cotangent(spec, blocks, block, y_bar)
+        part = blocks.take(spec, block, None, divided._replace(matrices=operands.matrices))
+        bar = blocks.take_cotangent(spec, block, y_bar)
         bar = bar.reshape(-1, groups, features // groups).swapaxes(0, 1)  # (B * size, F) -> (G, B * size, F / G)
         bars = _pull_block(spec, blocks, first, block, part, active, bar)
-        added = {n: add_part(spec, blocks, block, None, divided, n, sums[n], bars[n]) for n in active}
+        added = {n: blocks.add_part(spec, block, None, divided, n, sums[n], bars[n]) for n in active}
         return (block - 1, added), None
 
     zeros = jax.tree.map(jnp.zeros_like, divided)
@@ -178,7 +171,7 @@ def _locate_block(
         width = spec.offset_groups * rows.shape[-1] // groups
         return rows.reshape(*rows.shape[:-2], math.prod(window.spatial) * groups, width)
 
-    first = take_positions(blocks, first, block)
+    first = blocks.take_positions(first, block)
     whole = first[:, None, None] + regular_taps(window).reshape(1, taps, 1, window.rank)  # (size, K, 1, n)
     points = Positions(lax.expand_dims(whole, range(batch_axes)), by_tap(part.offset))
     scale = None if part.modulation is None else by_tap(part.modulation)[..., 0]

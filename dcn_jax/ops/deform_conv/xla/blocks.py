@@ -39,6 +39,13 @@ class Divided(NamedTuple):
     summed: Any
 
 
+class Regular(NamedTuple):
+    """Where taps read before their offsets: two tables, made once before the loop, which each step indexes."""
+
+    first: jax.Array  # `first_taps`
+    reach: jax.Array  # (K, n): how far each tap lies from the first
+
+
 class Blocks(NamedTuple):
     """The output positions, divided into blocks of one size. The last block is filled up with zeros."""
 
@@ -47,6 +54,112 @@ class Blocks(NamedTuple):
     # Whether narrow arrays are widened block by block. XLA's CPU backend widens bfloat16 to slice it, and moves that out of
     # the loop: then all of the array would be in memory in float32.
     widen_by_block: bool = False
+
+    def divide(self, spec: Spec, operands: Operands) -> Divided:
+        """Offsets and modulations in whole blocks; matrices, and narrow rows, in the dtype that their gradient is summed in."""
+        rows, summed = operands.rows, None
+        if rows.dtype != spec.accumulate:
+            rows, summed = lax.stop_gradient(rows), rows.astype(spec.accumulate)
+        batch_axes, length = operands.rows.ndim - 2, self.number * self.size
+
+        def in_blocks(array):  # (*B, P, OG, K, …) -> (*B, number * size, [OG,] K * …)
+            *front, groups = array.shape[: batch_axes + 2]
+            several = (groups,) if groups > 1 else ()  # XLA's CPU backend would copy the array for an axis of 1
+            array = array.reshape(*front, *several, math.prod(array.shape[batch_axes + 2 :]))
+            return fill_up(array, batch_axes, length)
+
+        modulation = None if operands.modulation is None else in_blocks(operands.modulation)
+        return Divided(rows, operands.matrices.astype(spec.accumulate), in_blocks(operands.offset), modulation, summed)
+
+    def take(self, spec: Spec, block: jax.Array, tap: jax.Array | None, divided: Divided) -> Divided:
+        """What one step reads of the divided operands: a block, and of its taps one, or all where `tap` is None."""
+        hold = partial(self._hold, block)
+
+        def take_part(array):
+            start, shape = self._place(spec, block, tap, divided, array)
+            return lax.dynamic_slice(hold(array), start, shape, allow_negative_indices=False)
+
+        matrices, offset = divided.matrices, take_part(divided.offset)
+        if tap is not None:
+            matrices = lax.dynamic_index_in_dim(hold(matrices), tap, keepdims=False, allow_negative_indices=False)
+        return divided._replace(
+            rows=hold(divided.rows),
+            matrices=matrices.astype(spec.accumulate),
+            offset=offset.astype(wide(offset.dtype, jnp.finfo(spec.accumulate).dtype)),
+            modulation=None if divided.modulation is None else take_part(divided.modulation),
+        )
+
+    def add_part(
+        self, spec: Spec, block: jax.Array, tap: jax.Array | None, divided: Divided, name: str, total, part
+    ) -> jax.Array:
+        """`total` with a step's gradient of one operand added where `take` took it from: the transpose of `take`."""
+        match name:
+            case "offset" | "modulation":  # every element belongs to one step
+                start, shape = self._place(spec, block, tap, divided, total)
+                return lax.dynamic_update_slice(total, part.astype(total.dtype).reshape(shape), start)
+            case "matrices" if tap is not None:
+                none = jnp.zeros_like(total)
+                return total + lax.dynamic_update_index_in_dim(none, part, tap, 0, allow_negative_indices=False)
+        return total + part
+
+    def first_taps(self, spec: Spec) -> jax.Array:
+        """Where the first tap reads for each position of all blocks, before its offset: `(number * size, n)`, in int32."""
+        window = spec.window
+        first = regular_positions(window).reshape(math.prod(window.out_spatial), window.rank)
+        return fill_up(first, 0, self.number * self.size)
+
+    def take_positions(self, first: jax.Array, block: jax.Array) -> jax.Array:
+        """The part of `first_taps` that belongs to a block: `(size, n)`."""
+        start = [block * int32(self.size), jnp.zeros_like(block)]
+        return lax.dynamic_slice(first, start, (self.size, first.shape[-1]), allow_negative_indices=False)
+
+    def regular_table(self, spec: Spec) -> Regular:
+        """The tables for steps of one tap."""
+        return Regular(self.first_taps(spec), regular_taps(spec.window))
+
+    def tap_points(
+        self, spec: Spec, regular: Regular, block: jax.Array, tap: jax.Array, part: Divided
+    ) -> tuple[Positions, jax.Array | None]:
+        """Where one tap reads for the positions of a block, `(*B, size, OG, n)`, and its modulations, `(*B, size, OG)`."""
+        batch_axes = part.rows.ndim - 2
+
+        def by_group(array):  # (*B, size, [OG,] …) -> (*B, size, OG, …)
+            return array.reshape(*array.shape[: batch_axes + 1], spec.offset_groups, array.shape[-1])
+
+        reach = lax.dynamic_index_in_dim(regular.reach, tap, allow_negative_indices=False)  # (1, n)
+        whole = (self.take_positions(regular.first, block) + reach)[:, None]  # (size, 1, n)
+        scale = None if part.modulation is None else by_group(part.modulation)[..., 0]
+        return Positions(lax.expand_dims(whole, range(batch_axes)), by_group(part.offset)), scale
+
+    def divide_cotangent(self, y_bar: jax.Array) -> jax.Array:
+        """The result's cotangent, block by block: `(B, P, F)` -> `(number, B * size, F)`."""
+        images, _, features = y_bar.shape
+        y_bar = fill_up(y_bar, 1, self.number * self.size).reshape(images, self.number, self.size, features)
+        return jnp.moveaxis(y_bar, 1, 0).reshape(self.number, images * self.size, features)
+
+    def take_cotangent(self, spec: Spec, block: jax.Array, y_bar: jax.Array) -> jax.Array:
+        """The cotangent of one block, `(B * size, F)`, in the dtype that products are summed in."""
+        bar = self._hold(block, y_bar)
+        bar = lax.dynamic_index_in_dim(bar, block, keepdims=False, allow_negative_indices=False)
+        return bar.astype(spec.accumulate)
+
+    def _place(
+        self, spec: Spec, block: jax.Array, tap: jax.Array | None, divided: Divided, array: jax.Array
+    ) -> tuple[list[jax.Array], tuple[Size, ...]]:
+        """Where in `(*B, number * size, [OG,] K * …)` a step's part begins, and its shape."""
+        batch_axes = divided.rows.ndim - 2
+        batch, several = array.shape[:batch_axes], array.shape[batch_axes + 1 : -1]
+        width = array.shape[-1] // (1 if tap is None else spec.window.taps)
+        tap = jnp.zeros_like(block) if tap is None else tap
+        zero = jnp.zeros_like(tap)
+        start = [*[zero] * batch_axes, block * int32(self.size), *[zero] * len(several), tap * width]
+        return start, (*batch, self.size, *several, width)
+
+    def _hold(self, block: jax.Array, array: jax.Array) -> jax.Array:
+        """`array` behind a barrier with the block's number: so it differs by block, and XLA cannot widen it before the loop."""
+        if not self.widen_by_block or jnp.finfo(array.dtype).bits >= 32:
+            return array
+        return lax.optimization_barrier((array, block))[0]
 
 
 def border_of(spec: Spec) -> Border:
@@ -59,13 +172,6 @@ def is_depthwise(spec: Spec, channels: int) -> bool:
     return spec.feature_groups == spec.offset_groups * channels
 
 
-def first_taps(spec: Spec, blocks: Blocks) -> jax.Array:
-    """Where the first tap reads for each position of all blocks, before its offset: `(number * size, n)`, in int32."""
-    window = spec.window
-    first = regular_positions(window).reshape(math.prod(window.out_spatial), window.rank)
-    return fill_up(first, 0, blocks.number * blocks.size)
-
-
 def fill_up(array: jax.Array, axis: int, length: Size) -> jax.Array:
     """`array` with zeros appended along an axis, which is then `length` long."""
     if array.shape[axis] == length:
@@ -73,119 +179,9 @@ def fill_up(array: jax.Array, axis: int, length: Size) -> jax.Array:
     return jnp.pad(array, [(0, length - n if a == axis else 0) for a, n in enumerate(array.shape)])
 
 
-def divide(spec: Spec, blocks: Blocks, operands: Operands) -> Divided:
-    """Offsets and modulations in whole blocks; matrices, and narrow rows, in the dtype that their gradient is summed in."""
-    rows, summed = operands.rows, None
-    if rows.dtype != spec.accumulate:
-        rows, summed = lax.stop_gradient(rows), rows.astype(spec.accumulate)
-    batch_axes, length = operands.rows.ndim - 2, blocks.number * blocks.size
-
-    def in_blocks(array):  # (*B, P, OG, K, …) -> (*B, number * size, [OG,] K * …)
-        *front, groups = array.shape[: batch_axes + 2]
-        several = (groups,) if groups > 1 else ()  # XLA's CPU backend would copy the array for an axis of 1
-        array = array.reshape(*front, *several, math.prod(array.shape[batch_axes + 2 :]))
-        return fill_up(array, batch_axes, length)
-
-    modulation = None if operands.modulation is None else in_blocks(operands.modulation)
-    return Divided(rows, operands.matrices.astype(spec.accumulate), in_blocks(operands.offset), modulation, summed)
-
-
 def moving(divided: Divided, active: tuple[str, ...]) -> tuple[str, ...]:
     """Which of the divided operands gradients flow to, for operands that are `active`."""
     return tuple("summed" if name == "rows" and divided.summed is not None else name for name in active)
-
-
-def take(spec: Spec, blocks: Blocks, block: jax.Array, tap: jax.Array | None, divided: Divided) -> Divided:
-    """What one step reads of the divided operands: a block, and of its taps one, or all where `tap` is None."""
-    hold = partial(_hold, blocks, block)
-
-    def take_part(array):
-        start, shape = _place(spec, blocks, block, tap, divided, array)
-        return lax.dynamic_slice(hold(array), start, shape, allow_negative_indices=False)
-
-    matrices, offset = divided.matrices, take_part(divided.offset)
-    if tap is not None:
-        matrices = lax.dynamic_index_in_dim(hold(matrices), tap, keepdims=False, allow_negative_indices=False)
-    return divided._replace(
-        rows=hold(divided.rows),
-        matrices=matrices.astype(spec.accumulate),
-        offset=offset.astype(wide(offset.dtype, jnp.finfo(spec.accumulate).dtype)),
-        modulation=None if divided.modulation is None else take_part(divided.modulation),
-    )
-
-
-def add_part(
-    spec: Spec, blocks: Blocks, block: jax.Array, tap: jax.Array | None, divided: Divided, name: str, total, part
-) -> jax.Array:
-    """`total` with a step's gradient of one operand added where `take` took it from: the transpose of `take`."""
-    match name:
-        case "offset" | "modulation":  # every element belongs to one step
-            start, shape = _place(spec, blocks, block, tap, divided, total)
-            return lax.dynamic_update_slice(total, part.astype(total.dtype).reshape(shape), start)
-        case "matrices" if tap is not None:
-            none = jnp.zeros_like(total)
-            return total + lax.dynamic_update_index_in_dim(none, part, tap, 0, allow_negative_indices=False)
-    return total + part
-
-
-def _place(
-    spec: Spec, blocks: Blocks, block: jax.Array, tap: jax.Array | None, divided: Divided, array: jax.Array
-) -> tuple[list[jax.Array], tuple[Size, ...]]:
-    """Where in `(*B, number * size, [OG,] K * …)` a step's part begins, and its shape."""
-    batch_axes = divided.rows.ndim - 2
-    batch, several = array.shape[:batch_axes], array.shape[batch_axes + 1 : -1]
-    width = array.shape[-1] // (1 if tap is None else spec.window.taps)
-    tap = jnp.zeros_like(block) if tap is None else tap
-    zero = jnp.zeros_like(tap)
-    start = [*[zero] * batch_axes, block * int32(blocks.size), *[zero] * len(several), tap * width]
-    return start, (*batch, blocks.size, *several, width)
-
-
-def take_positions(blocks: Blocks, first: jax.Array, block: jax.Array) -> jax.Array:
-    """The part of `first_taps` that belongs to a block: `(size, n)`."""
-    start = [block * int32(blocks.size), jnp.zeros_like(block)]
-    return lax.dynamic_slice(first, start, (blocks.size, first.shape[-1]), allow_negative_indices=False)
-
-
-class Regular(NamedTuple):
-    """Where taps read before their offsets: two tables, made once before the loop, which each step indexes."""
-
-    first: jax.Array  # `first_taps`
-    reach: jax.Array  # (K, n): how far each tap lies from the first
-
-
-def regular_table(spec: Spec, blocks: Blocks) -> Regular:
-    """The tables for steps of one tap."""
-    return Regular(first_taps(spec, blocks), regular_taps(spec.window))
-
-
-def tap_points(
-    spec: Spec, blocks: Blocks, regular: Regular, block: jax.Array, tap: jax.Array, part: Divided
-) -> tuple[Positions, jax.Array | None]:
-    """Where one tap reads for the positions of a block, `(*B, size, OG, n)`, and its modulations, `(*B, size, OG)`."""
-    batch_axes = part.rows.ndim - 2
-
-    def by_group(array):  # (*B, size, [OG,] …) -> (*B, size, OG, …)
-        return array.reshape(*array.shape[: batch_axes + 1], spec.offset_groups, array.shape[-1])
-
-    reach = lax.dynamic_index_in_dim(regular.reach, tap, allow_negative_indices=False)  # (1, n)
-    whole = (take_positions(blocks, regular.first, block) + reach)[:, None]  # (size, 1, n)
-    scale = None if part.modulation is None else by_group(part.modulation)[..., 0]
-    return Positions(lax.expand_dims(whole, range(batch_axes)), by_group(part.offset)), scale
-
-
-def divide_cotangent(blocks: Blocks, y_bar: jax.Array) -> jax.Array:
-    """The result's cotangent, block by block: `(B, P, F)` -> `(number, B * size, F)`."""
-    images, _, features = y_bar.shape
-    y_bar = fill_up(y_bar, 1, blocks.number * blocks.size).reshape(images, blocks.number, blocks.size, features)
-    return jnp.moveaxis(y_bar, 1, 0).reshape(blocks.number, images * blocks.size, features)
-
-
-def take_cotangent(spec: Spec, blocks: Blocks, block: jax.Array, y_bar: jax.Array) -> jax.Array:
-    """The cotangent of one block, `(B * size, F)`, in the dtype that products are summed in."""
-    bar = _hold(blocks, block, y_bar)
-    bar = lax.dynamic_index_in_dim(bar, block, keepdims=False, allow_negative_indices=False)
-    return bar.astype(spec.accumulate)
 
 
 def join(spec: Spec, y: jax.Array) -> jax.Array:
@@ -208,10 +204,3 @@ def read_images(rows: jax.Array, summed: jax.Array | None, at: Rows) -> jax.Arra
     """The samples of maps `(*B, R, Cg)` at rows `(*B, …)`: `(B, …, Cg)`."""
     rows, summed, at = one_batch_axis(rows, summed, at)
     return jax.vmap(lambda rows, summed, at: sum_rows(rows, at, None, summed))(rows, summed, at)
-
-
-def _hold(blocks: Blocks, block: jax.Array, array: jax.Array) -> jax.Array:
-    """`array` behind a barrier with the block's number: so it differs by block, and XLA cannot widen it before the loop."""
-    if not blocks.widen_by_block or jnp.finfo(array.dtype).bits >= 32:
-        return array
-    return lax.optimization_barrier((array, block))[0]

@@ -22,18 +22,11 @@ from dcn_jax.ops.deform_conv.xla.blocks import (
     Divided,
     Operands,
     Regular,
-    add_part,
     border_of,
-    divide,
-    divide_cotangent,
     is_depthwise,
     join,
     moving,
     read_images,
-    regular_table,
-    take,
-    take_cotangent,
-    tap_points,
 )
 from dcn_jax.sampling import locate
 
@@ -41,11 +34,11 @@ from dcn_jax.sampling import locate
 def result(spec: Spec, blocks: Blocks, operands: Operands) -> jax.Array:
     """The sum over taps: `(B, P, F)`."""
     images, features = math.prod(operands.rows.shape[:-2]), operands.matrices.shape[-1]
-    divided, regular = divide(spec, blocks, operands), regular_table(spec, blocks)
+    divided, regular = blocks.divide(spec, operands), blocks.regular_table(spec)
 
     @partial(jax.checkpoint, prevent_cse=False)  # a derivative of the loop keeps no samples either
     def product(block, tap):
-        return _product(spec, blocks, regular, block, tap, take(spec, blocks, block, tap, divided))
+        return _product(spec, blocks, regular, block, tap, blocks.take(spec, block, tap, divided))
 
     # One loop over blocks and taps, not one inside the other, which indexes its arrays where they lie. So XLA copies none,
     # and sees that the gradient of the kernel is a sum over steps, which it takes over devices once, after the loop.
@@ -66,21 +59,21 @@ def gradients(
     spec: Spec, blocks: Blocks, active: tuple[str, ...], y_bar: jax.Array, operands: Operands
 ) -> dict[str, jax.Array]:
     """The gradients of the operands named in `active`: the transpose of `result`, step by step, last step first."""
-    divided, undo = jax.vjp(partial(divide, spec, blocks), operands)
-    regular, y_bar, active = regular_table(spec, blocks), divide_cotangent(blocks, y_bar), moving(divided, active)
+    divided, undo = jax.vjp(partial(blocks.divide, spec), operands)
+    regular, y_bar, active = blocks.regular_table(spec), blocks.divide_cotangent(y_bar), moving(divided, active)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def add(carry, _):
         step, sums = carry
         block, tap = _block_and_tap(spec, step)
-        part = take(spec, blocks, block, tap, divided._replace(matrices=operands.matrices))
-        bar = take_cotangent(spec, blocks, block, y_bar).reshape(_shape(spec, blocks, operands))
+        part = blocks.take(spec, block, tap, divided._replace(matrices=operands.matrices))
+        bar = blocks.take_cotangent(spec, block, y_bar).reshape(_shape(spec, blocks, operands))
 
         def of_active(given):
             return _product(spec, blocks, regular, block, tap, part._replace(**given))
 
         (bars,) = jax.vjp(of_active, {name: getattr(part, name) for name in active})[1](bar)
-        added = {n: add_part(spec, blocks, block, tap, divided, n, sums[n], bars[n]) for n in active}
+        added = {n: blocks.add_part(spec, block, tap, divided, n, sums[n], bars[n]) for n in active}
         return (step - 1, added), None
 
     zeros = jax.tree.map(jnp.zeros_like, divided)
@@ -109,7 +102,7 @@ def _product(
     spec: Spec, blocks: Blocks, regular: Regular, block: jax.Array, tap: jax.Array, part: Divided
 ) -> jax.Array:
     """What one tap adds to a block, of the shape `_shape`."""
-    points, scale = tap_points(spec, blocks, regular, block, tap, part)
+    points, scale = blocks.tap_points(spec, regular, block, tap, part)
     samples = read_images(part.rows, part.summed, locate(points, scale, border_of(spec)))  # (B, size, OG, Cg)
     return _multiply(spec, samples.reshape(math.prod(samples.shape[:2]), *samples.shape[2:]), part.matrices)
 

@@ -26,17 +26,10 @@ from dcn_jax.ops.deform_conv.xla.blocks import (
     Divided,
     Operands,
     Regular,
-    add_part,
     border_of,
-    divide,
-    divide_cotangent,
     join,
     moving,
     one_batch_axis,
-    regular_table,
-    take,
-    take_cotangent,
-    tap_points,
 )
 from dcn_jax.sampling import Border, Positions, Rows, neighbours
 
@@ -44,11 +37,11 @@ from dcn_jax.sampling import Border, Positions, Rows, neighbours
 def result(spec: Spec, blocks: Blocks, operands: Operands) -> jax.Array:
     """The sum over taps: `(B, P, F)`."""
     images, features = math.prod(operands.rows.shape[:-2]), operands.matrices.shape[-1]
-    divided, regular = _divide_pairs(spec, blocks, operands), regular_table(spec, blocks)
+    divided, regular = _divide_pairs(spec, blocks, operands), blocks.regular_table(spec)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # a derivative of the loop keeps no samples either
     def product(block, tap):
-        return _product(spec, blocks, regular, block, tap, take(spec, blocks, block, tap, divided))
+        return _product(spec, blocks, regular, block, tap, blocks.take(spec, block, tap, divided))
 
     # The taps are a loop of their own: a TPU keeps the sum that it carries on the chip.
     def sum_block(block, _):
@@ -70,7 +63,7 @@ def gradients(
 ) -> dict[str, jax.Array]:
     """The gradients of the operands named in `active`: the transpose of `result`, step by step, last step first."""
     divided, undo = jax.vjp(functools.partial(_divide_pairs, spec, blocks), operands)
-    regular, y_bar, active = regular_table(spec, blocks), divide_cotangent(blocks, y_bar), moving(divided, active)
+    regular, y_bar, active = blocks.regular_table(spec), blocks.divide_cotangent(y_bar), moving(divided, active)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def add(carry, _):
@@ -78,14 +71,14 @@ def gradients(
         taps = jnp.int32(spec.window.taps)
         block, tap = lax.div(step, taps), lax.rem(step, taps)
         matrices = _pair_matrices(operands.matrices, spec.offset_groups)
-        part = take(spec, blocks, block, tap, divided._replace(matrices=matrices))
-        bar = take_cotangent(spec, blocks, block, y_bar)
+        part = blocks.take(spec, block, tap, divided._replace(matrices=matrices))
+        bar = blocks.take_cotangent(spec, block, y_bar)
 
         def of_active(given):
             return _product(spec, blocks, regular, block, tap, part._replace(**given))
 
         (bars,) = jax.vjp(of_active, {name: getattr(part, name) for name in active})[1](bar)
-        added = {n: add_part(spec, blocks, block, tap, divided, n, sums[n], bars[n]) for n in active}
+        added = {n: blocks.add_part(spec, block, tap, divided, n, sums[n], bars[n]) for n in active}
         return (step - 1, added), None
 
     zeros = jax.tree.map(jnp.zeros_like, divided)
@@ -99,7 +92,7 @@ def _product(
     spec: Spec, blocks: Blocks, regular: Regular, block: jax.Array, tap: jax.Array, part: Divided
 ) -> jax.Array:
     """What one tap adds to a block: `(B * size, F)`. The maps and matrices of `part` are in pairs."""
-    points, scale = tap_points(spec, blocks, regular, block, tap, part)
+    points, scale = blocks.tap_points(spec, regular, block, tap, part)
     if spec.dtype == jnp.bfloat16:
         # A TPU rounds float32 to bfloat16 in its products anyway. Rounding here would round the gradients too.
         spec = spec._replace(dtype=spec.accumulate, precision=lax.Precision.DEFAULT)
@@ -139,7 +132,7 @@ def _divide_pairs(spec: Spec, blocks: Blocks, operands: Operands) -> Divided:
     """`divide`, with maps and matrices in pairs."""
     pair_up = functools.partial(_pair_up, border=border_of(spec), groups=spec.offset_groups)
     matrices = _pair_matrices(operands.matrices, spec.offset_groups)
-    divided = divide(spec, blocks, operands._replace(matrices=matrices))
+    divided = blocks.divide(spec, operands._replace(matrices=matrices))
     summed = None if divided.summed is None else pair_up(divided.summed)
     return divided._replace(rows=pair_up(divided.rows), summed=summed)
 
