@@ -10,7 +10,7 @@ from jax import lax
 
 def wide(*dtypes: Any) -> Any:
     """The dtype that positions, weights and sums are computed in: as wide as each of `dtypes`, and as float32."""
-    # An explicit promotion, because a strict user allows no implicit one; 8-bit floats promote to nothing.
+    # `promote_types` fails for users of strict promotion, hence the context, and for 8-bit floats, hence the filter.
     with jax.numpy_dtype_promotion("standard"):
         wider = [dtype for dtype in dtypes if jnp.finfo(dtype).bits >= 32]
         return functools.reduce(jnp.promote_types, wider, jnp.dtype(jnp.float32))

@@ -33,12 +33,12 @@ def on_any_mesh(
     specs = [jax.typeof(array).sharding.spec[:batch] for array in batched]
     over = [next((axis for axis in axes if axis is not None), None) for axes in zip(*specs, strict=True)]
     out = NamedSharding(mesh, PartitionSpec(*over, *[None] * whole))
-    # Without a mesh in the context only jit brings arrays of one device to the mesh of the others.
+    # With no mesh in the context, arrays of one device have to move to the mesh of the others, and only jit does that.
     return functools.partial(_on_mesh if mesh is context else _jitted_on_mesh, compute, spec, out)
 
 
 def _on_mesh(compute: Callable, spec: Any, out: NamedSharding, *arrays: jax.Array | None) -> Any:
-    def place(array):  # first with explicit axes: so its gradient comes back with explicit axes too
+    def place(array):  # on the explicit mesh before `auto_axes`: without this its gradient would have automatic axes
         return jax.sharding.reshard(array, NamedSharding(out.mesh, jax.typeof(array).sharding.spec))
 
     auto = jax.sharding.auto_axes(functools.partial(compute, spec), out_sharding=out)

@@ -28,8 +28,8 @@ class Algorithm(NamedTuple):
     result: Callable  # (spec, blocks, operands) -> array
     gradients: Callable  # (spec, blocks, active, y_bar, operands) -> {name: gradient}, for each name in `active`
     blocks: Any  # how it divides the work
-    # What `jax.vmap` makes of the gradients. True: the gradients, mapped; an array shared by all members gets the sum of
-    # theirs. False: JAX transposes the mapped result, and so adds up a shared array's gradient as it goes.
+    # Whether `jax.vmap` maps `gradients`. Then an array that is not mapped has a gradient for each member in memory, which
+    # are summed. Otherwise JAX transposes the mapped `result`, which sums as it goes.
     gradients_can_be_mapped: bool = False
 
 
@@ -42,7 +42,8 @@ class Op(NamedTuple):
     spec: Any  # handed to each function of its algorithms
     result: Any  # the result's type, by `type_of`
     algorithms: tuple[Algorithms, ...]  # of the result, of the first derivative, …; the last serve all that follow
-    # A jaxpr that contains a call needing the list of devices. JAX passes devices to a lowering only if it finds one there.
+    # A jaxpr that never runs. JAX passes the list of devices to a lowering only if it finds, in the primitive's parameters, a
+    # jaxpr with a call that needs it. `pallas_gpu` gives one.
     holds: Any = None
 
 
@@ -135,7 +136,8 @@ class _Transpose(NamedTuple):
         given = iter(fixed)
         arrays = [next(given) if kind is None else None for kind in self.linear]
         active = tuple(i for i, kind in enumerate(self.linear) if kind is not None)
-        # Of an op that is itself linear in some arrays, the stated gradients are the transpose, wherever they are taken.
+        # Here the op itself is transposed (`jax.linear_transpose`). The gradients of a linear function do not depend on where
+        # they are taken, so zeros stand for the arrays that it is linear in.
         if pull := _stated_gradients(self.of, algorithm._replace(gradients_can_be_mapped=True), active):
             at = [ad.instantiate_zeros(ad.Zero(self.linear[i])) if i in active else a for i, a in enumerate(arrays)]
             return pull(*cotangents, *at)

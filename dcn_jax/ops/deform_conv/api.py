@@ -64,8 +64,8 @@ def deform_conv(
         max_offset: offsets are clipped to ±max_offset pixels. Where an offset is clipped, or equals the bound, its
             derivative is zero; a NaN stays NaN. None for no bound.
         implementation: "xla" (pure jax.numpy, everywhere); "pallas_gpu" (fused GPU kernels); "pallas_tpu" (TPU kernels
-            without gathers, which need `max_offset`, and on several TPUs `jax.shard_map`); or None for the fastest
-            that can take these arguments here (`select_implementation` tells which).
+            without gathers, which need `max_offset`, and on several TPUs `jax.shard_map`); or None, which takes "xla"
+            until the kernels have been timed beside it (`select_implementation` tells which, and why).
 
     Returns:
         `(*batch, *out_spatial, features)`. Positions are computed in float32 or wider and products are accumulated in
@@ -174,7 +174,6 @@ def _backend(name: str) -> ModuleType:
 def _choose(spec: Spec, arrays: Arrays, implementation: str | None) -> tuple[str, str]:
     """The implementation to take, and why."""
     if implementation is None:
-        # Nothing chooses by the platform yet, so the platform is not asked: on a CPU that would cost time for nothing.
         reason = "the fused GPU kernels have not been timed beside it yet, so nobody knows where they are faster"
         if _deterministic():
             reason += ", and they add gradients atomically, in any order, which --xla_gpu_deterministic_ops rules out"
@@ -186,8 +185,7 @@ def _choose(spec: Spec, arrays: Arrays, implementation: str | None) -> tuple[str
         )
     if problem := _backend(implementation).refusal(spec, arrays):
         raise ValueError(
-            f"implementation={implementation!r} cannot take this call: {problem}; use implementation='xla', or None for "
-            "the fastest there is"
+            f"implementation={implementation!r} cannot take this call: {problem}; use implementation='xla', or None"
         )
     reason = "asked for by name"
     if implementation == "pallas_gpu" and _deterministic():

@@ -33,7 +33,7 @@ class Spec(NamedTuple):
     dtype: jnp.dtype  # of x and kernel in the products
     out_dtype: jnp.dtype
     precision: Any  # of the products, as the caller gave it
-    max_offset: float | None = None  # no offset is larger
+    max_offset: float | None = None  # offsets were clipped to it
 
     @property
     def accumulate(self) -> jnp.dtype:
@@ -115,7 +115,7 @@ def _clip(offset: jax.Array, bound: float) -> jax.Array:
 
 
 def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """`y` `(…, F)` + `bias` `(F,)`, in the wider of their dtypes."""
+    """`y` `(…, F)` + `bias` `(F,)`, in float32 or wider; `y` as it is without a bias."""
     if bias is None:
         return y
     y = y.astype(dtypes.wide(y.dtype, bias.dtype))
@@ -167,14 +167,14 @@ def _check_kernel(kernel: jax.Array, window: Window, channels: int, feature_grou
 
 
 def _check_offset(offset: jax.Array, window: Window, channels: int) -> int:
-    """Check the last axes of `offset`; return how many offset groups it has."""
+    """Check the last axes of `offset`, and that int32 can count the rows; return the number of offset groups."""
     groups = check_offset_shape(offset.shape, window)
     if channels % groups:
         raise ValueError(
             f"offset has shape {offset.shape}, that is {groups} offset groups of {window.taps} taps; wanted a number "
             f"of groups that divides the {channels} channels of x"
         )
-    # Here and not where rows are located, which is first traced when the program is lowered.
+    # `sampling.locate` checks this too, but it is traced when the program is lowered: too late to name the argument.
     rows = math.prod(window.spatial) * groups
     if not countable(rows):
         raise ValueError(

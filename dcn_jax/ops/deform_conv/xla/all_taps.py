@@ -3,8 +3,7 @@
     y[block] = samples (B * size, K * C) · matrices (K * C, F)
 
 The sum over taps is inside the product, which is deep and quick. How fast the reading is depends on which loops XLA's
-CPU backend and LLVM turn into vector instructions; README.md beside this folder says what was found, and
-tests/ops/deform_conv/xla/test_cpu_program.py notices when it changes.
+CPU backend and LLVM turn into vector instructions: JOURNAL.md of the op says what was found.
 """
 
 import functools
@@ -28,8 +27,8 @@ from dcn_jax.ops.deform_conv.xla.blocks import (
     Divided,
     Operands,
     border_of,
+    differentiated,
     join,
-    moving,
     one_batch_axis,
     read_images,
 )
@@ -58,7 +57,7 @@ def gradients(
     """The gradients of the operands named in `active`: the transpose of `result`, last block first."""
     groups, features = spec.feature_groups, operands.matrices.shape[-1]
     divided, undo = jax.vjp(partial(blocks.divide, spec), operands)
-    first, y_bar, active = blocks.first_taps(spec), blocks.divide_cotangent(y_bar), moving(divided, active)
+    first, y_bar, active = blocks.first_taps(spec), blocks.divide_cotangent(y_bar), differentiated(divided, active)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def add(carry, _):
@@ -82,25 +81,25 @@ def _pull_block(
     """The gradients of what a block reads, at `bar`, the gradient of its product."""
 
     def located(given):
-        rows, summed, points, scale = _locate_block(spec, blocks, first, part._replace(**given), block)
-        rows, summed, at = one_batch_axis(rows, summed, locate(points, scale, border_of(spec)))
-        return (rows, summed, at.weight), at.row
+        rows, wide_rows, points, scale = _locate_block(spec, blocks, first, part._replace(**given), block)
+        rows, wide_rows, at = one_batch_axis(rows, wide_rows, locate(points, scale, border_of(spec)))
+        return (rows, wide_rows, at.weight), at.row
 
     given = {name: getattr(part, name) for name in active if name != "matrices"}
-    (rows, summed, weight), undo, row = jax.vjp(located, given, has_aux=True)
+    (rows, wide_rows, weight), undo, row = jax.vjp(located, given, has_aux=True)
     at = Rows(row, weight)
     samples = _samples(spec, blocks, first, part._replace(matrices=None), block)
     _, pull_product = jax.vjp(partial(_multiply, spec), samples, part.matrices)
     samples_bar, matrices_bar = pull_product(bar)
-    read = jax.eval_shape(read_images, rows, summed, at)
+    read = jax.eval_shape(read_images, rows, wide_rows, at)
     (read_bar,) = jax.linear_transpose(partial(_arrange, spec), read)(samples_bar)
-    if summed is None:
+    if wide_rows is None:
         rows_bar, weight_bar = jax.vmap(pull_rows)(rows, at, read_bar)
-        summed_bar = None
+        wide_rows_bar = None
     else:
-        summed_bar, weight_bar = jax.vmap(pull_rows)(rows, at, read_bar, summed)
+        wide_rows_bar, weight_bar = jax.vmap(pull_rows)(rows, at, read_bar, wide_rows)
         rows_bar = jnp.zeros_like(rows)
-    (bars,) = undo((rows_bar, summed_bar, weight_bar))
+    (bars,) = undo((rows_bar, wide_rows_bar, weight_bar))
     return bars | {"matrices": matrices_bar} if "matrices" in active else bars
 
 
@@ -122,7 +121,7 @@ def _multiply(spec: Spec, samples: jax.Array, matrices: jax.Array) -> jax.Array:
 def _samples(spec: Spec, blocks: Blocks, first: jax.Array, part: Divided, block: jax.Array) -> jax.Array:
     """`_read_block`, materialised, so that XLA cannot fuse the product's reshape into the gather."""
     # Fused, the gather would compute the tap and the group of every channel anew, in three times the time. XLA's CPU backend
-    # does not fuse into a conditional, even one that is always true; an optimization barrier it drops.
+    # does not fuse into a conditional, even one that is always true. It drops optimization barriers before it fuses.
     read = partial(_read_block_quickly, spec, blocks)
     wanted = jax.eval_shape(read, first, part, block)
 
@@ -140,16 +139,16 @@ def _samples_jvp(spec, blocks, primals, tangents):
 
 def _read_block(spec: Spec, blocks: Blocks, first: jax.Array, part: Divided, block: jax.Array) -> jax.Array:
     """The samples of a block, of all taps, as `_arrange` arranges them."""
-    rows, summed, points, scale = _locate_block(spec, blocks, first, part, block)
-    return _arrange(spec, read_images(rows, summed, locate(points, scale, border_of(spec))))
+    rows, wide_rows, points, scale = _locate_block(spec, blocks, first, part, block)
+    return _arrange(spec, read_images(rows, wide_rows, locate(points, scale, border_of(spec))))
 
 
 def _read_block_quickly(spec: Spec, blocks: Blocks, first: jax.Array, part: Divided, block: jax.Array) -> jax.Array:
     """`_read_block`, where no derivative is wanted."""
-    rows, summed, points, scale = _locate_block(spec, blocks, first, part, block)
+    rows, wide_rows, points, scale = _locate_block(spec, blocks, first, part, block)
     rows, _, (points, scale) = one_batch_axis(rows, None, (points, scale))
     samples = jax.vmap(partial(sum_corners, border=border_of(spec)))(rows, points, scale)
-    return _arrange(spec, samples if summed is None else samples.astype(summed.dtype))
+    return _arrange(spec, samples if wide_rows is None else samples.astype(wide_rows.dtype))
 
 
 def _locate_block(
@@ -175,7 +174,7 @@ def _locate_block(
     whole = first[:, None, None] + regular_taps(window).reshape(1, taps, 1, window.rank)  # (size, K, 1, n)
     points = Positions(lax.expand_dims(whole, range(batch_axes)), by_tap(part.offset))
     scale = None if part.modulation is None else by_tap(part.modulation)[..., 0]
-    return by_group(part.rows), None if part.summed is None else by_group(part.summed), points, scale
+    return by_group(part.rows), None if part.wide_rows is None else by_group(part.wide_rows), points, scale
 
 
 def _arrange(spec: Spec, samples: jax.Array) -> jax.Array:
@@ -192,7 +191,7 @@ def _arrange(spec: Spec, samples: jax.Array) -> jax.Array:
 # A CPU's own spelling of the reading that `sampling` defines, and of its gradients
 
 # Up to so many channels, XLA's CPU backend reads and weighs a row channel by channel, without vector instructions.
-_NARROW = 16
+_FEW_CHANNELS = 16
 
 
 def sum_corners(features: jax.Array, points: Positions, scale: jax.Array | None, border: Border) -> jax.Array:
@@ -202,8 +201,8 @@ def sum_corners(features: jax.Array, points: Positions, scale: jax.Array | None,
     """
     rank, query, channels = points.offset.shape[-1], points.offset.shape[:-1], features.shape[-1]
     dtype = wide(features.dtype, points.offset.dtype)
-    narrow = channels <= _NARROW
-    if narrow:  # one new axis for each spatial axis, along which the lower and the upper corner will lie
+    few_channels = channels <= _FEW_CHANNELS
+    if few_channels:  # one new axis for each spatial axis, along which the lower and the upper corner will lie
         points, scale = jax.tree.map(lambda array: lax.expand_dims(array, range(rank)), (points, scale))
     axes = [Positions(points.regular[..., axis], points.offset[..., axis]) for axis in range(rank)]
     cells = [cell(position, size, mode) for position, size, mode in zip(axes, *border, strict=True)]
@@ -216,28 +215,28 @@ def sum_corners(features: jax.Array, points: Positions, scale: jax.Array | None,
         """
         row: Any = 0
         weight: Any = 1
-        inside: Any = True
+        is_read: Any = True
         for (offset, below, fraction, near), up, size, mode in zip(cells, above, *border, strict=True):
             pixel = below + up.astype(jnp.int32)
             if mode == "zeros":  # a corner that is not read may have any row: XLA clamps the gather's indices
-                read = pixel.astype(jnp.uint32) < jnp.uint32(int32(size))
+                reads = pixel.astype(jnp.uint32) < jnp.uint32(int32(size))
             else:
-                read = ~jnp.isnan(offset) if mode == "edge" else near
+                reads = ~jnp.isnan(offset) if mode == "edge" else near
                 pixel = INTO_MAP[mode](pixel, int32(size))
-            row, inside = row * int32(size) + pixel, inside & read
+            row, is_read = row * int32(size) + pixel, is_read & reads
             weight = weight * jnp.where(up, fraction, 1 - fraction)
-        return row * query[-1] + group, weight if scale is None else weight * scale.astype(weight.dtype), inside
+        return row * query[-1] + group, weight if scale is None else weight * scale.astype(weight.dtype), is_read
 
-    def weighed(row, weight, inside):
+    def weighed(row, weight, is_read):
         read = features.at[row].get(mode="promise_in_bounds", wrap_negative_indices=False).astype(dtype)
-        return weight[..., None].astype(dtype) * jnp.where(inside[..., None], read, 0)
+        return weight[..., None].astype(dtype) * jnp.where(is_read[..., None], read, 0)
 
-    if not narrow:
+    if not few_channels:
         corners = map(corner, itertools.product(np.array([False, True]), repeat=rank))
         return functools.reduce(operator.add, [weighed(*found) for found in corners])
-    # As a sum over an axis of corners: so the loop over channels has a loop around it, and LLVM makes vectors of it. Of four
-    # terms LLVM unrolls the loop over channels first. And it is spelt a − (−b): a sum with + XLA hands to a library, which
-    # takes ten times as long. The corners are counted in uint8: an int32 would be loaded again in the inner loop.
+    # Add the corners along an axis, not as four terms: LLVM would unroll the channel loop of four terms and not vectorise it.
+    # Write a − (−b): XLA hands a reduction with + to a library, which is ten times as slow. Count corners in uint8: an int32
+    # is loaded again in the inner loop.
     shape = (2,) * rank + query
     found = corner([lax.broadcasted_iota(jnp.uint8, shape, axis) == 1 for axis in range(rank)])
     parts = weighed(*(jnp.broadcast_to(array, shape).reshape(2**rank, *query) for array in found))
@@ -263,9 +262,9 @@ def pull_rows(
 @jax.custom_jvp
 def _sum_channels(products: jax.Array) -> jax.Array:
     """The sum over the last axis, on a CPU: `(*query, Cg)` -> `(*query,)`."""
-    # Eight channels at a time, fused with the product, of which only an eighth is then stored. The inner loop of eight also
-    # keeps LLVM from unrolling the loop around it before it makes vectors. Spelt with + and not − −, XLA would hand the sum
-    # to a library, which takes five times as long. What remains is a small product with ones.
+    # Add eight channels, C / 8 apart, into one. This is fused with the product, so only an eighth of it is stored, and the
+    # loop of eight keeps LLVM from unrolling the loop around it before it makes vectors. Spelt with +, XLA would hand the sum
+    # to a library, which takes five times as long. A product with ones adds the rest.
     *query, channels = products.shape
     parts = math.gcd(channels, 8)
     eight = products.reshape(*query, parts, channels // parts)

@@ -37,8 +37,8 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
 def convolve(spec: Spec, x, kernel, offset, mask, bias) -> jax.Array:
     """`run`, on a mesh without explicit axes.
 
-    The batch stays an axis of its own: folded into the positions it would hide from the partitioner, and a call on a
-    batch-sharded x would gather all of x on every device.
+    The batch stays an axis of its own. Folded into the positions, its sharding would be lost, and every device would
+    gather all of a batch-sharded x.
     """
     window, groups = spec.window, spec.offset_groups
     batch, channels = x.shape[: -window.rank - 1], x.shape[-1]
@@ -46,7 +46,7 @@ def convolve(spec: Spec, x, kernel, offset, mask, bias) -> jax.Array:
     shared = any(array is not None and array.shape[: len(batch)] != batch for array in (offset, mask))
 
     def flatten(array, *shape):
-        """Batch axes as one; where offset or mask are shared along some of them, as they are."""
+        """`array` with its batch axes as one. If offset or mask broadcast along some, every operand keeps all of them."""
         axes = array.shape[: len(batch)]
         return array.reshape(*(axes if shared else (math.prod(axes),)), *shape)
 
@@ -56,7 +56,7 @@ def convolve(spec: Spec, x, kernel, offset, mask, bias) -> jax.Array:
         flatten(offset, *per_tap, window.rank),
         None if mask is None else flatten(mask, *per_tap),
     )
-    # Without a bias the sum is rounded inside the op, so its cotangent is cut into blocks before it is widened.
+    # A bias is added before the sum is rounded. Without one the op rounds, so its cotangent stays narrow until a block is taken.
     y = _sum_taps(spec if bias is None else spec._replace(out_dtype=spec.accumulate), operands)
     return add_bias(y.reshape(*batch, *window.out_spatial, kernel.shape[-1]), bias).astype(spec.out_dtype)
 

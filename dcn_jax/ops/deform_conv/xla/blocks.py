@@ -34,9 +34,9 @@ class Divided(NamedTuple):
     matrices: Any  # (K, C / feature groups, F), in the dtype that products are summed in
     offset: Any  # (*B, number * size, [OG,] K * n)
     modulation: Any  # (*B, number * size, [OG,] K), or None
-    # Where the rows are narrow: a copy in the dtype that products are summed in, else None. Values are read from `rows`, and
-    # the gradient flows to this copy, so that it is summed in the wider dtype.
-    summed: Any
+    # A copy of narrow rows in the dtype that products are summed in, or None where `rows` are as wide. The gradient flows to
+    # the copy and not to `rows`, so that it is summed in that dtype.
+    wide_rows: Any
 
 
 class Regular(NamedTuple):
@@ -51,15 +51,15 @@ class Blocks(NamedTuple):
 
     number: int
     size: Size  # positions in a block
-    # Whether narrow arrays are widened block by block. XLA's CPU backend widens bfloat16 to slice it, and moves that out of
-    # the loop: then all of the array would be in memory in float32.
+    # Whether bfloat16 arrays are widened block by block. Otherwise XLA's CPU backend widens them once before the loop, and all
+    # of each array is in memory in float32.
     widen_by_block: bool = False
 
     def divide(self, spec: Spec, operands: Operands) -> Divided:
         """Offsets and modulations in whole blocks; matrices, and narrow rows, in the dtype that their gradient is summed in."""
-        rows, summed = operands.rows, None
+        rows, wide_rows = operands.rows, None
         if rows.dtype != spec.accumulate:
-            rows, summed = lax.stop_gradient(rows), rows.astype(spec.accumulate)
+            rows, wide_rows = lax.stop_gradient(rows), rows.astype(spec.accumulate)
         batch_axes, length = operands.rows.ndim - 2, self.number * self.size
 
         def in_blocks(array):  # (*B, P, OG, K, …) -> (*B, number * size, [OG,] K * …)
@@ -69,7 +69,9 @@ class Blocks(NamedTuple):
             return fill_up(array, batch_axes, length)
 
         modulation = None if operands.modulation is None else in_blocks(operands.modulation)
-        return Divided(rows, operands.matrices.astype(spec.accumulate), in_blocks(operands.offset), modulation, summed)
+        return Divided(
+            rows, operands.matrices.astype(spec.accumulate), in_blocks(operands.offset), modulation, wide_rows
+        )
 
     def take(self, spec: Spec, block: jax.Array, tap: jax.Array | None, divided: Divided) -> Divided:
         """What one step reads of the divided operands: a block, and of its taps one, or all where `tap` is None."""
@@ -92,13 +94,15 @@ class Blocks(NamedTuple):
     def add_part(
         self, spec: Spec, block: jax.Array, tap: jax.Array | None, divided: Divided, name: str, total, part
     ) -> jax.Array:
-        """`total` with a step's gradient of one operand added where `take` took it from: the transpose of `take`."""
+        """`total` with a step's gradient of one operand put where `take` took it from: the transpose of `take`."""
         match name:
-            case "offset" | "modulation":  # every element belongs to one step
+            case "offset" | "modulation":  # each element is read in one step only, so it is written and not added
                 start, shape = self._place(spec, block, tap, divided, total)
                 return lax.dynamic_update_slice(total, part.astype(total.dtype).reshape(shape), start)
             case "matrices" if tap is not None:
-                none = jnp.zeros_like(total)
+                none = jnp.zeros_like(
+                    total
+                )  # XLA sums `total` over devices after the loop only if it is added to as a whole
                 return total + lax.dynamic_update_index_in_dim(none, part, tap, 0, allow_negative_indices=False)
         return total + part
 
@@ -179,9 +183,9 @@ def fill_up(array: jax.Array, axis: int, length: Size) -> jax.Array:
     return jnp.pad(array, [(0, length - n if a == axis else 0) for a, n in enumerate(array.shape)])
 
 
-def moving(divided: Divided, active: tuple[str, ...]) -> tuple[str, ...]:
-    """Which of the divided operands gradients flow to, for operands that are `active`."""
-    return tuple("summed" if name == "rows" and divided.summed is not None else name for name in active)
+def differentiated(divided: Divided, active: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of the divided operands that gradients flow to, where the operands named in `active` want gradients."""
+    return tuple("wide_rows" if name == "rows" and divided.wide_rows is not None else name for name in active)
 
 
 def join(spec: Spec, y: jax.Array) -> jax.Array:
@@ -189,18 +193,18 @@ def join(spec: Spec, y: jax.Array) -> jax.Array:
     return y[:, : math.prod(spec.window.out_spatial)].astype(spec.out_dtype)
 
 
-def one_batch_axis(rows: jax.Array, summed: jax.Array | None, at: Any) -> tuple[jax.Array, jax.Array | None, Any]:
+def one_batch_axis(rows: jax.Array, wide_rows: jax.Array | None, at: Any) -> tuple[jax.Array, jax.Array | None, Any]:
     """Maps `(*B, R, Cg)`, and a tree of arrays `(*B, …)` that read them, with one batch axis; shared arrays are repeated."""
     batch = rows.shape[:-2]
 
-    def one_axis(array, wanted):
-        return jnp.broadcast_to(array, wanted).reshape(math.prod(batch), *wanted[len(batch) :])
+    def one_axis(array):
+        rest = array.shape[len(batch) :]
+        return jnp.broadcast_to(array, (*batch, *rest)).reshape(math.prod(batch), *rest)
 
-    at = jax.tree.map(lambda array: one_axis(array, (*batch, *array.shape[len(batch) :])), at)
-    return one_axis(rows, rows.shape), None if summed is None else one_axis(summed, summed.shape), at
+    return jax.tree.map(one_axis, (rows, wide_rows, at))
 
 
-def read_images(rows: jax.Array, summed: jax.Array | None, at: Rows) -> jax.Array:
+def read_images(rows: jax.Array, wide_rows: jax.Array | None, at: Rows) -> jax.Array:
     """The samples of maps `(*B, R, Cg)` at rows `(*B, …)`: `(B, …, Cg)`."""
-    rows, summed, at = one_batch_axis(rows, summed, at)
-    return jax.vmap(lambda rows, summed, at: sum_rows(rows, at, None, summed))(rows, summed, at)
+    rows, wide_rows, at = one_batch_axis(rows, wide_rows, at)
+    return jax.vmap(lambda rows, wide_rows, at: sum_rows(rows, at, None, wide_rows))(rows, wide_rows, at)

@@ -23,9 +23,9 @@ from dcn_jax.ops.deform_conv.xla.blocks import (
     Operands,
     Regular,
     border_of,
+    differentiated,
     is_depthwise,
     join,
-    moving,
     read_images,
 )
 from dcn_jax.sampling import locate
@@ -40,8 +40,8 @@ def result(spec: Spec, blocks: Blocks, operands: Operands) -> jax.Array:
     def product(block, tap):
         return _product(spec, blocks, regular, block, tap, blocks.take(spec, block, tap, divided))
 
-    # One loop over blocks and taps, not one inside the other, which indexes its arrays where they lie. So XLA copies none,
-    # and sees that the gradient of the kernel is a sum over steps, which it takes over devices once, after the loop.
+    # One loop: with nested loops XLA copies a block's arrays first. In one loop XLA also sees that the kernel's gradient is a
+    # sum over steps, and sums it over devices once, after the loop.
     def add(carry, _):
         step, total = carry
         block, tap = _block_and_tap(spec, step)
@@ -60,7 +60,7 @@ def gradients(
 ) -> dict[str, jax.Array]:
     """The gradients of the operands named in `active`: the transpose of `result`, step by step, last step first."""
     divided, undo = jax.vjp(partial(blocks.divide, spec), operands)
-    regular, y_bar, active = blocks.regular_table(spec), blocks.divide_cotangent(y_bar), moving(divided, active)
+    regular, y_bar, active = blocks.regular_table(spec), blocks.divide_cotangent(y_bar), differentiated(divided, active)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def add(carry, _):
@@ -93,7 +93,8 @@ def _block_and_tap(spec: Spec, step: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _shape(spec: Spec, blocks: Blocks, operands: Operands) -> tuple[Size, ...]:
     """The shape of a step's product: `(B * size, F)`; where each channel is convolved alone, `(B * size, OG, F / OG)`."""
     images, features = math.prod(operands.rows.shape[:-2]), operands.matrices.shape[-1]
-    # With offset groups and channels as one axis, a CPU would find each channel's group anew, in five times the time.
+    # Offset groups stay an axis of their own: in one axis with the channels, a CPU divides to find the group of every channel,
+    # which takes five times as long.
     groups = (spec.offset_groups,) if is_depthwise(spec, operands.rows.shape[-1]) else ()
     return images * blocks.size, *groups, features // math.prod(groups)
 
@@ -103,7 +104,7 @@ def _product(
 ) -> jax.Array:
     """What one tap adds to a block, of the shape `_shape`."""
     points, scale = blocks.tap_points(spec, regular, block, tap, part)
-    samples = read_images(part.rows, part.summed, locate(points, scale, border_of(spec)))  # (B, size, OG, Cg)
+    samples = read_images(part.rows, part.wide_rows, locate(points, scale, border_of(spec)))  # (B, size, OG, Cg)
     return _multiply(spec, samples.reshape(math.prod(samples.shape[:2]), *samples.shape[2:]), part.matrices)
 
 

@@ -1,7 +1,7 @@
 """Algorithm of a TPU: one tap of a block of positions after another, from a map whose rows hold two neighbouring pixels.
 
 A TPU fetches row after row, so half as many rows of twice the width take half the time. A point outside the map reads a
-row of zeros: a mask would cost more than weighing the rows. With several offset groups, these are an axis before all
+row of zeros, because masking what it reads would cost more. With several offset groups, these are an axis before all
 others, so that no channels are moved.
 """
 
@@ -27,8 +27,8 @@ from dcn_jax.ops.deform_conv.xla.blocks import (
     Operands,
     Regular,
     border_of,
+    differentiated,
     join,
-    moving,
     one_batch_axis,
 )
 from dcn_jax.sampling import Border, Positions, Rows, neighbours
@@ -63,7 +63,7 @@ def gradients(
 ) -> dict[str, jax.Array]:
     """The gradients of the operands named in `active`: the transpose of `result`, step by step, last step first."""
     divided, undo = jax.vjp(functools.partial(_divide_pairs, spec, blocks), operands)
-    regular, y_bar, active = blocks.regular_table(spec), blocks.divide_cotangent(y_bar), moving(divided, active)
+    regular, y_bar, active = blocks.regular_table(spec), blocks.divide_cotangent(y_bar), differentiated(divided, active)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def add(carry, _):
@@ -101,7 +101,7 @@ def _product(
         scale = None if scale is None else scale[..., 0]
     at = _locate_pairs(points, scale, spec.offset_groups, border_of(spec))
     # A narrow map is read in its wider copy: XLA's gather unpacks and packs bfloat16 rows, which takes longer.
-    rows, _, at = one_batch_axis(part.rows if part.summed is None else part.summed, None, at)
+    rows, _, at = one_batch_axis(part.rows if part.wide_rows is None else part.wide_rows, None, at)
     if spec.offset_groups > 1:  # (B, size, OG) -> (OG, B, size)
         at = jax.tree.map(lambda array: jnp.moveaxis(array, -1, 0), at)
     return _multiply(spec, _sum_pairs(rows, at), _materialized(part.matrices))
@@ -133,8 +133,8 @@ def _divide_pairs(spec: Spec, blocks: Blocks, operands: Operands) -> Divided:
     pair_up = functools.partial(_pair_up, border=border_of(spec), groups=spec.offset_groups)
     matrices = _pair_matrices(operands.matrices, spec.offset_groups)
     divided = blocks.divide(spec, operands._replace(matrices=matrices))
-    summed = None if divided.summed is None else pair_up(divided.summed)
-    return divided._replace(rows=pair_up(divided.rows), summed=summed)
+    wide_rows = None if divided.wide_rows is None else pair_up(divided.wide_rows)
+    return divided._replace(rows=pair_up(divided.rows), wide_rows=wide_rows)
 
 
 def _pair_matrices(matrices: jax.Array, groups: int) -> jax.Array:
@@ -145,8 +145,8 @@ def _pair_matrices(matrices: jax.Array, groups: int) -> jax.Array:
 def _pair_up(rows: jax.Array, border: Border, groups: int) -> jax.Array:
     """Rows `(*B, R, Cg)` -> `(*B, OG * R', 2 Cg)`: each pixel beside the next of its line, offset group after group.
 
-    Each line begins with the pair (zeros, first pixel) and ends with (last pixel, zeros). Each group ends with a line of
-    zeros, which points outside the map read.
+    Each line begins with the pair (zeros, first pixel) and ends with (last pixel, zeros). One more index along the first
+    axis holds zeros, which points outside the map read.
     """
     *batch, _, channels = rows.shape
     maps = rows.reshape(*batch, *border.spatial, groups * channels)
@@ -164,9 +164,10 @@ def _pair_up(rows: jax.Array, border: Border, groups: int) -> jax.Array:
 
 
 def _locate_pairs(points: Positions, scale: jax.Array | None, groups: int, border: Border) -> Rows:
-    """`sampling.locate` for maps of pairs: one row and two weights for each. `(*query, n)`, `(*query,)` -> `(*query,)`.
+    """`sampling.locate` for maps of pairs: `row` has one entry for each pair that a point reads, `weight` has two.
 
-    Of several offset groups, the last axis of `query`, each has its map.
+    Points `(*query, n)`, modulations `(*query,)` -> arrays `(*query,)`. With several offset groups, they are the last axis
+    of `query`.
     """
     offset = points.offset.astype(wide(points.offset.dtype))
     axes = [

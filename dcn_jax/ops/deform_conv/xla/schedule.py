@@ -2,9 +2,9 @@
 
 | platform | algorithm | blocks |
 |---|---|---|
-| cpu | `all_taps`; `one_tap` where channels are convolved alone or sizes are symbolic | so many that a block fits the caches |
-| tpu | `pixel_pairs`; `one_tap` with groups of features or many offset groups | 4 or 5; 32 where channels are convolved alone |
-| any other | `one_tap` | 1, because each step costs a GPU its launches |
+| cpu | `all_taps`; `one_tap` where `_blocks_of_all_taps_on_cpu` finds none | so many that a block fits the caches |
+| tpu | `pixel_pairs`; `one_tap` where `_can_pair` says no | 4 or 5; 32 where each channel is convolved alone |
+| any other | `one_tap` | 1, as each step costs launches; 4 in the derivative where each channel is convolved alone |
 
 More blocks take less scratch memory, and each block costs time. A symbolic size counts as if it were 1.
 """
@@ -23,18 +23,19 @@ from dcn_jax.ops.deform_conv.xla.blocks import Blocks, Operands, is_depthwise
 from dcn_jax.sampling import countable
 
 _TPU_TILE = 8  # positions
+_MOST_IF_SYMBOLIC = 8  # blocks, where the number of positions is not known
 
 
 def algorithms(spec: Spec, operands: Operands, *, derivative: bool) -> Algorithms:
     """The algorithm of the result, or of its derivatives, for each platform; "default" is any other."""
     narrow = _is_narrow(operands)
+    of_all_taps = _blocks_of_all_taps_on_cpu(spec, operands, derivative)
+    of_one_tap = _blocks_of_one_tap_on_cpu(spec, operands, derivative, narrow)
     chosen = {
         "default": (one_tap, _blocks_on_gpu(spec, operands, derivative)),
-        "cpu": (one_tap, _blocks_of_one_tap_on_cpu(spec, operands, derivative, narrow)),
+        "cpu": (all_taps, of_all_taps) if of_all_taps else (one_tap, of_one_tap),
         "tpu": (pixel_pairs if _can_pair(spec, operands) else one_tap, _blocks_on_tpu(spec, operands)),
     }
-    if number := _blocks_of_all_taps_on_cpu(spec, operands, derivative):
-        chosen["cpu"] = all_taps, number
     table = {
         platform: _algorithm(spec, module, number, widen_by_block=narrow and platform == "cpu")
         for platform, (module, number) in chosen.items()
@@ -44,7 +45,7 @@ def algorithms(spec: Spec, operands: Operands, *, derivative: bool) -> Algorithm
 
 def _algorithm(spec: Spec, module: ModuleType, number: int, *, widen_by_block: bool) -> Algorithm:
     positions = math.prod(spec.window.out_spatial)
-    number = min(number, positions if isinstance(positions, int) else 8)
+    number = min(number, positions if isinstance(positions, int) else _MOST_IF_SYMBOLIC)
     size = -(-positions // number)
     if module is pixel_pairs:
         size = -(-size // _TPU_TILE) * _TPU_TILE
@@ -64,7 +65,7 @@ def _blocks_on_tpu(spec: Spec, operands: Operands) -> int:
 
 
 def _can_pair(spec: Spec, operands: Operands) -> bool:
-    """Whether a TPU reads pixels in pairs: all channels are convolved together, and there are few offset groups."""
+    """Whether a TPU reads pixels in pairs: one feature group, few offset groups, zeros beyond a line, rows that int32 counts."""
     together = spec.feature_groups == 1 and not is_depthwise(spec, operands.rows.shape[-1])
     return (
         together
@@ -80,8 +81,8 @@ def _blocks_of_one_tap_on_cpu(spec: Spec, operands: Operands, derivative: bool, 
     *batch, _, channels = operands.rows.shape
     known = [n for n in (*batch, positions) if isinstance(n, int)]
     samples = math.prod(known) * spec.offset_groups * channels * jnp.dtype(spec.accumulate).itemsize
-    few = (4 if is_depthwise(spec, channels) else 2) if derivative else 1  # the derivative keeps more of a step
-    number = few * max(1, round(samples / 1.75e6))
+    times = (4 if is_depthwise(spec, channels) else 2) if derivative else 1  # the derivative keeps more of a step
+    number = times * max(1, round(samples / 1.75e6))
     # Narrow arrays are computed in float32 all the same.
     return _dividing(3 * number, positions) if narrow and derivative else number
 
@@ -89,7 +90,8 @@ def _blocks_of_one_tap_on_cpu(spec: Spec, operands: Operands, derivative: bool, 
 def _blocks_of_all_taps_on_cpu(spec: Spec, operands: Operands, derivative: bool) -> int | None:
     """So many that scratch memory stays a share of the columns (P · K · C numbers), and a block's columns fit the caches.
 
-    None where one tap at a time is better.
+    None where one tap at a time is better: each channel is convolved alone, a size is symbolic, int32 cannot count the rows,
+    or, in the derivative, the kernel is large beside a block.
     """
     *batch, _, channels = operands.rows.shape
     images, positions, features = math.prod(batch), math.prod(spec.window.out_spatial), operands.matrices.shape[-1]
