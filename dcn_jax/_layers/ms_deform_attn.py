@@ -116,8 +116,7 @@ def _check_reference_points(given: Any, queries: tuple[Size, ...], levels: int) 
     given = checks.array("reference_points", given, jnp.floating)
     *axes, coordinates = given.shape
     wanted = (*queries, levels)
-    fits = 2 <= len(axes) <= len(wanted) and axes[-2] == wanted[-2] and axes[-1] in (1, levels)
-    fits = fits and all(n in (1, m) for n, m in zip(reversed(axes), reversed(wanted), strict=False))
+    fits = len(axes) >= 2 and axes[-2] == wanted[-2] and checks.broadcasts(axes, wanted)
     if not fits or coordinates not in (2, 4):
         raise ValueError(
             f"reference_points has shape {given.shape}; wanted {(*wanted, '2 or 4')}: (x, y) or (x, y, width, height) for each "

@@ -55,14 +55,7 @@ def _deform_conv(
             f"has 2; {USE_JAX_EXPORT}"
         )
     _check_channels(graph, x, layer.in_features)
-    attributes, spatial = graph.window(
-        x,
-        layer.kernel_size,
-        strides=layer.strides,
-        padding=layer.padding,
-        kernel_dilation=layer.kernel_dilation,
-        padding_mode=layer.padding_mode,
-    )
+    attributes, spatial = graph.window(x, layer.kernel_size, **offset_conv.geometry(layer))
     if offset is None:
         if not layer.offset_branch:
             graph.refuse(

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from dcn_jax._core import checks, extras
 from dcn_jax._layers import offset_conv
-from dcn_jax.geometry import Padding, Window
-from dcn_jax.ops.deform_conv import deform_conv, kernel_shape
+from dcn_jax.geometry import Padding
+from dcn_jax.ops.deform_conv import kernel_shape
 
 try:
     import flax.linen as nn
@@ -136,95 +136,43 @@ class DeformConv(nn.Module):
             ValueError: an option or argument does not fit the input; the message names it.
             TypeError: an option or argument is of the wrong kind.
         """
-        geometry: Any = {
-            "strides": self.strides,
-            "padding": self.padding,
-            "kernel_dilation": self.kernel_dilation,
-            "padding_mode": self.padding_mode,
-        }
-        window = offset_conv.check_input(inputs, offset_conv.window_of(self.kernel_size), **geometry)
-        channels = inputs.shape[-1]
-        self._check_options(channels, window.rank)
-        offset_conv.check_call(offset, mask, offset_inputs, base_offset, offset_branch=self.offset_branch)
-        bounded = offset is None and base_offset is None  # by max_offset, and nothing is added after it
-        if offset is None:
-            seen = offset_conv.view(inputs, offset_inputs, window, own=self.offset_conv_cls is not None)
-            offset, mask = offset_conv.split(
-                self._make_branch(window)(seen),
-                inputs,
-                window,
-                offset_groups=self.offset_groups,
-                modulated=self.modulated,
-                mask_scale=self.mask_scale,
-                max_offset=self.max_offset,
-                base_offset=base_offset,
-            )
-        self.sow("intermediates", "offset", offset)
-        if mask is not None:
-            self.sow("intermediates", "mask", mask)
+        checks.count("features", self.features)
+        window = offset_conv.check_input(self, inputs)
+        channels, call = inputs.shape[-1], 'offset_conv_cls(features, name="offset_conv")'
+        offset_conv.check_options(self, channels, module=nn.Module, call=call)
+        points = offset_conv.points(self, self._run_branch, window, inputs, offset, mask, offset_inputs, base_offset)
+        self.sow("intermediates", "offset", points.offset)
+        if points.mask is not None:
+            self.sow("intermediates", "mask", points.mask)
 
         shape = kernel_shape(window.size, channels, self.features, self.feature_group_count)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        return deform_conv(
-            inputs,
-            kernel,
-            offset,
-            mask,
-            bias,
-            **geometry,
-            feature_group_count=self.feature_group_count,
-            precision=self.precision,
-            max_offset=offset_conv.bound_for(self.implementation, self.max_offset, window.rank, bounded=bounded),
-            implementation=self.implementation,
-        )
+        return offset_conv.convolve(self, points, inputs, kernel, bias)
 
     @nn.nowrap
-    def _check_options(self, channels: int, rank: int) -> None:
-        checks.count("features", self.features)
-        offset_conv.check_options(
-            channels,
-            rank,
-            offset_groups=self.offset_groups,
-            modulated=self.modulated,
-            mask_scale=self.mask_scale,
-            max_offset=self.max_offset,
-            offset_branch=self.offset_branch,
-        )
-        call = 'offset_conv_cls(features, name="offset_conv")'
-        offset_conv.check_maker(self.offset_conv_cls, nn.Module, call, offset_branch=self.offset_branch)
-
-    @nn.nowrap
-    def _make_branch(self, window: Window) -> Any:
-        """The module that emits offsets and logits: the user's own, or a convolution like the main one."""
-        features = offset_conv.features(window.size, self.offset_groups, self.modulated)
+    def _run_branch(self, seen: jax.Array) -> jax.Array:
+        """Make and run the module that emits offsets and logits: the user's own, or a convolution like the main one."""
+        features = sum(offset_conv.branch_channels(self))
         if self.offset_conv_cls is not None:
-            return self.offset_conv_cls(features, name="offset_conv")
-        given = {
-            "conv_general_dilated": self.conv_general_dilated,
-            "conv_general_dilated_cls": self.conv_general_dilated_cls,
-        }
-        injected: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        promote: Any = self.promote_dtype
-        if not injected:
-            injected = {"conv_general_dilated": offset_conv.wide_conv}
-            promote = functools.partial(_promote, self.promote_dtype)
+            return self.offset_conv_cls(features, name="offset_conv")(seen)
+        convolutions = ("conv_general_dilated", "conv_general_dilated_cls")
+        options: Any = {name: own for name in convolutions if (own := getattr(self, name)) is not None}
+        promote = self.promote_dtype
+        if not options:
+            options = {"conv_general_dilated": offset_conv.wide_conv}
+            promote = functools.partial(_promote, promote)
         return nn.Conv(
             features,
-            window.size,
-            strides=self.strides,
-            padding=offset_conv.conv_padding(self.padding, self.padding_mode, window.rank),
-            kernel_dilation=self.kernel_dilation,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
+            offset_conv.window_size(self.kernel_size),
             kernel_init=self.offset_kernel_init,
             bias_init=self.offset_bias_init,
             promote_dtype=promote,
             name="offset_conv",
-            **injected,
-        )
+            **offset_conv.branch_options(self),
+            **options,
+        )(seen)
 
 
 def _promote(promote_dtype: Any, inputs: jax.Array, kernel: jax.Array, bias: jax.Array, *, dtype: Any) -> tuple:

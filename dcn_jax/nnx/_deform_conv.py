@@ -12,7 +12,7 @@ from jax import lax
 from dcn_jax._core import checks, extras
 from dcn_jax._layers import offset_conv
 from dcn_jax.geometry import Padding
-from dcn_jax.ops.deform_conv import deform_conv, kernel_shape
+from dcn_jax.ops.deform_conv import kernel_shape
 
 try:
     from flax import nnx
@@ -131,28 +131,12 @@ class DeformConv(nnx.Module):
         offset_branch: bool = True,
         offset_in_features: int | None = None,
     ):
-        window = offset_conv.window_of(kernel_size)
+        window = offset_conv.window_size(kernel_size)
         checks.count("in_features", in_features)
         checks.count("out_features", out_features)
         if offset_in_features is None:
             offset_in_features = in_features
         checks.count("offset_in_features", offset_in_features)
-        offset_conv.check_options(
-            in_features,
-            len(window),
-            offset_groups=offset_groups,
-            modulated=modulated,
-            mask_scale=mask_scale,
-            max_offset=max_offset,
-            offset_branch=offset_branch,
-        )
-        call = "offset_conv_cls(in_features, features, rngs=rngs)"
-        offset_conv.check_maker(offset_conv_cls, nnx.Module, call, offset_branch=offset_branch)
-        shape = kernel_shape(window, in_features, out_features, feature_group_count)
-        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype), **kernel_metadata)
-        self.bias = nnx.data(None)
-        if use_bias:
-            self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata)
         self.in_features = in_features
         self.out_features = out_features
         self.kernel_size = window
@@ -175,6 +159,13 @@ class DeformConv(nnx.Module):
         self.offset_conv_cls = offset_conv_cls
         self.offset_branch = offset_branch
         self.offset_in_features = offset_in_features
+        call = "offset_conv_cls(in_features, features, rngs=rngs)"
+        offset_conv.check_options(self, in_features, module=nnx.Module, call=call)
+        shape = kernel_shape(window, in_features, out_features, feature_group_count)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype), **kernel_metadata)
+        self.bias = nnx.data(None)
+        if use_bias:
+            self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata)
         self.offset_conv: Any = nnx.data(None)
         if offset_branch:
             self.offset_conv = self._make_branch(offset_kernel_init, offset_bias_init, conv_general_dilated, rngs)
@@ -206,73 +197,38 @@ class DeformConv(nnx.Module):
             ValueError: an option or argument does not fit the input; the message names it.
             TypeError: an option or argument is of the wrong kind.
         """
-        geometry: Any = {
-            "strides": self.strides,
-            "padding": self.padding,
-            "kernel_dilation": self.kernel_dilation,
-            "padding_mode": self.padding_mode,
-        }
-        window = offset_conv.check_input(inputs, self.kernel_size, self.in_features, **geometry)
-        offset_conv.check_call(offset, mask, offset_inputs, base_offset, offset_branch=self.offset_branch)
-        bounded = offset is None and base_offset is None  # by max_offset, and nothing is added after it
-        if offset is None:
-            own = self.offset_conv_cls is not None
-            seen = offset_conv.view(inputs, offset_inputs, window, channels=self.offset_in_features, own=own)
-            offset, mask = offset_conv.split(
-                self.offset_conv(seen),
-                inputs,
-                window,
-                offset_groups=self.offset_groups,
-                modulated=self.modulated,
-                mask_scale=self.mask_scale,
-                max_offset=self.max_offset,
-                base_offset=base_offset,
-            )
-        # Only under nnx.capture. Elsewhere sow would store into the model, growing with each call, and raise in any model
-        # that jax.jit, grad or vmap closes over. (What newer versions of Flax call capture_noop.)
+        window = offset_conv.check_input(self, inputs, self.in_features)
+        points = offset_conv.points(
+            self, self.offset_conv, window, inputs, offset, mask, offset_inputs, base_offset, self.offset_in_features
+        )
+        # Only under nnx.capture, as newer versions of Flax do by `capture_noop`. Otherwise sow would store into the
+        # model: it would grow with each call, and raise if jax.jit, grad or vmap closes over the model.
         if hasattr(self, "__captures__"):
-            self.sow(nnx.Intermediate, "offset", offset)
-            if mask is not None:
-                self.sow(nnx.Intermediate, "mask", mask)
+            self.sow(nnx.Intermediate, "offset", points.offset)
+            if points.mask is not None:
+                self.sow(nnx.Intermediate, "mask", points.mask)
 
         bias = None if self.bias is None else self.bias[...]
-        inputs, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
-        y = deform_conv(
-            inputs,
-            kernel,
-            offset,
-            mask,
-            bias,
-            **geometry,
-            feature_group_count=self.feature_group_count,
-            precision=self.precision,
-            preferred_element_type=self.preferred_element_type,
-            max_offset=offset_conv.bound_for(self.implementation, self.max_offset, window.rank, bounded=bounded),
-            implementation=self.implementation,
-        )
+        arrays = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
+        y = offset_conv.convolve(self, points, *arrays, preferred_element_type=self.preferred_element_type)
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
     def _make_branch(self, kernel_init: Any, bias_init: Any, conv_general_dilated: Any, rngs: nnx.Rngs) -> Any:
         """The module that emits offsets and logits: the user's own, or a convolution like the main one."""
-        features = offset_conv.features(self.kernel_size, self.offset_groups, self.modulated)
+        features = sum(offset_conv.branch_channels(self))
         if self.offset_conv_cls is not None:
             return self.offset_conv_cls(self.offset_in_features, features, rngs=rngs)
-        injected = conv_general_dilated is not lax.conv_general_dilated
+        default = conv_general_dilated is lax.conv_general_dilated
         return nnx.Conv(
             self.offset_in_features,
             features,
             self.kernel_size,
-            self.strides,
-            padding=offset_conv.conv_padding(self.padding, self.padding_mode, len(self.kernel_size)),
-            kernel_dilation=self.kernel_dilation,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
             kernel_init=kernel_init,
             bias_init=bias_init,
-            conv_general_dilated=conv_general_dilated if injected else offset_conv.wide_conv,
-            promote_dtype=self.promote_dtype if injected else _promoting(self.promote_dtype),
+            conv_general_dilated=offset_conv.wide_conv if default else conv_general_dilated,
+            promote_dtype=_promoting(self.promote_dtype) if default else self.promote_dtype,
             rngs=rngs,
+            **offset_conv.branch_options(self),
         )
 
 

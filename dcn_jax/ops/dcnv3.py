@@ -90,7 +90,9 @@ def dcnv3(
     mask = checks.array("mask", mask, jnp.floating)
     values, groups = 2 * grid.taps, offset.shape[-1] // (2 * grid.taps) if offset.ndim else 0
     fits = groups > 0 and offset.shape[-1] == groups * values
-    check_axes("offset", offset, x, grid, f"G * {values}", f"K * 2 = {grid.taps} * 2 values for each group", fits=fits)
+    check_points(
+        "offset", offset, x, grid, f"G * {values}", f"K * 2 = {grid.taps} * 2 values for each group", fits=fits
+    )
     if x.shape[-1] % groups:
         raise ValueError(
             f"offset has shape {offset.shape}, that is {groups} groups of {grid.taps} taps; wanted a number of groups that "
@@ -98,7 +100,7 @@ def dcnv3(
         )
     wanted = groups * grid.taps
     meaning = f"one value for each tap ({grid.taps}) of each group ({groups}, as in offset)"
-    check_axes("mask", mask, x, grid, str(wanted), meaning, fits=mask.shape[-1:] == (wanted,))
+    check_points("mask", mask, x, grid, str(wanted), meaning, fits=mask.shape[-1:] == (wanted,))
     return run(grid, x, offset, mask)
 
 
@@ -157,19 +159,13 @@ def make_grid(
     return Grid(resolved, float(offset_scale), bool(remove_center))
 
 
-def check_axes(
-    name: str, array: jax.Array, x: jax.Array, grid: Grid, channels: str, meaning: str, *, fits: bool
+def check_points(
+    name: str, array: jax.Array, x: jax.Array, grid: Grid, channels: str, each: str, *, fits: bool
 ) -> None:
-    """Raise where `array` is not (batch axes that broadcast to those of x, *positions, channels that `fits`)."""
-    given, batch, positions = array.shape[:-3], x.shape[:-3], grid.window.out_spatial
-    broadcasts = len(given) <= len(batch) and all(
-        n in (1, wanted) for n, wanted in zip(given, batch[len(batch) - len(given) :], strict=True)
-    )
-    if array.ndim < 3 or array.shape[-3:-1] != positions or not broadcasts or not fits:
-        raise ValueError(
-            f"{name} has shape {array.shape}; wanted (*batch, {positions[0]}, {positions[1]}, {channels}): batch axes that "
-            f"broadcast to those of x, {batch}, the output positions, then {meaning}"
-        )
+    """Raise if `array` is not `(*batch, Ho, Wo, channels)`; `each` says in the message what an output position has."""
+    wanted = {"channels": channels, "meaning": f"the output positions, then {each}", "fits": fits}
+    batch, positions = x.shape[:-3], grid.window.out_spatial
+    checks.map_axes(name, array.shape, other="x", batch=batch, positions=positions, **wanted)
 
 
 def run(grid: Grid, x: jax.Array, offset: jax.Array, mask: jax.Array) -> jax.Array:

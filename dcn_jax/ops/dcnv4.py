@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from dcn_jax._core import checks
 from dcn_jax.geometry import Padding
-from dcn_jax.ops.dcnv3 import check_axes, check_map, make_grid, run
+from dcn_jax.ops.dcnv3 import check_map, check_points, make_grid, run
 
 
 def dcnv4(
@@ -79,7 +79,7 @@ def dcnv4(
     used, taps = groups * grid.taps * 3, grid.taps
     meaning = f"K * 3 = {taps} * 3 values for each of the {groups} groups: {taps} offsets (x, y), then {taps} weights"
     fits = packed.ndim > 0 and packed.shape[-1] >= used
-    check_axes("offset_mask", packed, x, grid, f"at least {used}", meaning, fits=fits)
+    check_points("offset_mask", packed, x, grid, f"at least {used}", meaning, fits=fits)
 
     positions = packed.shape[:-1]
     packed = packed[..., :used].reshape(*positions, groups, taps * 3)

@@ -196,15 +196,14 @@ def _check_mask(mask: jax.Array, window: Window, batch: tuple[int, ...], offset_
 def _with_batch_axes(name: str, array: jax.Array, window: Window, batch: tuple[int, ...]) -> jax.Array:
     """`array` with as many batch axes as x, those that it lacks being 1, once they are known to broadcast to x's."""
     given = array.shape[: -window.rank - 1]
-    full = (1,) * (len(batch) - len(given)) + given
-    if len(full) != len(batch) or any(n not in (1, wanted) for n, wanted in zip(full, batch, strict=True)):
+    if not checks.broadcasts(given, batch):
         raise ValueError(
             f"{name} has shape {array.shape}, batch axes {given}; wanted those of x, {batch}, or 1 in the place of some, or "
             "none of the first"
         )
-    if full == given:
+    if len(given) == len(batch):
         return array
-    shape = (*full, *array.shape[len(given) :])
+    shape = (1,) * (len(batch) - len(given)) + array.shape
     if isinstance(array, jax.ShapeDtypeStruct):
         return cast(jax.Array, jax.ShapeDtypeStruct(shape, array.dtype))
     return array.reshape(shape)
