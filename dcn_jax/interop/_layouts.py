@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from dcn_jax.nnx import DCNv3, DCNv4, DeformConv, MSDeformAttn
-from dcn_jax.nnx._dcn import Branch
+from dcn_jax.nnx._dcn import DepthwiseBlock
 
 
 class Layout(NamedTuple):
@@ -69,7 +69,7 @@ def module_key(owner: Any, key: Any) -> str:
     """What the module at `key` of its owner is called in PyTorch; "" where there is none between."""
     if isinstance(owner, nnx.Sequential) and key == "layers":
         return ""
-    if isinstance(owner, Branch):
+    if isinstance(owner, DepthwiseBlock):
         # There it is a Sequential, whose second is one too: a norm, and a transposition before it
         # (a layer norm's) or behind.
         norm = "1.0" if isinstance(owner.norm, nnx.BatchNorm) else "1.1"

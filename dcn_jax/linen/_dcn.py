@@ -92,12 +92,12 @@ class DCNv3(nn.Module):
         inputs, grid = dcn.check_input(self, inputs)
         size = dcn.square("dw_kernel_size", self.kernel_size if self.dw_kernel_size is None else self.dw_kernel_size)
         x = _projection(self, "input_proj")(inputs)
-        z = _Branch(self.norm_layer, self.act_layer, size, grid.window.strides, **_dtypes(self), name="dw_conv")(
-            dcn.around_centres(inputs, grid.window, size)
-        )
-        weights = dcn.weights(self)
-        offset = _zero_dense(self, 2 * weights, "offset")(dcn.wide(z))
-        mask = dcn.softmax(_zero_dense(self, weights, "mask")(dcn.wide(z)), self.group)
+        z = _DepthwiseBlock(
+            self.norm_layer, self.act_layer, size, grid.window.strides, **dcn.dtype_options(self), name="dw_conv"
+        )(dcn.around_centres(inputs, grid.window, size))
+        weights = dcn.weight_count(self)
+        offset = _zero_dense(self, 2 * weights, "offset")(dcn.widen(z))
+        mask = dcn.softmax(_zero_dense(self, weights, "mask")(dcn.widen(z)), self.group)
         y = dcnv3(x, offset, mask, **dcn.op_options(self))
         if self.center_feature_scale:
             y = dcn.blend(y, x, z, *_center_feature_scale(self), grid.window)
@@ -185,17 +185,17 @@ class DCNv4(nn.Module):
             seen = dcn.at_centres(inputs, grid.window)
         else:
             size = dcn.square("dw_kernel_size", self.dw_kernel_size)
-            seen = _depthwise(inputs.shape[-1], size, grid.window.strides, **_dtypes(self), name="offset_mask_dw")(
-                dcn.around_centres(inputs, grid.window, size)
-            )
-        offset_mask = _zero_dense(self, dcn.packed_features(self), "offset_mask")(dcn.wide(seen))
+            seen = _depthwise(
+                inputs.shape[-1], size, grid.window.strides, **dcn.dtype_options(self), name="offset_mask_dw"
+            )(dcn.around_centres(inputs, grid.window, size))
+        offset_mask = _zero_dense(self, dcn.packed_features(self), "offset_mask")(dcn.widen(seen))
         y = dcnv4(x, offset_mask, groups=self.group, **dcn.op_options(self))
         if self.center_feature_scale:
             y = dcn.blend(y, x, y, *_center_feature_scale(self), grid.window)
         return y if self.without_pointwise else _projection(self, "output_proj", use_bias=self.output_bias)(y)
 
 
-class _Branch(nn.Module):
+class _DepthwiseBlock(nn.Module):
     """What DCNv3 makes offsets and weights of: a depthwise convolution, a norm and an activation."""
 
     norm_layer: Any
@@ -210,14 +210,10 @@ class _Branch(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         act = dcn.activation(self.act_layer)
         dcn.check_norm(self.norm_layer, 'norm_layer(name="norm")')
-        x = _depthwise(x.shape[-1], self.size, self.strides, **_dtypes(self), name="conv")(x)
+        x = _depthwise(x.shape[-1], self.size, self.strides, **dcn.dtype_options(self), name="conv")(x)
         if self.norm_layer == "LN":
             return act(nn.LayerNorm(dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(x))
         return act(self.norm_layer(name="norm")(x))
-
-
-def _dtypes(layer: Any) -> dict[str, Any]:
-    return {"dtype": layer.dtype, "param_dtype": layer.param_dtype, "precision": layer.precision}
 
 
 def _depthwise(channels: int, size: tuple[int, ...], strides: tuple[int, ...], **options: Any) -> nn.Conv:
@@ -235,7 +231,7 @@ def _depthwise(channels: int, size: tuple[int, ...], strides: tuple[int, ...], *
 
 def _projection(layer: Any, name: str, *, use_bias: bool = True) -> nn.Dense:
     init = nn.initializers.xavier_uniform()
-    return nn.Dense(layer.channels, use_bias=use_bias, kernel_init=init, **_dtypes(layer), name=name)
+    return nn.Dense(layer.channels, use_bias=use_bias, kernel_init=init, **dcn.dtype_options(layer), name=name)
 
 
 def _zero_dense(layer: Any, features: int, name: str) -> nn.Dense:

@@ -115,14 +115,14 @@ class MSDeformAttn(nn.Module):
             TypeError: an option or argument is of the wrong kind.
         """
         ms_deform_attn.check_options(self)
-        call = ms_deform_attn.check_call(self, query, reference_points, value, spatial_shapes, padding_mask)
-        points, wide = ms_deform_attn.points(self), ms_deform_attn.branch_dtype(self)
-        offset_inits = self.offset_kernel_init, self.offset_bias_init or ms_deform_attn.directions(self)
+        call = ms_deform_attn.check_arguments(self, query, reference_points, value, spatial_shapes, padding_mask)
+        points, wide = ms_deform_attn.point_count(self), ms_deform_attn.wide_dtype(self)
+        offset_inits = self.offset_kernel_init, self.offset_bias_init or ms_deform_attn.directions_init(self)
         attention_inits = self.attention_kernel_init, self.attention_bias_init
         offset = self._dense("sampling_offsets", 2 * points, wide, *offset_inits)(call.query)
         logits = self._dense("attention_weights", points, wide, *attention_inits)(call.query)
-        locations = ms_deform_attn.locations(self, offset, call)
-        weights = ms_deform_attn.weights(self, logits)
+        locations = ms_deform_attn.place_points(self, offset, call)
+        weights = ms_deform_attn.softmax(self, logits)
         self.sow("intermediates", "sampling_locations", locations)
         self.sow("intermediates", "sampling_weights", weights)
 

@@ -104,9 +104,9 @@ class DCNv3(nnx.Module):
         self.param_dtype = param_dtype
         self.precision = precision
         dcn.check_options(self)
-        weights, rows = dcn.weights(self), dcn.square("kernel_size", kernel_size)
+        weights, rows = dcn.weight_count(self), dcn.square("kernel_size", kernel_size)
         size = rows if dw_kernel_size is None else dcn.square("dw_kernel_size", dw_kernel_size)
-        self.dw_conv = Branch(self, size, rngs)
+        self.dw_conv = DepthwiseBlock(self, size, rngs)
         self.offset = _zero_dense(self, 2 * weights, rngs)
         self.mask = _zero_dense(self, weights, rngs)
         self.input_proj = _projection(self, rngs)
@@ -125,8 +125,8 @@ class DCNv3(nnx.Module):
         inputs, grid = dcn.check_input(self, inputs)
         x = self.input_proj(inputs)
         z = self.dw_conv(dcn.around_centres(inputs, grid.window, self.dw_conv.conv.kernel_size))
-        offset = self.offset(dcn.wide(z))
-        mask = dcn.softmax(self.mask(dcn.wide(z)), self.group)
+        offset = self.offset(dcn.widen(z))
+        mask = dcn.softmax(self.mask(dcn.widen(z)), self.group)
         y = dcnv3(x, offset, mask, **dcn.op_options(self))
         if self.center_feature_scale:
             y = dcn.blend(y, x, z, *_center_feature_scale(self), grid.window)
@@ -249,13 +249,13 @@ class DCNv4(nnx.Module):
             seen = dcn.at_centres(inputs, grid.window)
         else:
             seen = self.offset_mask_dw(dcn.around_centres(inputs, grid.window, self.offset_mask_dw.kernel_size))
-        y = dcnv4(x, self.offset_mask(dcn.wide(seen)), groups=self.group, **dcn.op_options(self))
+        y = dcnv4(x, self.offset_mask(dcn.widen(seen)), groups=self.group, **dcn.op_options(self))
         if self.center_feature_scale:
             y = dcn.blend(y, x, y, *_center_feature_scale(self), grid.window)
         return y if self.output_proj is None else self.output_proj(y)
 
 
-class Branch(nnx.Module):
+class DepthwiseBlock(nnx.Module):
     """What DCNv3 makes offsets and weights of: a depthwise convolution, a norm and an activation."""
 
     def __init__(self, layer: Any, size: tuple[int, ...], rngs: nnx.Rngs):
@@ -271,10 +271,6 @@ class Branch(nnx.Module):
         return self.act(self.norm(self.conv(x)))
 
 
-def _dtypes(layer: Any) -> dict[str, Any]:
-    return {"dtype": layer.dtype, "param_dtype": layer.param_dtype, "precision": layer.precision}
-
-
 def _depthwise(layer: Any, size: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Conv:
     return nnx.Conv(
         layer.channels,
@@ -285,14 +281,16 @@ def _depthwise(layer: Any, size: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Conv:
         feature_group_count=layer.channels,
         kernel_init=dcn.DEPTHWISE_KERNEL_INIT,
         bias_init=dcn.depthwise_bias_init(size),
-        **_dtypes(layer),
+        **dcn.dtype_options(layer),
         rngs=rngs,
     )
 
 
 def _projection(layer: Any, rngs: nnx.Rngs, *, use_bias: bool = True) -> nnx.Linear:
     init = nnx.initializers.xavier_uniform()
-    return nnx.Linear(layer.channels, layer.channels, use_bias=use_bias, kernel_init=init, **_dtypes(layer), rngs=rngs)
+    return nnx.Linear(
+        layer.channels, layer.channels, use_bias=use_bias, kernel_init=init, **dcn.dtype_options(layer), rngs=rngs
+    )
 
 
 def _zero_dense(layer: Any, features: int, rngs: nnx.Rngs) -> nnx.Linear:

@@ -106,8 +106,8 @@ class MSDeformAttn(nnx.Module):
         self.precision = precision
         self.implementation = implementation
         ms_deform_attn.check_options(self)
-        points, wide = ms_deform_attn.points(self), ms_deform_attn.branch_dtype(self)
-        offset_bias_init = offset_bias_init or ms_deform_attn.directions(self)
+        points, wide = ms_deform_attn.point_count(self), ms_deform_attn.wide_dtype(self)
+        offset_bias_init = offset_bias_init or ms_deform_attn.directions_init(self)
         self.sampling_offsets = self._linear(2 * points, wide, offset_kernel_init, offset_bias_init, rngs)
         self.attention_weights = self._linear(points, wide, attention_kernel_init, attention_bias_init, rngs)
         self.value_proj = self._linear(embed_dim, dtype, kernel_init, bias_init, rngs)
@@ -138,9 +138,9 @@ class MSDeformAttn(nnx.Module):
             ValueError: an option or argument does not fit; the message names it.
             TypeError: an option or argument is of the wrong kind.
         """
-        call = ms_deform_attn.check_call(self, query, reference_points, value, spatial_shapes, padding_mask)
-        locations = ms_deform_attn.locations(self, self.sampling_offsets(call.query), call)
-        weights = ms_deform_attn.weights(self, self.attention_weights(call.query))
+        call = ms_deform_attn.check_arguments(self, query, reference_points, value, spatial_shapes, padding_mask)
+        locations = ms_deform_attn.place_points(self, self.sampling_offsets(call.query), call)
+        weights = ms_deform_attn.softmax(self, self.attention_weights(call.query))
         # Only under nnx.capture, for the reasons that DeformConv gives.
         if hasattr(self, "__captures__"):
             self.sow(nnx.Intermediate, "sampling_locations", locations)
