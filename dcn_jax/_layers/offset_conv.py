@@ -61,7 +61,7 @@ def check_options(layer: Any, channels: int, *, module: type, call: str) -> None
     maker = layer.offset_conv_cls
     if maker is not None and (not callable(maker) or isinstance(maker, module)):
         raise TypeError(
-            f"offset_conv_cls is a {type(maker).__name__}; wanted what makes the branch, called as {call}: a module's "
+            f"offset_conv_cls is a {type(maker).__name__}; wanted a function that makes the branch, called as {call}: a module's "
             "class, or functools.partial of it"
         )
     if maker is not None and not layer.offset_branch:
