@@ -169,7 +169,7 @@ class DeformConv(nn.Module):
             return self.offset_conv_cls(features, name="offset_conv")(seen)
         convolutions = ("conv_general_dilated", "conv_general_dilated_cls")
         options: Any = {name: own for name in convolutions if (own := getattr(self, name)) is not None}
-        promote = self.promote_dtype
+        promote: Any = self.promote_dtype
         if not options:
             options = {"conv_general_dilated": offset_conv.wide_conv}
             promote = functools.partial(_promote, promote)
