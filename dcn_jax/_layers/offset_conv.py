@@ -18,6 +18,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from dcn_jax._core import checks, dtypes
+from dcn_jax._core.mesh import on_any_mesh
 from dcn_jax.geometry import Size, Window, canonical_padding, canonical_padding_mode, int32, resolve_window
 from dcn_jax.ops.deform_conv import deform_conv
 from dcn_jax.sampling import INTO_MAP
@@ -250,10 +251,11 @@ def _branch_input(
     if layer.offset_conv_cls is not None:
         return seen
     _check_map(name, seen.shape, inputs, window.spatial, "channels", "the pixels of inputs", fits=True)
-    return _extend(seen, window)
+    batch = seen.ndim - window.rank - 1
+    return on_any_mesh(_extend, window, (seen,), batched=(seen,), batch=batch, whole=window.rank + 1)(seen)
 
 
-def _extend(x: jax.Array, window: Window) -> jax.Array:
+def _extend(window: Window, x: jax.Array) -> jax.Array:
     """The map `(*batch, *spatial, C)`, padded as `padding_mode` says as far as the regular taps reach."""
     if set(window.padding_mode) == {"zeros"}:
         return x  # the convolution pads with zeros itself, without a copy of the map

@@ -4,10 +4,10 @@
     multiply_pixels(pixels, factors)   pixels · factors               in float32
     split_bfloat16(values)             float32 as the sum of two bfloat16
 
-From `jax.numpy`, Triton compiles two instructions to multiply and add where the GPU has one, and
-moves each operand of the sum, not the sum, through shared memory to the next matrix product. It
-leaves instructions with side effects in place, so those here are marked as having some. The mark
-needs private parts of Pallas, used in this file alone; without it, results are the same.
+From `jax.numpy`, Triton compiles a product and a sum to two instructions where the GPU has one. It
+moves the terms of the sum, not the sum, through shared memory to the next matrix product. It leaves
+instructions with side effects in place, so those here are marked as having some. The mark needs
+private parts of Pallas; without them, results are the same.
 """
 
 import functools
@@ -59,7 +59,7 @@ def weighted_sum(pixels: Sequence[jax.Array], weights: Sequence[jax.Array], dtyp
         terms = [w * p.astype(jnp.float32) for w, p in zip(weights, pixels, strict=True)]
         return functools.reduce(operator.add, terms).astype(dtype)
     packed = narrow in _PACK and jnp.dtype(dtype).name == narrow
-    sums = ["low", "high"] if packed else ["low"]
+    sums = ["sum0", "sum1"] if packed else ["sum0"]
     lines = []
     for i in range(count):
         if packed:
@@ -70,7 +70,7 @@ def weighted_sum(pixels: Sequence[jax.Array], weights: Sequence[jax.Array], dtyp
             lines.append(f"{multiply}.rn.f32 {total}, {pixel}, {weight}{rest};")
     if not packed:
         pixels = [p.astype(jnp.float32) for p in pixels]
-    lines.append(_PACK[narrow].format(packed="$0", low="low", high="high") if packed else "mov.b32 $0, low;")
+    lines.append(_PACK[narrow].format(packed="$0", low="sum0", high="sum1") if packed else "mov.b32 $0, sum0;")
     [total] = _run_asm(lines, [*pixels, *weights], dtype if packed else jnp.float32)
     return total.astype(dtype)
 

@@ -3,7 +3,7 @@
 That is enough for a sum that is read only after its kernel has ended. Pallas's own atomic add
 acquires and releases: it puts a memory barrier before each add, and empties the first-level cache
 after it. Here the same primitive is lowered as Pallas lowers it, and then set to relaxed. This
-needs private parts of Pallas, used in this file alone. If one is missing, Pallas's own add is used.
+needs private parts of Pallas, as asm.py does. If one is missing, Pallas's own add is used.
 """
 
 import jax

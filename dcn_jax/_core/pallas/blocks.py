@@ -1,7 +1,7 @@
 """Used inside a kernel: loops and index arithmetic, and loading, storing and adding blocks of an array.
 
-`Elements` are some elements of an array: their indices, and a mask of those that lie in the array.
-A block may reach beyond the end of its axis. What lies beyond is masked, and never touches memory.
+`Elements` are some elements of an array: their indices, and a mask of those to read or write.
+A block may reach beyond the end of its axis. Elements beyond it are masked.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class Elements:
     """Some elements of an array."""
 
     index: tuple[Any, ...]  # one entry for each axis of the array; the entries broadcast to each other
-    exists: jax.Array | None  # a mask: which elements lie in the array; None means all
+    exists: jax.Array | None  # a mask: which elements to read or write; None means all
 
 
 def block(number, size: int, limit: int) -> Elements:
@@ -91,5 +91,5 @@ def add(ref, elements: Elements, value, *, interpret: bool) -> None:
     if not interpret:
         atomics.add(ref, elements.index, value, elements.exists)
         return
-    # The interpreter drops indices beyond the array, but counts negative ones from its end.
+    # `addupdate` has no mask, and a masked index may lie in the array: there, 0 is added.
     addupdate(ref, elements.index, value if elements.exists is None else jnp.where(elements.exists, value, 0.0))

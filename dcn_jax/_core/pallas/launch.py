@@ -91,12 +91,12 @@ def launch(
     absent = {f"{key}_ref": None for key in operands if key not in given}
 
     def kernel(*refs):
-        # Each array of initial values comes as a reference too. It shares the memory of its result.
+        # Initial values come as references too. They alias their results, so `body` does not get them.
         used = (*refs[: len(given)], *refs[len(given) + len(starts) :])
         body(**dict(zip(references, used, strict=True)), **absent)
 
     arrays = [*given.values(), *starts.values()]
-    over = jax.typeof(arrays[0]).mat
+    over = jax.typeof(arrays[0]).mat  # within shard_map, a result's type names the mesh axes that it varies over
     call = pl.pallas_call(
         kernel,
         grid=(*grid, stack_size(results)),
@@ -104,9 +104,7 @@ def launch(
         out_specs=[_whole(a) for a in results.values()],
         out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=over) for a in results.values()],
         input_output_aliases={len(given) + i: list(results).index(key) for i, key in enumerate(starts)},
-        compiler_params=triton.CompilerParams(
-            num_warps=warps, num_stages=1
-        ),  # with more, Triton loads through shared memory
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),  # more stages load through shared memory
         interpret=interpret,
         name=name,
     )
@@ -153,6 +151,6 @@ def _lower(context, *operands, jaxpr, platform, here=None):
             ) from error
 
 
-mlir.register_lowering(_launch_p, _lower)
+mlir.register_lowering(_launch_p, _lower)  # on any platform but those below: `here` is None, and it raises
 for _here in _TARGETS:
     mlir.register_lowering(_launch_p, functools.partial(_lower, here=_here), platform=_here)

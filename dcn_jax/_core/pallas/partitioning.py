@@ -24,8 +24,8 @@ class Pass(NamedTuple):
     """The forward or the backward pass of an op; hashable."""
 
     run: Callable  # (call, operands) -> results: NamedTuples of arrays with a stack axis
-    # The operands and results whose second axis is the batch. None: a TPU's, whose compiler cannot
-    # be told how to partition (jax issue 38196). It runs on one device, or inside `jax.shard_map`.
+    # The operands and results whose second axis is the batch. None for a TPU's pass, whose compiler takes no partitioning
+    # rule (jax issue 38196): the pass runs on one device, or inside `jax.shard_map`.
     batched: frozenset[str] | None
 
 
@@ -46,8 +46,8 @@ def keep_local(which: Pass, call: Any, operands):
 
         def place(arrays, axes):
             split = {"stack": over_stack, "batch": over_batch}
-            specs = {name: PartitionSpec(*map(split.get, axes[name])) for name in axes}
-            return arrays._replace(**{name: NamedSharding(mesh, spec) for name, spec in specs.items()})
+            specs = {name: NamedSharding(mesh, PartitionSpec(*map(split.get, axes[name]))) for name in axes}
+            return arrays._replace(**specs)
 
         def run_here(operands):
             results = run(operands)

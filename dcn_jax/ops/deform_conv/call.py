@@ -116,6 +116,12 @@ def _clip(offset: jax.Array, bound: float) -> jax.Array:
     return lax.clamp(-limit, offset, limit)
 
 
+def flatten_batch(batch: tuple[int, ...], array: jax.Array) -> jax.Array:
+    """`array` `(*batch, …)` with its batch axes as one; an array that images share is repeated."""
+    shape = array.shape[len(batch) :]
+    return jnp.broadcast_to(array, (*batch, *shape)).reshape(-1, *shape)
+
+
 def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
     """`y` `(…, F)` + `bias` `(F,)`, in float32 or wider; `y` as it is without a bias."""
     if bias is None:

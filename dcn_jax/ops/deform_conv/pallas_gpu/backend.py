@@ -1,7 +1,7 @@
 """`deform_conv` as fused GPU kernels, which gather, interpolate, modulate and multiply in one pass.
 
 `_result` and `_gradients` are the op and its gradients. `_prepare` computes what the kernels read:
-rows of the map and their weights. `_forward` and `_backward` divide the work into tiles, and launch
+x as rows, the indices of the rows to read, and their weights. `_forward` and `_backward` divide the work into tiles, and launch
 the kernels. JOURNAL.md has the times, what was tried, and what to try next.
 """
 
@@ -21,7 +21,7 @@ from dcn_jax._core.pallas import batching, partitioning
 from dcn_jax._core.pallas.derivatives import by_kernels
 from dcn_jax._core.pallas.launch import interpreting, launch, out_of_reach, stack_size
 from dcn_jax._core.platform_op import Op, platform_op, type_of
-from dcn_jax.ops.deform_conv.call import Arrays, Spec, add_bias
+from dcn_jax.ops.deform_conv.call import Arrays, Spec, add_bias, flatten_batch
 from dcn_jax.ops.deform_conv.pallas_gpu import kernels
 from dcn_jax.ops.deform_conv.pallas_gpu.points import locate_points
 from dcn_jax.ops.deform_conv.pallas_gpu.tiles import WARPS, GpuCall, Tiling, count_chunks, count_tiles, tiling_for
@@ -31,6 +31,7 @@ DTYPES = ("float32", "bfloat16", "float16")  # of x and kernel; sums are float32
 
 # How float32 products are computed, by `precision`. Products of 16-bit numbers are always exact.
 _DOT_ALGORITHMS = {
+    None: lax.DotAlgorithmPreset.TF32_TF32_F32,
     (lax.Precision.DEFAULT, lax.Precision.DEFAULT): lax.DotAlgorithmPreset.TF32_TF32_F32,
     (lax.Precision.HIGH, lax.Precision.HIGH): lax.DotAlgorithmPreset.TF32_TF32_F32,
     (lax.Precision.HIGHEST, lax.Precision.HIGHEST): lax.DotAlgorithmPreset.F32_F32_F32,
@@ -86,8 +87,7 @@ def _op_on_one_mesh(static: tuple[Spec, GpuCall], *arrays) -> jax.Array:
 
 def _dot_algorithm(precision: Any) -> lax.DotAlgorithmPreset | None:
     """How to compute float32 products, by `precision` as lax understands it; None if the kernels cannot."""
-    asked = asked_precision(precision)
-    return _DOT_ALGORITHMS.get(lax.DotAlgorithmPreset.DEFAULT if asked is None else asked)
+    return _DOT_ALGORITHMS.get(asked_precision(precision))
 
 
 # --- the op and its gradients -------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ class _ForwardOperands(NamedTuple):
 
     x: jax.Array
     kernel: jax.Array
-    row: jax.Array | None  # None where these are gradients: rows have none
+    row: jax.Array | None  # None in a tuple of gradients: integers have none
     weight: jax.Array
     bias: jax.Array | None
 
@@ -145,10 +145,7 @@ def _prepare(call: GpuCall, arrays: Arrays) -> tuple[_ForwardOperands, jax.Array
     window, groups = call.spec.window, call.spec.offset_groups
     batch, channels = x.shape[: -window.rank - 1], x.shape[-1]
 
-    def flat(array):
-        shape = array.shape[len(batch) :]
-        return jnp.broadcast_to(array, (*batch, *shape)).reshape(-1, *shape)  # offset and mask may be shared by images
-
+    flat = functools.partial(flatten_batch, batch)
     row, weight = locate_points(window, groups, flat(offset), None if mask is None else flat(mask))
     rows = flat(x).reshape(-1, math.prod(window.spatial) * groups, channels // groups)
     operands = _ForwardOperands(rows, kernel.reshape(window.taps, *kernel.shape[-2:]), row, weight, bias)

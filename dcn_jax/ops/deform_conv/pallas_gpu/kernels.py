@@ -1,10 +1,10 @@
 """The three GPU kernels. Each gathers, interpolates, modulates and multiplies in one pass.
 
-    y(p)         = Σ_n  s_n(p) · w_n                   s_n(p) = Σ_q  W_q(p_n) · x_q           forward
-    x_bar_q      = Σ_p Σ_n  W_q(p_n) · s_bar_n(p)      s_bar_n(p) = y_bar(p) · w_nᵀ           backward_x
-    W_bar_q(p_n) = Σ_c  x_q · s_bar_n(p)               w_bar_n = Σ_p  s_n(p)ᵀ · y_bar(p)      backward_kernel
+    y(p)         = Σ_n  s_n(p) · w_n                   s_n(p) = Σ_q  W_q(r_n) · x_q           forward
+    x_bar_q      = Σ_p Σ_n  W_q(r_n) · s_bar_n(p)      s_bar_n(p) = y_bar(p) · w_nᵀ           backward_x
+    W_bar_q(r_n) = Σ_c  x_q · s_bar_n(p)               w_bar_n = Σ_p  s_n(p)ᵀ · y_bar(p)      backward_kernel
 
-At the output position p, tap n reads at the point p_n. The pixels x_q around it are its corners.
+At the output position p, tap n reads at the point r_n. The pixels x_q around it are its corners.
 W_q is the weight of a corner times the modulation; `points` has found the weights, and which rows
 of x are the corners. The sample s_n is a row of channels, w_n is the tap's matrix, and x_bar is the
 gradient of x, and so on. The samples are never written to memory.
@@ -124,7 +124,7 @@ def backward_kernel(
             index = (image, _point(tiling, segment.offset_group, tap), term, corner, position)
             products = asm.multiply_pixels(of_corner, samples_bar, interpret=call.interpret)
             store(weight_bar_ref, Elements(index, positions.exists), jnp.sum(products, axis=1))
-        # kernel_bar transposed: a Hopper GPU multiplies at least 64 rows, and features are many.
+        # The transpose of kernel_bar: a Hopper GPU multiplies 64 rows or more, and channels may be fewer.
         return _add_product(call, total, y_bar, samples, ((0,), (0,)))
 
     total = loop(count, add_positions, jnp.zeros((tiling.tile.features, tiling.tile.channels), jnp.float32)).T
@@ -170,7 +170,7 @@ def _corner_rows(positions: Elements, corner: _Corner) -> Elements:
 
 
 def _samples(tiling: Tiling, pixels: list[jax.Array], corners: list[_Corner]) -> jax.Array:
-    """s_n(p) = Σ_q W_q(p_n) · x_q: `(positions, channels)`, in the dtype of the matrix products."""
+    """s_n(p) = Σ_q W_q(r_n) · x_q: `(positions, channels)`, in the dtype of the matrix products."""
     weights = [corner.weight for corner in corners]
     return asm.weighted_sum(pixels, weights, tiling.call.spec.dtype, interpret=tiling.call.interpret)
 

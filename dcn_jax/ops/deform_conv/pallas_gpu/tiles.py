@@ -33,7 +33,7 @@ class GpuCall(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """How many positions, channels and features one program has in registers; powers of two, at least 16."""
+    """How many positions, channels and features one program has in registers (powers of two, at least 16), and its warps."""
 
     positions: int
     channels: int
@@ -41,7 +41,7 @@ class Tile(NamedTuple):
     warps: int = 8
 
 
-WARPS = 4224  # that a sum over positions is divided among: 32 for each multiprocessor of an H100
+WARPS = 4224  # backward_kernel divides its sum over positions among so many: 32 for each multiprocessor of an H100
 
 # The largest tile of each kernel, by the dtype or the algorithm of the products: positions,
 # channels, features. Those of "half" and "TF32_TF32_F32" are the fastest measured on an H200
@@ -136,7 +136,7 @@ class Tiling(NamedTuple):
         return Segment(number, offset_group, feature_group, in_feature_group)
 
     def in_offset_group(self, segment: Segment) -> jax.Array:
-        """The number of a segment among the segments of its offset group."""
+        """The index of a segment among the segments of its offset group."""
         return segment.number - segment.offset_group * self.segments_per_offset_group
 
     @property
@@ -145,7 +145,7 @@ class Tiling(NamedTuple):
         return self.segments_per_offset_group * self.channel_blocks * self.feature_blocks
 
     def weight_term(self, segment: Segment, channel_block, feature_block):
-        """The number of such a program."""
+        """The index of such a program."""
         return (
             self.in_offset_group(segment) * self.channel_blocks + channel_block
         ) * self.feature_blocks + feature_block
@@ -222,7 +222,7 @@ def chunk_positions(tiling: Tiling, images: int, number) -> Elements:
 def _column_strips(window: Window) -> tuple[int, int, int]:
     """The order of positions in tiles: down one strip of about 12 columns after another.
 
-    So a tile is about as wide as high, and many pixels that it reads are still in the first-level
+    So a tile is a few rows of 12 columns, and many pixels that it reads are still in the first-level
     cache. Returns how many strips there are, their rows, and their columns.
     """
     *rows, columns = window.out_spatial

@@ -19,7 +19,7 @@ from dcn_jax._core.pallas import batching
 from dcn_jax._core.pallas.derivatives import by_kernels
 from dcn_jax._core.pallas.launch import interpreting, out_of_reach
 from dcn_jax._core.platform_op import Op, platform_op, type_of
-from dcn_jax.ops.deform_conv.call import Arrays, Spec
+from dcn_jax.ops.deform_conv.call import Arrays, Spec, flatten_batch
 from dcn_jax.ops.deform_conv.pallas_tpu.launch import BACKWARD, FORWARD, ON_CHIP, BackwardOperands, ForwardOperands
 from dcn_jax.ops.deform_conv.pallas_tpu.tiles import TpuCall, bytes_on_chip, layout_for
 from dcn_jax.ops.deform_conv.xla import backend as xla
@@ -92,15 +92,8 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
     precision = cast(lax.Precision, _precision(spec.precision))
     # Gradients may be traced later, outside `interpret`. They are interpreted if the result was.
     call = TpuCall(spec._replace(out_dtype=out_dtype), layout_for(spec), precision, interpreting())
-    compute = on_any_mesh(
-        _arrange,
-        (call, spec.out_dtype),
-        arrays,
-        batched=(arrays.x, arrays.offset),
-        batch=arrays.x.ndim - 3,
-        whole=3,
-    )
-    return compute(*arrays)
+    static, batched = (call, spec.out_dtype), (arrays.x, arrays.offset)
+    return on_any_mesh(_arrange, static, arrays, batched=batched, batch=arrays.x.ndim - 3, whole=3)(*arrays)
 
 
 def _arrange(static: tuple[TpuCall, Any], x, kernel, offset, mask, bias) -> jax.Array:
@@ -108,10 +101,7 @@ def _arrange(static: tuple[TpuCall, Any], x, kernel, offset, mask, bias) -> jax.
     call, out_dtype = static
     spec, batch = call.spec, x.shape[:-3]
 
-    def flat(array):
-        shape = array.shape[len(batch) :]
-        return jnp.broadcast_to(array, (*batch, *shape)).reshape(-1, *shape)  # offset and mask may be shared by images
-
+    flat = functools.partial(flatten_batch, batch)
     points = (*offset.shape[:-1], spec.window.taps)
     operands = ForwardOperands(
         flat(x).astype(spec.dtype),

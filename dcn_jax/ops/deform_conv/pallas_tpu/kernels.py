@@ -181,7 +181,7 @@ def place_points(n, regular_ref, points_ref, layout: StripLayout) -> Points:
 
 
 def hats(offset: jax.Array, regular: jax.Array, pixels: int) -> Hats:
-    """One of `sampling`'s readings, linear with "zeros", spelt as the weight of every pixel along an axis.
+    """The weights that `sampling` gives with method "linear" and padding "zeros", for every pixel of an axis.
 
     The points are at `offset` from the whole numbers `regular`, both `(1, P)`. At a whole number
     the slope is the right-hand derivative. A NaN makes both weights of its point NaN.

@@ -40,7 +40,7 @@ class StripLayout(NamedTuple):
     @property
     def extra_strips(self) -> int:
         """How many strips of rows of the map, margins included, begin below the last strip of positions."""
-        return -(-(self.patch_rows - ROWS) // ROWS)
+        return -(-self.patch_rows // ROWS) - 1
 
 
 class TpuCall(NamedTuple):
@@ -55,8 +55,9 @@ class TpuCall(NamedTuple):
 def layout_for(spec: Spec) -> StripLayout:
     """The layout of a call whose offsets are bounded."""
     window, reach = spec.window, math.ceil(cast(float, spec.max_offset))
+    # At the bound itself the pixel above has the weight 0, and clipping makes its slope 0: the patch ends below it.
     rows, columns = (
-        positions - 1 + (size - 1) * dilation + 2 * reach + 1
+        positions + (size - 1) * dilation + 2 * reach
         for positions, size, dilation in zip((ROWS, COLUMNS), window.size, window.dilation, strict=True)
     )
     height, width = window.out_spatial
