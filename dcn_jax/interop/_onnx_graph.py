@@ -88,9 +88,7 @@ class Graph:
         self.nodes.append(Node(op_type, names, name, attributes))
         first: Any = inputs[0]
         return Value(
-            name,
-            first.channels if channels is None else channels,
-            first.spatial if spatial is None else tuple(spatial),
+            name, first.channels if channels is None else channels, first.spatial if spatial is None else tuple(spatial)
         )
 
     def _input(self, name: str, given: Any) -> str:

@@ -19,13 +19,7 @@ ORDERS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarra
 
 
 def reorder_offsets(
-    array: Any,
-    order: str,
-    *,
-    window: Sequence[int],
-    offset_groups: int = 1,
-    axis: int = -1,
-    inverse: bool = False,
+    array: Any, order: str, *, window: Sequence[int], offset_groups: int = 1, axis: int = -1, inverse: bool = False
 ) -> np.ndarray:
     """Reorder channels of offsets, of masks or of both, from another library's order to ours or back.
 

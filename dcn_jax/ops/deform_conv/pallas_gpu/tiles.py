@@ -63,16 +63,8 @@ _TILES = {
     },
     # Replace "half" and "TF32_TF32_F32" if channels or features are no multiple of 8, and so are
     # loaded one by one ("odd"), or if the points have eight corners ("3-D").
-    "odd or 3-D": {
-        "forward": Tile(64, 32, 64),
-        "backward_x": Tile(64, 32, 64),
-        "backward_kernel": Tile(64, 32, 64),
-    },
-    "odd and 3-D": {
-        "forward": Tile(32, 32, 64),
-        "backward_x": Tile(32, 32, 32),
-        "backward_kernel": Tile(32, 16, 64),
-    },
+    "odd or 3-D": {"forward": Tile(64, 32, 64), "backward_x": Tile(64, 32, 64), "backward_kernel": Tile(64, 32, 64)},
+    "odd and 3-D": {"forward": Tile(32, 32, 64), "backward_x": Tile(32, 32, 32), "backward_kernel": Tile(32, 16, 64)},
     "TF32_TF32_F32_X3": {  # each operand takes twice the registers
         "forward": Tile(64, 32, 128),
         "backward_x": Tile(64, 64, 64),

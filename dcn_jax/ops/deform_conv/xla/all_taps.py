@@ -28,7 +28,6 @@ from dcn_jax.ops.deform_conv.xla.blocks import (
     Operands,
     border_of,
     differentiated,
-    join,
     one_batch_axis,
     read_images,
 )
@@ -48,7 +47,8 @@ def result(spec: Spec, blocks: Blocks, operands: Operands) -> jax.Array:
 
     _, y = lax.scan(product, jnp.int32(0), length=blocks.number)
     y = y.reshape(blocks.number, groups, images, blocks.size, features // groups).transpose(2, 0, 3, 1, 4)
-    return join(spec, y.reshape(images, blocks.number * blocks.size, features))
+    y = y.reshape(images, blocks.number * blocks.size, features)
+    return y[:, : math.prod(spec.window.out_spatial)].astype(spec.out_dtype)
 
 
 def gradients(
@@ -93,13 +93,9 @@ def _pull_block(
     samples_bar, matrices_bar = pull_product(bar)
     read = jax.eval_shape(read_images, rows, wide_rows, at)
     (read_bar,) = jax.linear_transpose(partial(_arrange, spec), read)(samples_bar)
-    if wide_rows is None:
-        rows_bar, weight_bar = jax.vmap(pull_rows)(rows, at, read_bar)
-        wide_rows_bar = None
-    else:
-        wide_rows_bar, weight_bar = jax.vmap(pull_rows)(rows, at, read_bar, wide_rows)
-        rows_bar = jnp.zeros_like(rows)
-    (bars,) = undo((rows_bar, wide_rows_bar, weight_bar))
+    features_bar, weight_bar = jax.vmap(pull_rows)(rows, at, read_bar, wide_rows)
+    both = (features_bar, None) if wide_rows is None else (jnp.zeros_like(rows), features_bar)
+    (bars,) = undo((*both, weight_bar))
     return bars | {"matrices": matrices_bar} if "matrices" in active else bars
 
 
@@ -126,7 +122,6 @@ def _samples(spec: Spec, blocks: Blocks, first: jax.Array, part: Divided, block:
     wanted = jax.eval_shape(read, first, part, block)
 
     def zeros(first, part, block):
-        del first, block
         return jnp.zeros_like(part.rows, wanted.dtype, wanted.shape)
 
     return lax.cond(block >= 0, read, zeros, first, part, block)

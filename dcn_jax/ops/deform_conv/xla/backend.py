@@ -24,12 +24,7 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
     """`deform_conv` of a checked call."""
     rank = spec.window.rank
     compute = on_any_mesh(
-        convolve,
-        spec,
-        arrays,
-        batched=(arrays.x, arrays.offset),
-        batch=arrays.x.ndim - rank - 1,
-        whole=rank + 1,
+        convolve, spec, arrays, batched=(arrays.x, arrays.offset), batch=arrays.x.ndim - rank - 1, whole=rank + 1
     )
     return compute(*arrays)
 

@@ -135,6 +135,17 @@ class Blocks(NamedTuple):
         scale = None if part.modulation is None else by_group(part.modulation)[..., 0]
         return Positions(lax.expand_dims(whole, range(batch_axes)), by_group(part.offset)), scale
 
+    def block_and_tap(self, spec: Spec, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The block and the tap of a step of one tap: all taps of a block, then the next block."""
+        # Counted, not scanned over: a TPU would slice arrays of blocks and taps in a kernel of their own.
+        taps = jnp.int32(spec.window.taps)
+        return lax.div(step, taps), lax.rem(step, taps)
+
+    def join(self, spec: Spec, y: jax.Array) -> jax.Array:
+        """The result of all blocks, `(number, B, size, F)`, without what the last block was filled up with: `(B, P, F)`."""
+        y = jnp.moveaxis(y, 0, 1).reshape(y.shape[1], self.number * self.size, y.shape[-1])
+        return y[:, : math.prod(spec.window.out_spatial)].astype(spec.out_dtype)
+
     def divide_cotangent(self, y_bar: jax.Array) -> jax.Array:
         """The result's cotangent, block by block: `(B, P, F)` -> `(number, B * size, F)`."""
         images, _, features = y_bar.shape
@@ -186,11 +197,6 @@ def fill_up(array: jax.Array, axis: int, length: Size) -> jax.Array:
 def differentiated(divided: Divided, active: tuple[str, ...]) -> tuple[str, ...]:
     """The names of the divided operands that gradients flow to, where the operands named in `active` want gradients."""
     return tuple("wide_rows" if name == "rows" and divided.wide_rows is not None else name for name in active)
-
-
-def join(spec: Spec, y: jax.Array) -> jax.Array:
-    """The result of all blocks, `(B, number * size, F)`, without what the last block was filled up with: `(B, P, F)`."""
-    return y[:, : math.prod(spec.window.out_spatial)].astype(spec.out_dtype)
 
 
 def one_batch_axis(rows: jax.Array, wide_rows: jax.Array | None, at: Any) -> tuple[jax.Array, jax.Array | None, Any]:

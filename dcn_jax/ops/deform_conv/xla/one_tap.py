@@ -25,7 +25,6 @@ from dcn_jax.ops.deform_conv.xla.blocks import (
     border_of,
     differentiated,
     is_depthwise,
-    join,
     read_images,
 )
 from dcn_jax.sampling import locate
@@ -44,15 +43,14 @@ def result(spec: Spec, blocks: Blocks, operands: Operands) -> jax.Array:
     # sum over steps, and sums it over devices once, after the loop.
     def add(carry, _):
         step, total = carry
-        block, tap = _block_and_tap(spec, step)
+        block, tap = blocks.block_and_tap(spec, step)
         if blocks.number == 1:
             return (step + 1, total + product(block, tap)[None]), None
         return (step + 1, total.at[block].add(product(block, tap), mode="promise_in_bounds")), None
 
     zeros = zeros_varying_like(divided, spec.accumulate, (blocks.number, *_shape(spec, blocks, operands)))
     (_, y), _ = lax.scan(add, (jnp.int32(0), zeros), length=blocks.number * spec.window.taps)
-    y = jnp.moveaxis(y.reshape(blocks.number, images, blocks.size, features), 0, 1)
-    return join(spec, y.reshape(images, blocks.number * blocks.size, features))
+    return blocks.join(spec, y.reshape(blocks.number, images, blocks.size, features))
 
 
 def gradients(
@@ -65,7 +63,7 @@ def gradients(
     @partial(jax.checkpoint, prevent_cse=False)
     def add(carry, _):
         step, sums = carry
-        block, tap = _block_and_tap(spec, step)
+        block, tap = blocks.block_and_tap(spec, step)
         part = blocks.take(spec, block, tap, divided._replace(matrices=operands.matrices))
         bar = blocks.take_cotangent(spec, block, y_bar).reshape(_shape(spec, blocks, operands))
 
@@ -81,13 +79,6 @@ def gradients(
     steps = blocks.number * spec.window.taps
     (_, sums), _ = lax.scan(add, (jnp.int32(steps - 1), zeros_of_active), length=steps)
     return undo(zeros._replace(**sums))[0]._asdict()
-
-
-def _block_and_tap(spec: Spec, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The block and the tap of a step, the taps of one block after another."""
-    # Counted, not scanned over: a TPU would slice arrays of blocks and taps in a kernel of their own.
-    taps = jnp.int32(spec.window.taps)
-    return lax.div(step, taps), lax.rem(step, taps)
 
 
 def _shape(spec: Spec, blocks: Blocks, operands: Operands) -> tuple[Size, ...]:

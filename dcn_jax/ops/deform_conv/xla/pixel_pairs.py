@@ -28,7 +28,6 @@ from dcn_jax.ops.deform_conv.xla.blocks import (
     Regular,
     border_of,
     differentiated,
-    join,
     one_batch_axis,
 )
 from dcn_jax.sampling import Border, Positions, Rows, neighbours
@@ -54,8 +53,7 @@ def result(spec: Spec, blocks: Blocks, operands: Operands) -> jax.Array:
         return block + 1, total
 
     _, y = lax.scan(sum_block, jnp.int32(0), length=blocks.number)
-    y = jnp.moveaxis(y.reshape(blocks.number, images, blocks.size, features), 0, 1)
-    return join(spec, y.reshape(images, blocks.number * blocks.size, features))
+    return blocks.join(spec, y.reshape(blocks.number, images, blocks.size, features))
 
 
 def gradients(
@@ -68,8 +66,7 @@ def gradients(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def add(carry, _):
         step, sums = carry
-        taps = jnp.int32(spec.window.taps)
-        block, tap = lax.div(step, taps), lax.rem(step, taps)
+        block, tap = blocks.block_and_tap(spec, step)
         matrices = _pair_matrices(operands.matrices, spec.offset_groups)
         part = blocks.take(spec, block, tap, divided._replace(matrices=matrices))
         bar = blocks.take_cotangent(spec, block, y_bar)
