@@ -1,8 +1,14 @@
-"""A computation that is cut to suit the platform, and traced for that platform alone.
+"""One op, an algorithm for each platform, and gradients that are stated.
 
-`lax.platform_dependent` traces, differentiates and transposes a branch for each platform, long before it is known which
-of them will be compiled. Here a call is one primitive, its derivatives are calls of it again, and what they compute is
-traced when they are lowered, for the platform that they are lowered for.
+Why `lax.platform_dependent` was not enough: a program's platform is known only when it is lowered. So
+`platform_dependent` traces the algorithm of every platform, and JAX differentiates and transposes each,
+to compile one of them: the gradients of one layer took 6 times as long to trace and lower (0.50 s, not
+0.08; conv3-224, jax 0.10.2). Here an op is one primitive. Its tangents and transposes are calls of the same
+primitive, and an algorithm is traced when a call is lowered, for the platform that it is lowered for.
+
+The gradients are the algorithm's own. JAX's transpose of a loop of gathers would, in each step, make a map
+of zeros, add to it, and add that map to the gradient. JAX finds all other derivatives (tangents, and the
+derivatives of gradients) from the algorithm's result and gradients.
 """
 
 import functools
@@ -15,86 +21,130 @@ from jax import lax
 from jax.extend.core import Primitive, unmapped_aval
 from jax.interpreters import ad, batching, mlir
 
-Parts = tuple[tuple[str, Any], ...]  # platform by platform; "default" is any that is not named
+
+class Algorithm(NamedTuple):
+    """One way to compute an op. Hashable: platforms whose algorithms are equal share one program."""
+
+    result: Callable  # (spec, blocks, operands) -> array
+    gradients: Callable  # (spec, blocks, active, y_bar, operands) -> {name: gradient}, for each name in `active`
+    blocks: Any  # how it divides the work
+    # Whether `jax.vmap` maps `gradients`. Then an array that is not mapped has a gradient for each member in memory, which
+    # are summed. Otherwise JAX transposes the mapped `result`, which sums as it goes.
+    gradients_can_be_mapped: bool = False
 
 
-class Computation(NamedTuple):
-    """A function of several arrays to one, cut into parts, and its gradients."""
-
-    compute: Callable  # (parts, *arrays) -> array
-    gradients: Callable  # (parts, active, cotangent, *arrays) -> those of the arrays whose numbers are active
-    result_type: Callable  # (*arrays) -> an array of the type of the result
-    parts: tuple[Parts, ...]  # of the result, of its derivative, …; the last are those of all that follow
-    # Whether the gradients of a map are these, mapped, and then added up for an array that serves all. Else JAX finds them,
-    # and adds as it goes.
-    gradients_of_maps: bool = False
-    holds: Any = None  # a jaxpr with what its lowering may hold, where JAX looks whether that has to know its devices
-
-    def __call__(self, parts: Any, arrays: Sequence[Any]) -> list[Any]:
-        return [self.compute(parts, *arrays)]
+Algorithms = tuple[tuple[str, Algorithm], ...]  # (platform, algorithm); "default" is every platform that is not named
 
 
-def by_platform(computation: Computation, *arrays: jax.Array) -> jax.Array:
-    """The result of a computation; it is differentiated, to any order, and mapped like any function of JAX."""
+class Op(NamedTuple):
+    """Everything about an op but its arrays; hashable."""
+
+    spec: Any  # handed to each function of its algorithms
+    result: Any  # the result's type, by `type_of`
+    algorithms: tuple[Algorithms, ...]  # of the result, of the first derivative, …; the last serve all that follow
+    # A jaxpr that never runs. JAX passes the list of devices to a lowering only if it finds, in the primitive's parameters, a
+    # jaxpr with a call that needs it. `pallas_gpu` gives one.
+    holds: Any = None
+
+
+def type_of(compute: Callable, *arguments: Any) -> Any:
+    """The type of the array `compute(*arguments)`, which is traced and never run."""
+    return jax.make_jaxpr(compute)(*arguments).out_avals[0]
+
+
+def platform_op(op: Op, operands: Any) -> jax.Array:
+    """The result of an op; to be called under `jax.jit`. `operands` is a NamedTuple of arrays, of which some may be None."""
+    given = {name: array for name, array in operands._asdict().items() if array is not None}
     call = _Call(
-        of=computation,
-        parts=computation.parts,
-        holds=computation.holds,
-        results=tuple(jax.make_jaxpr(computation.result_type)(*arrays).out_avals),
+        of=_Result(op.spec, type(operands), tuple(given)),
+        algorithms=op.algorithms,
+        holds=op.holds,
+        results=(op.result,),
         matmul_precision=jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
         x64=jax.config.jax_enable_x64,  # pyright: ignore[reportAttributeAccessIssue]
     )
-    return _bind(call, *arrays)[0]
+    return _platform_op.bind(*given.values(), call=call, holds=op.holds)[0]
 
 
 class _Call(NamedTuple):
-    """What is known of a call beside its arrays."""
+    """Everything about a call of the primitive but its arrays."""
 
-    of: Callable  # (parts, arrays) -> arrays
-    parts: tuple[Parts, ...]  # of this, of its derivative, …
+    of: Callable  # (algorithm, arrays) -> arrays
+    algorithms: tuple[Algorithms, ...]  # of this function, of its derivative, …
     holds: Any
     results: tuple[Any, ...]  # their types
-    matmul_precision: str | None  # as set where the call is made; where it is lowered they may be others
+    matmul_precision: str | None  # as set where the call is made; where it is lowered, another may be set
     x64: bool
 
 
-# What a derivative computes. They are values, and hold no arrays.
+# The functions of a call: each takes an algorithm and a list of arrays. They are compared by value, and hold no arrays.
+
+
+class _Result(NamedTuple):
+    """The result of an op."""
+
+    spec: Any
+    operands: Callable  # the NamedTuple's class
+    given: tuple[str, ...]  # the operands that are not None, in the order of the arrays
+
+    def __call__(self, algorithm: Algorithm, arrays: Sequence[Any]) -> list[Any]:
+        return [algorithm.result(self.spec, algorithm.blocks, self._named(arrays))]
+
+    def gradients(self, algorithm: Algorithm, active: tuple[int, ...], y_bar: Any, *arrays) -> list[Any]:
+        """The gradients of the arrays whose numbers are active."""
+        names = tuple(self.given[i] for i in active)
+        found = algorithm.gradients(self.spec, algorithm.blocks, names, y_bar, self._named(arrays))
+        return [found[name] for name in names]
+
+    def _named(self, arrays: Sequence[Any]) -> Any:
+        absent = dict.fromkeys(self.operands._fields)  # pyright: ignore[reportFunctionMemberAccess]
+        return self.operands(**absent | dict(zip(self.given, arrays, strict=True)))
 
 
 class _Tangents(NamedTuple):
-    """Of a function, along the arrays whose numbers are active: their tangents follow the arrays."""
+    """The tangents of a function, along the arrays whose numbers are active. Their tangents follow the arrays."""
 
     of: Callable
     active: tuple[int, ...]
 
-    def __call__(self, parts: Any, arrays: Sequence[Any]) -> list[Any]:
+    def __call__(self, algorithm: Algorithm, arrays: Sequence[Any]) -> list[Any]:
         count = len(arrays) - len(self.active)
         primals, tangents = arrays[:count], arrays[count:]
 
         def of_active(*moving):
             moved = dict(zip(self.active, moving, strict=True))
-            return self.of(parts, [moved.get(i, array) for i, array in enumerate(primals)])
+            return self.of(algorithm, [moved.get(i, array) for i, array in enumerate(primals)])
 
         return jax.jvp(of_active, [primals[i] for i in self.active], list(tangents))[1]
 
 
 class _Transpose(NamedTuple):
-    """Of a function that is linear in some of its arrays: the others come first, then the cotangents."""
+    """The transpose of a function that is linear in some arrays. The other arrays come first, then the cotangents."""
 
     of: Callable
-    linear: tuple[Any, ...]  # the type of each array that it is linear in; None for the others
+    linear: tuple[Any, ...]  # the type of each array that the function is linear in; None for the others
 
-    def __call__(self, parts: Any, arrays: Sequence[Any]) -> list[Any]:
+    def __call__(self, algorithm: Algorithm, arrays: Sequence[Any]) -> list[Any]:
         types = [kind for kind in self.linear if kind is not None]
         count = len(self.linear) - len(types)
         fixed, cotangents = arrays[:count], arrays[count:]
         match self.of:
-            case _Tangents(of=of, active=active) if len(types) == len(active) and (pull := _pull(of, active)):
-                return pull(parts, *cotangents, *fixed)
+            case _Tangents(of=of, active=active) if len(types) == len(active):
+                if pull := _stated_gradients(of, algorithm, active):
+                    return pull(*cotangents, *fixed)
+
+        given = iter(fixed)
+        arrays = [next(given) if kind is None else None for kind in self.linear]
+        active = tuple(i for i, kind in enumerate(self.linear) if kind is not None)
+        # Here the op itself is transposed (`jax.linear_transpose`). The gradients of a linear function do not depend on where
+        # they are taken, so zeros stand for the arrays that it is linear in.
+        if pull := _stated_gradients(self.of, algorithm._replace(gradients_can_be_mapped=True), active):
+            at = [ad.instantiate_zeros(ad.Zero(self.linear[i])) if i in active else a for i, a in enumerate(arrays)]
+            return pull(*cotangents, *at)
 
         def of_linear(*moving):
-            given, moved = iter(fixed), iter(moving)
-            return self.of(parts, [next(given if kind is None else moved) for kind in self.linear])
+            moved = dict(zip(active, moving, strict=True))
+            return self.of(algorithm, [moved.get(i, array) for i, array in enumerate(arrays)])
 
         return list(jax.linear_transpose(of_linear, *types)(list(cotangents)))
 
@@ -107,57 +157,61 @@ class _Mapped(NamedTuple):
     size: Any
     spmd_axis_name: Any
 
-    def __call__(self, parts: Any, arrays: Sequence[Any]) -> list[Any]:
-        of_one = functools.partial(self.of, parts)
-        options = {"axis_size": self.size, "spmd_axis_name": self.spmd_axis_name}
-        return jax.vmap(of_one, in_axes=(list(self.axes),), **options)(list(arrays))
+    def __call__(self, algorithm: Algorithm, arrays: Sequence[Any]) -> list[Any]:
+        return self.map(functools.partial(self.of, algorithm), (list(self.axes),))(list(arrays))
+
+    def map(self, function: Callable, axes: tuple) -> Callable:
+        """`function`, mapped as this one is, over `axes` of its arguments."""
+        return jax.vmap(function, in_axes=axes, axis_size=self.size, spmd_axis_name=self.spmd_axis_name)
 
 
-def _pull(of: Callable, active: tuple[int, ...], *, mapped: bool = False) -> Callable | None:
-    """The gradients that a function brings along: (parts, cotangent, *arrays) -> those of the active; None: it has none."""
+def _stated_gradients(
+    of: Callable, algorithm: Algorithm, active: tuple[int, ...], *, mapped: bool = False
+) -> Callable | None:
+    """(cotangent, *arrays) -> the gradients of the active arrays, as the algorithm states them; None where it does not."""
     match of:
-        case Computation() if of.gradients_of_maps or not mapped:
-            return lambda parts, *arrays: of.gradients(parts, active, *arrays)
-        case _Mapped() if pull := _pull(of.of, active, mapped=True):
+        case _Result() if algorithm.gradients_can_be_mapped or not mapped:
+            return functools.partial(of.gradients, algorithm, active)
+        case _Mapped() if pull := _stated_gradients(of.of, algorithm, active, mapped=True):
             return functools.partial(_pull_map, of, [of.axes[i] for i in active], pull)
     return None
 
 
-def _pull_map(of: _Mapped, axes: list[int | None], pull: Callable, parts: Any, *arrays) -> list[Any]:
-    """The gradients of what is mapped over along `axes`; an array that serves all has the sum of theirs."""
-    options = {"axis_size": of.size, "spmd_axis_name": of.spmd_axis_name}
-    pull_one = jax.vmap(functools.partial(pull, parts), in_axes=(0, *of.axes), **options)
-    found = zip(pull_one(*arrays), axes, strict=True)
+def _pull_map(of: _Mapped, axes: list[int | None], pull: Callable, *arrays) -> list[Any]:
+    """The gradients of a mapped function, mapped over `axes`; an array shared by all members gets the sum of theirs."""
+    found = zip(of.map(pull, (0, *of.axes))(*arrays), axes, strict=True)
     return [jnp.sum(g, axis=0) if axis is None else jnp.moveaxis(g, 0, axis) for g, axis in found]
 
 
-_by_platform = Primitive("by_platform")
-_by_platform.multiple_results = True
+# The primitive: its types, its derivatives, maps of it, and its lowering.
+
+_platform_op = Primitive("platform_op")
+_platform_op.multiple_results = True
 
 
 def _bind(call: _Call, *arrays) -> list[Any]:
-    return _by_platform.bind(*arrays, call=call, holds=call.holds)
+    return _platform_op.bind(*arrays, call=call, holds=call.holds)
 
 
-@_by_platform.def_abstract_eval
+@_platform_op.def_abstract_eval
 def _types(*arrays, call: _Call, holds):
     del arrays, holds
     return list(call.results)
 
 
-@_by_platform.def_impl
+@_platform_op.def_impl
 def _run(*arrays, call: _Call, holds):
-    return call.of(_parts(call, jax.default_backend()), arrays)
+    return call.of(_algorithm_for(call, jax.default_backend()), arrays)
 
 
-def _parts(call: _Call, platform: str) -> Any:
-    parts = dict(call.parts[0])
-    return parts.get(platform, parts["default"])
+def _algorithm_for(call: _Call, platform: str) -> Algorithm:
+    algorithms = dict(call.algorithms[0])
+    return algorithms.get(platform, algorithms["default"])
 
 
 def _jvp(primals, tangents, *, call: _Call, holds):
     active = tuple(i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero))
-    along = call._replace(of=_Tangents(call.of, active), parts=call.parts[1:] or call.parts)
+    along = call._replace(of=_Tangents(call.of, active), algorithms=call.algorithms[1:] or call.algorithms)
     moved = _bind(along, *primals, *(tangents[i] for i in active))
     return _bind(call, *primals), moved
 
@@ -181,20 +235,20 @@ def _batch(axis, arrays, axes, *, call: _Call, holds):
 
 def _lower(context, *arrays, call: _Call, holds):
     platforms = context.platforms or context.module_context.platforms
-    parts = {platform: _parts(call, platform) for platform in platforms}
+    chosen = {platform: _algorithm_for(call, platform) for platform in platforms}
 
     def of_platform(*arrays):
-        if len(set(parts.values())) == 1:
-            return call.of(parts[platforms[0]], arrays)
+        if len(set(chosen.values())) == 1:
+            return call.of(chosen[platforms[0]], arrays)
         # A program that is exported for several platforms chooses where it is called.
-        branches = {platform: lambda *arrays, n=n: call.of(n, arrays) for platform, n in parts.items()}
-        return lax.platform_dependent(*arrays, **branches)
+        forms = {platform: lambda *arrays, a=algorithm: call.of(a, arrays) for platform, algorithm in chosen.items()}
+        return lax.platform_dependent(*arrays, **forms)
 
     with jax.default_matmul_precision(call.matmul_precision), jax.enable_x64(call.x64):
         return mlir.lower_fun(of_platform)(context, *arrays)
 
 
-ad.primitive_jvps[_by_platform] = _jvp
-ad.primitive_transposes[_by_platform] = _transpose
-batching.fancy_primitive_batchers[_by_platform] = _batch
-mlir.register_lowering(_by_platform, _lower)
+ad.primitive_jvps[_platform_op] = _jvp
+ad.primitive_transposes[_platform_op] = _transpose
+batching.fancy_primitive_batchers[_platform_op] = _batch
+mlir.register_lowering(_platform_op, _lower)

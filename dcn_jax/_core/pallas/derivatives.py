@@ -1,39 +1,30 @@
-"""An op that kernels compute, and its gradients; all its other derivatives are those of a form in XLA."""
+"""The algorithms of an op whose result and gradients are kernels; all its other derivatives are those of a form in XLA."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from dcn_jax._core.platform_op import Computation, by_platform
-
-_ORDERS = tuple((("default", order),) for order in ("result", "gradients", "what follows"))
+from dcn_jax._core.platform_op import Algorithm, Algorithms
 
 
-def by_kernels(op: Callable, pull: Callable, by_xla: Callable, operands: Any, holds: Any = None) -> jax.Array:
-    """`op(operands)`, with the gradients `pull(operands, g)` at `g`, that of the result, like the operands.
+def by_kernels(result: Callable, gradients: Callable, by_xla: Callable, blocks: Any) -> tuple[Algorithms, ...]:
+    """For `platform_op`: the algorithms of the op, of its first derivative, and of all higher ones.
 
-    Tangents, and what is derived from the gradients, are those of `by_xla(operands)`, which computes the same as `op`.
+    `result` and `by_xla`, (spec, blocks, operands) -> array, compute the same. Tangents, and the derivatives of gradients,
+    are those of `by_xla`.
     """
-    leaves, tree = jax.tree.flatten(operands)
+    in_order = (result, gradients), (by_xla, gradients), (by_xla, _Gradients(by_xla))
+    return tuple((("default", Algorithm(*both, blocks, gradients_can_be_mapped=True)),) for both in in_order)
 
-    def compute(order, *leaves):
-        return (op if order == "result" else by_xla)(tree.unflatten(leaves))
 
-    def gradients(order, active, g, *leaves):
-        if order == "gradients":
-            found = jax.tree.leaves(pull(tree.unflatten(leaves), g))
-            return [found[i] for i in active]
+class _Gradients(NamedTuple):
+    """The gradients of `of`, as JAX finds them."""
 
-        def of_active(*moving):
-            moved = dict(zip(active, moving, strict=True))
-            return by_xla(tree.unflatten(moved.get(i, leaf) for i, leaf in enumerate(leaves)))
+    of: Callable
 
-        return list(jax.vjp(of_active, *(leaves[i] for i in active))[1](g))
+    def __call__(self, spec: Any, blocks: Any, active: tuple[str, ...], y_bar: jax.Array, operands: Any) -> dict:
+        def of_active(moving):
+            return self.of(spec, blocks, operands._replace(**moving))
 
-    def result_type(*leaves):
-        return by_xla(tree.unflatten(leaves))
-
-    return by_platform(
-        Computation(compute, gradients, result_type, _ORDERS, gradients_of_maps=True, holds=holds), *leaves
-    )
+        return jax.vjp(of_active, {name: getattr(operands, name) for name in active})[1](y_bar)[0]

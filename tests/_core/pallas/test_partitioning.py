@@ -1,4 +1,4 @@
-"""What `holds_kernels` stands on, which JAX promises nowhere."""
+"""When JAX passes the devices to a lowering: `holds_kernels` depends on it, and JAX documents it nowhere."""
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,6 @@ def test_jax_passes_the_devices_to_a_lowering_that_holds_kernels():
 
 def test_jax_passes_no_devices_to_other_lowerings():
     assert devices_in_lowering(None) is None, (
-        "JAX now passes the devices to every lowering. Nothing is lost: `holds_kernels`, the parameter `holds` of "
-        "`platform_op` and this file can go, once the oldest JAX that is supported does so too."
+        "JAX now passes the devices to every lowering. That costs nothing: once the oldest JAX that is supported does so too, "
+        "`holds_kernels`, `platform_op.Op.holds` and this file can go."
     )

@@ -1,8 +1,8 @@
-"""A step of the sum on a TPU: one tap of a block, pixels read in pairs, with a row of zeros for what is outside.
+"""Algorithm of a TPU: one tap of a block of positions after another, from a map whose rows hold two neighbouring pixels.
 
-A TPU fetches row after row, so half as many of twice the width take half the time; and a mask for
-what is outside would cost it more than weighing the rows. Offset groups are an axis before all others,
-where there are several, so that no channels are moved.
+A TPU fetches row after row, so half as many rows of twice the width take half the time. A point outside the map reads a
+row of zeros, because masking what it reads would cost more. With several offset groups, these are an axis before all
+others, so that no channels are moved.
 """
 
 import functools
@@ -18,59 +18,132 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from dcn_jax._core.dtypes import wide
+from dcn_jax._core.mesh import zeros_varying_like
 from dcn_jax.geometry import Size, int32
 from dcn_jax.ops.deform_conv.call import Spec
-from dcn_jax.ops.deform_conv.xla.one_tap import Regular, multiply, one_batch_axis, points_of
-from dcn_jax.ops.deform_conv.xla.schedule import Cut, Operands
+from dcn_jax.ops.deform_conv.xla.blocks import (
+    Blocks,
+    Divided,
+    Operands,
+    Regular,
+    border_of,
+    differentiated,
+    one_batch_axis,
+)
 from dcn_jax.sampling import Border, Positions, Rows, neighbours
 
 
-def product(spec: Spec, cut: Cut, regular: Regular, block: jax.Array, tap: jax.Array, part: Operands) -> jax.Array:
-    """What a tap adds to a block, `(B * size, F)`. `part` has maps and matrices in pairs."""
-    points, scale = points_of(spec, cut, regular, block, tap, part)
+def result(spec: Spec, blocks: Blocks, operands: Operands) -> jax.Array:
+    """The sum over taps: `(B, P, F)`."""
+    images, features = math.prod(operands.rows.shape[:-2]), operands.matrices.shape[-1]
+    divided, regular = _divide_pairs(spec, blocks, operands), blocks.regular_table(spec)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # a derivative of the loop keeps no samples either
+    def product(block, tap):
+        return _product(spec, blocks, regular, block, tap, blocks.take(spec, block, tap, divided))
+
+    # The taps are a loop of their own: a TPU keeps the sum that it carries on the chip.
+    def sum_block(block, _):
+        def add_tap(carry, _):
+            tap, total = carry
+            return (tap + 1, total + product(block, tap)), None
+
+        zeros = zeros_varying_like(divided, spec.accumulate, (images * blocks.size, features))
+        (_, total), _ = lax.scan(add_tap, (jnp.int32(0), zeros), length=spec.window.taps)
+        return block + 1, total
+
+    _, y = lax.scan(sum_block, jnp.int32(0), length=blocks.number)
+    return blocks.join(spec, y.reshape(blocks.number, images, blocks.size, features))
+
+
+def gradients(
+    spec: Spec, blocks: Blocks, active: tuple[str, ...], y_bar: jax.Array, operands: Operands
+) -> dict[str, jax.Array]:
+    """The gradients of the operands named in `active`: the transpose of `result`, step by step, last step first."""
+    divided, undo = jax.vjp(functools.partial(_divide_pairs, spec, blocks), operands)
+    regular, y_bar, active = blocks.regular_table(spec), blocks.divide_cotangent(y_bar), differentiated(divided, active)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def add(carry, _):
+        step, sums = carry
+        block, tap = blocks.block_and_tap(spec, step)
+        matrices = _pair_matrices(operands.matrices, spec.offset_groups)
+        part = blocks.take(spec, block, tap, divided._replace(matrices=matrices))
+        bar = blocks.take_cotangent(spec, block, y_bar)
+
+        def of_active(given):
+            return _product(spec, blocks, regular, block, tap, part._replace(**given))
+
+        (bars,) = jax.vjp(of_active, {name: getattr(part, name) for name in active})[1](bar)
+        added = {n: blocks.add_part(spec, block, tap, divided, n, sums[n], bars[n]) for n in active}
+        return (step - 1, added), None
+
+    zeros = jax.tree.map(jnp.zeros_like, divided)
+    zeros_of_active = {name: getattr(zeros, name) for name in active}
+    steps = blocks.number * spec.window.taps
+    (_, sums), _ = lax.scan(add, (jnp.int32(steps - 1), zeros_of_active), length=steps)
+    return undo(zeros._replace(**sums))[0]._asdict()
+
+
+def _product(
+    spec: Spec, blocks: Blocks, regular: Regular, block: jax.Array, tap: jax.Array, part: Divided
+) -> jax.Array:
+    """What one tap adds to a block: `(B * size, F)`. The maps and matrices of `part` are in pairs."""
+    points, scale = blocks.tap_points(spec, regular, block, tap, part)
     if spec.dtype == jnp.bfloat16:
-        # To which a TPU rounds float32 itself; said here, their gradients would be rounded too.
+        # A TPU rounds float32 to bfloat16 in its products anyway. Rounding here would round the gradients too.
         spec = spec._replace(dtype=spec.accumulate, precision=lax.Precision.DEFAULT)
     if spec.offset_groups == 1:
         points = Positions(points.regular[..., 0, :], points.offset[..., 0, :])
         scale = None if scale is None else scale[..., 0]
-    at = locate_pairs(points, scale, spec.offset_groups, Border(spec.window.spatial, spec.window.padding_mode))
-    # A narrow map is read wide: XLA's gather unpacks its rows and packs them again, which takes longer.
-    rows, _, at = one_batch_axis(part.rows if part.summed is None else part.summed, None, at)
+    at = _locate_pairs(points, scale, spec.offset_groups, border_of(spec))
+    # A narrow map is read in its wider copy: XLA's gather unpacks and packs bfloat16 rows, which takes longer.
+    rows, _, at = one_batch_axis(part.rows if part.wide_rows is None else part.wide_rows, None, at)
     if spec.offset_groups > 1:  # (B, size, OG) -> (OG, B, size)
         at = jax.tree.map(lambda array: jnp.moveaxis(array, -1, 0), at)
-    return _multiply(spec, sum_pairs(rows, at), _apart(part.matrices))
+    return _multiply(spec, _sum_pairs(rows, at), _materialized(part.matrices))
 
 
 def _multiply(spec: Spec, samples: jax.Array, matrix: jax.Array) -> jax.Array:
-    """Σ over offset groups and both pixels: samples `(OG, N, 2 Cg)` times `(OG * 2 Cg, F)`."""
-    # The product adds the two pixels of a pair: cutting them apart would cost a TPU more.
-    if spec.offset_groups == 1:
-        return multiply(spec, samples[:, None], matrix)
-    matrix = matrix.reshape(spec.offset_groups, samples.shape[-1], matrix.shape[-1])
+    """Samples `([OG,] N, 2 Cg)` times a matrix `(OG * 2 Cg, F)`: the product also adds the two pixels of each pair."""
     einsum = functools.partial(jnp.einsum, precision=spec.precision, preferred_element_type=spec.accumulate)
-    return einsum("gnc,gcf->nf", samples.astype(spec.dtype), matrix.astype(spec.dtype))
+    samples, matrix = samples.astype(spec.dtype), matrix.astype(spec.dtype)
+    if spec.offset_groups == 1:
+        return einsum("nc,cf->nf", samples, matrix)
+    return einsum("gnc,gcf->nf", samples, matrix.reshape(spec.offset_groups, samples.shape[-1], matrix.shape[-1]))
 
 
 @jax.custom_jvp
-def _apart(matrix: jax.Array) -> jax.Array:
-    """A matrix as it is: forward, XLA would else make an array of the weighed samples before it multiplies them."""
+def _materialized(matrix: jax.Array) -> jax.Array:
+    """`matrix` itself. Without this barrier XLA materialises the weighted samples before the forward product."""
     return lax.optimization_barrier(matrix)
 
 
-_apart.defjvp(lambda primals, tangents: (primals[0], tangents[0]))
+_materialized.defjvp(lambda primals, tangents: (primals[0], tangents[0]))
 
 
-def pair_matrices(matrices: jax.Array, groups: int) -> jax.Array:
-    """Each offset group's part of the taps' matrices twice, for both pixels: `(K, C, F)` -> `(K, OG * 2 Cg, F)`."""
+# Maps and matrices in pairs
+
+
+def _divide_pairs(spec: Spec, blocks: Blocks, operands: Operands) -> Divided:
+    """`divide`, with maps and matrices in pairs."""
+    pair_up = functools.partial(_pair_up, border=border_of(spec), groups=spec.offset_groups)
+    matrices = _pair_matrices(operands.matrices, spec.offset_groups)
+    divided = blocks.divide(spec, operands._replace(matrices=matrices))
+    wide_rows = None if divided.wide_rows is None else pair_up(divided.wide_rows)
+    return divided._replace(rows=pair_up(divided.rows), wide_rows=wide_rows)
+
+
+def _pair_matrices(matrices: jax.Array, groups: int) -> jax.Array:
+    """Each offset group's part of the taps' matrices twice, once for each pixel: `(K, C, F)` -> `(K, OG * 2 Cg, F)`."""
     return jnp.concatenate([part for part in jnp.split(matrices, groups, axis=1) for _ in range(2)], axis=1)
 
 
-def pair_up(rows: jax.Array, border: Border, groups: int) -> jax.Array:
-    """Maps of one offset group after another, `(*B, R, Cg)` -> `(*B, OG * R', 2 Cg)`: a pixel, and the next of its line.
+def _pair_up(rows: jax.Array, border: Border, groups: int) -> jax.Array:
+    """Rows `(*B, R, Cg)` -> `(*B, OG * R', 2 Cg)`: each pixel beside the next of its line, offset group after group.
 
-    Beyond the border they are zero: the first pair of a line is the pixel before the map and its first one. The line after
-    the last one is zero, and with it what is read for a point outside.
+    Each line begins with the pair (zeros, first pixel) and ends with (last pixel, zeros). One more index along the first
+    axis holds zeros, which points outside the map read.
     """
     *batch, _, channels = rows.shape
     maps = rows.reshape(*batch, *border.spatial, groups * channels)
@@ -87,10 +160,11 @@ def pair_up(rows: jax.Array, border: Border, groups: int) -> jax.Array:
     return pairs.reshape(*batch, math.prod(pairs.shape[first:-1]), 2 * channels)
 
 
-def locate_pairs(points: Positions, scale: jax.Array | None, groups: int, border: Border) -> Rows:
-    """`sampling.locate` for maps of pairs: one row and two weights for each. `(*query, n)`, `(*query,)` -> `(*query,)`.
+def _locate_pairs(points: Positions, scale: jax.Array | None, groups: int, border: Border) -> Rows:
+    """`sampling.locate` for maps of pairs: `row` has one entry for each pair that a point reads, `weight` has two.
 
-    Of several offset groups, the last axis of `query`, each has its map.
+    Points `(*query, n)`, modulations `(*query,)` -> arrays `(*query,)`. With several offset groups, they are the last axis
+    of `query`.
     """
     offset = points.offset.astype(wide(points.offset.dtype))
     axes = [
@@ -121,7 +195,7 @@ def _lines(spatial: Sequence[Size]) -> tuple[Size, ...]:
 
 
 @jax.custom_jvp
-def sum_pairs(pairs: jax.Array, at: Rows) -> jax.Array:
+def _sum_pairs(pairs: jax.Array, at: Rows) -> jax.Array:
     """Σ weight · pair, each pixel of it by its own weight: `(B, R', 2 C)`, `(…, B, size)` -> `(…, B * size, 2 C)`."""
     return _weigh(_read(pairs, at), at.weight, _spread)
 
@@ -142,7 +216,7 @@ def _sum_pairs_jvp(primals, tangents):
     return y, y_dot
 
 
-sum_pairs.defjvp(_sum_pairs_jvp, symbolic_zeros=True)
+_sum_pairs.defjvp(_sum_pairs_jvp, symbolic_zeros=True)
 
 
 def _read(pairs: jax.Array, at: Rows) -> list[jax.Array]:

@@ -1,116 +1,122 @@
-"""How the sum over positions and taps is cut into steps, for each platform in its own way."""
+"""Which algorithm computes the op, and in how many blocks of positions: one table, by platform.
+
+| platform | algorithm | blocks |
+|---|---|---|
+| cpu | `all_taps`; `one_tap` where `_blocks_of_all_taps_on_cpu` finds none | so many that a block fits the caches |
+| tpu | `pixel_pairs`; `one_tap` where `_can_pair` says no | 4 or 5; 32 where each channel is convolved alone |
+| any other | `one_tap` | 1, as each step costs launches; 4 in the derivative where each channel is convolved alone |
+
+More blocks take less scratch memory, and each block costs time. A symbolic size counts as if it were 1.
+"""
 
 import math
-from typing import Any, NamedTuple
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 
+from dcn_jax._core.platform_op import Algorithm, Algorithms
 from dcn_jax.geometry import Size
 from dcn_jax.ops.deform_conv.call import Spec
+from dcn_jax.ops.deform_conv.xla import all_taps, one_tap, pixel_pairs
+from dcn_jax.ops.deform_conv.xla.blocks import Blocks, Operands, is_depthwise
 from dcn_jax.sampling import countable
 
-
-class Operands(NamedTuple):
-    """What is summed: its batch axes as one, or as they are where offset or mask is to be repeated along some."""
-
-    rows: Any  # (*B, R, Cg): the map that is read
-    matrices: Any  # (K, C / groups, F)
-    offset: Any  # (*B, P, OG, K, n)
-    modulation: Any  # (*B, P, OG, K), or None
-    summed: Any  # a narrow map in the accumulator's dtype: nothing reads it, and its gradient is the map's; or None
+_TPU_TILE = 8  # positions
+_MOST_IF_SYMBOLIC = 8  # blocks, where the number of positions is not known
 
 
-class Cut(NamedTuple):
-    """How the sum is cut into steps."""
-
-    step: str  # "tap": one tap of a block of positions; "deep": all its taps; "pairs": one tap, pixels read in pairs
-    blocks: int  # of positions
-    # Whether steps take narrow arrays as they are: XLA's CPU backend takes bfloat16 to float32 in order to slice it, and
-    # would do so before the loop, with all of an array.
-    held: bool = False
-
-
-class Sizes(NamedTuple):
-    """How many there are."""
-
-    images: Size
-    block: Size  # positions in a block
-    positions: Size  # in all
-    features: int
-
-
-def sizes(spec: Spec, cut: Cut, operands: Operands) -> Sizes:
-    """The sizes of a sum that is cut."""
-    positions = math.prod(spec.window.out_spatial)
-    block = -(-positions // cut.blocks)
-    if cut.step == "pairs":
-        block = -(-block // 8) * 8  # whole tiles of a TPU
-    return Sizes(math.prod(batch_of(operands)), block, positions, operands.matrices.shape[-1])
-
-
-def batch_of(operands: Operands) -> tuple[Size, ...]:
-    """The batch axes of the map, which may be in pairs, one array for each offset group."""
-    return jax.tree.leaves(operands.rows)[0].shape[:-2]
-
-
-def depthwise(spec: Spec, channels: int) -> bool:
-    """Whether each of the channels of an offset group, Cg, is convolved apart."""
-    return spec.feature_groups == spec.offset_groups * channels
-
-
-def cuts_by_platform(spec: Spec, operands: Operands, derivative: bool) -> tuple[tuple[str, Cut], ...]:
-    """A cut for each platform: more blocks take less scratch memory, but each costs time."""
-    positions, channels = math.prod(spec.window.out_spatial), operands.rows.shape[-1]
-    apart = depthwise(spec, channels)
-    narrow = any(jnp.finfo(array.dtype).bits < 32 for array in jax.tree.leaves(operands._replace(summed=None)))
-    # The derivative keeps more of a step. Where channels are not multiplied together, more blocks take no more time.
-    few = (4 if apart else 2) if derivative else 1
-    # A block's samples, of one tap, stay in the caches of a CPU. Sizes that are known only when an exported program is
-    # called count for nothing.
-    known = [n for n in (*operands.rows.shape[:-2], positions) if isinstance(n, int)]
-    samples = math.prod(known) * spec.offset_groups * channels * jnp.dtype(spec.accumulate).itemsize
-    # A TPU reads pairs where all channels are convolved together, and few are read apart.
-    paired = spec.feature_groups == 1 and not apart and spec.offset_groups <= 8
-    paired = paired and spec.window.padding_mode[-1] == "zeros" and countable(2 * math.prod(spec.window.spatial))
-    cuts = {
-        # A GPU has the memory; and each of the kernels of a step costs it a launch, however little it does.
-        "default": Cut("tap", few if apart else 1),
-        "cpu": Cut("tap", few * max(1, round(samples / 1.75e6)), narrow),
-        # It keeps the 2^n rows of each sample, and pads rows, and groups of channels, to 128 channels.
-        "tpu": Cut("pairs" if paired else "tap", 32 if apart else 5 if spec.offset_groups > 1 else 4),
+def algorithms(spec: Spec, operands: Operands, *, derivative: bool) -> Algorithms:
+    """The algorithm of the result, or of its derivatives, for each platform; "default" is any other."""
+    narrow = _is_narrow(operands)
+    of_all_taps = _blocks_of_all_taps_on_cpu(spec, operands, derivative)
+    of_one_tap = _blocks_of_one_tap_on_cpu(spec, operands, derivative, narrow)
+    chosen = {
+        "default": (one_tap, _blocks_on_gpu(spec, operands, derivative)),
+        "cpu": (all_taps, of_all_taps) if of_all_taps else (one_tap, of_one_tap),
+        "tpu": (pixel_pairs if _can_pair(spec, operands) else one_tap, _blocks_on_tpu(spec, operands)),
     }
-    if narrow and derivative:  # a step is in float32 all the same
-        cuts["cpu"] = Cut("tap", _dividing(3 * cuts["cpu"].blocks, positions), narrow)
-    if deep := _blocks_of_all_taps(spec, operands, derivative):
-        cuts["cpu"] = Cut("deep", deep, narrow)
-    most = positions if isinstance(positions, int) else 8
-    cuts = {platform: cut._replace(blocks=min(cut.blocks, most)) for platform, cut in cuts.items()}
-    return tuple((name, cut) for name, cut in cuts.items() if name == "default" or cut != cuts["default"])
+    table = {
+        platform: _algorithm(spec, module, number, widen_by_block=narrow and platform == "cpu")
+        for platform, (module, number) in chosen.items()
+    }
+    return tuple((name, made) for name, made in table.items() if name == "default" or made != table["default"])
 
 
-def _blocks_of_all_taps(spec: Spec, operands: Operands, derivative: bool) -> int | None:
-    """Into how many blocks a CPU cuts the positions where it reads all taps of a block at once; None: it does not."""
-    images, _, positions, features = sizes(spec, Cut("deep", 1), operands)
-    channels = operands.rows.shape[-1]
+def _algorithm(spec: Spec, module: ModuleType, number: int, *, widen_by_block: bool) -> Algorithm:
+    positions = math.prod(spec.window.out_spatial)
+    number = min(number, positions if isinstance(positions, int) else _MOST_IF_SYMBOLIC)
+    size = -(-positions // number)
+    if module is pixel_pairs:
+        size = -(-size // _TPU_TILE) * _TPU_TILE
+    return Algorithm(module.result, module.gradients, Blocks(number, size, widen_by_block))
+
+
+def _blocks_on_gpu(spec: Spec, operands: Operands, derivative: bool) -> int:
+    # The derivative of a depthwise convolution keeps more of a step in memory, and more blocks cost it no time.
+    return 4 if derivative and is_depthwise(spec, operands.rows.shape[-1]) else 1
+
+
+def _blocks_on_tpu(spec: Spec, operands: Operands) -> int:
+    # A TPU keeps all 2^n rows that a sample is made of, each padded to 128 channels.
+    if is_depthwise(spec, operands.rows.shape[-1]):
+        return 32
+    return 5 if spec.offset_groups > 1 else 4
+
+
+def _can_pair(spec: Spec, operands: Operands) -> bool:
+    """Whether a TPU reads pixels in pairs: one feature group, few offset groups, zeros beyond a line, rows that int32 counts."""
+    together = spec.feature_groups == 1 and not is_depthwise(spec, operands.rows.shape[-1])
+    return (
+        together
+        and spec.offset_groups <= 8
+        and spec.window.padding_mode[-1] == "zeros"
+        and countable(2 * math.prod(spec.window.spatial))
+    )
+
+
+def _blocks_of_one_tap_on_cpu(spec: Spec, operands: Operands, derivative: bool, narrow: bool) -> int:
+    """So many that the samples of one tap stay in the caches."""
+    positions = math.prod(spec.window.out_spatial)
+    *batch, _, channels = operands.rows.shape
+    known = [n for n in (*batch, positions) if isinstance(n, int)]
+    samples = math.prod(known) * spec.offset_groups * channels * jnp.dtype(spec.accumulate).itemsize
+    times = (4 if is_depthwise(spec, channels) else 2) if derivative else 1  # the derivative keeps more of a step
+    number = times * max(1, round(samples / 1.75e6))
+    # Narrow arrays are computed in float32 all the same.
+    return _dividing(3 * number, positions) if narrow and derivative else number
+
+
+def _blocks_of_all_taps_on_cpu(spec: Spec, operands: Operands, derivative: bool) -> int | None:
+    """So many that scratch memory stays a share of the columns (P · K · C numbers), and a block's columns fit the caches.
+
+    None where one tap at a time is better: each channel is convolved alone, a size is symbolic, int32 cannot count the rows,
+    or, in the derivative, the kernel is large beside a block.
+    """
+    *batch, _, channels = operands.rows.shape
+    images, positions, features = math.prod(batch), math.prod(spec.window.out_spatial), operands.matrices.shape[-1]
     known = isinstance(images, int) and isinstance(positions, int)
     groups = math.lcm(spec.offset_groups, spec.feature_groups)
-    if depthwise(spec, channels) or not known or not countable(groups * math.prod(spec.window.spatial)):
+    if is_depthwise(spec, channels) or not known or not countable(groups * math.prod(spec.window.spatial)):
         return None
     samples = images * positions * spec.offset_groups * channels * jnp.dtype(spec.accumulate).itemsize
     columns = samples * spec.window.taps
-    # So many that scratch memory stays a share of the columns, and more where they outgrow the caches. What comes from several
-    # images or groups is brought into one order, in a copy; and of narrow arrays a step is in float32 all the same.
+    # More blocks with several images or groups, whose samples are copied into one order; and for narrow arrays, of which a
+    # block is computed in float32.
     several, narrow = images > 1 or spec.feature_groups > 1, jnp.finfo(spec.dtype).bits < 32
     least, most_bytes, more = (20 if several else 14, 1.75e6, 1.5 if narrow else 1) if derivative else (5, 3.5e6, 1)
-    blocks = min(_dividing(max(round(more * least), round(columns / most_bytes)), positions), positions)
-    # Each block adds to the gradient of the whole kernel. Where that is much beside its samples, one tap at a time is as
-    # fast; but not with several offset groups, whose samples that path's derivative takes twice as long to make.
-    few = images * positions * more < 2 * blocks * features // spec.feature_groups
-    return None if derivative and few and spec.offset_groups == 1 else blocks
+    number = min(_dividing(max(round(more * least), round(columns / most_bytes)), positions), positions)
+    # Each block adds to the gradient of the whole kernel. Where the kernel is large beside a block's samples, one tap at a
+    # time is as fast; with several offset groups it is not, because its derivative makes samples at half the speed.
+    large_kernel = images * positions * more < 2 * number * features // spec.feature_groups
+    return None if derivative and large_kernel and spec.offset_groups == 1 else number
+
+
+def _is_narrow(operands: Operands) -> bool:
+    return any(jnp.finfo(array.dtype).bits < 32 for array in jax.tree.leaves(operands))
 
 
 def _dividing(blocks: int, positions: Size) -> int:
-    """So many blocks, or up to twice as many, that they divide the positions where they can: then none of these is padded."""
+    """`blocks`, or the next number up to twice as many that divides the positions, so that no block is filled up."""
     wanted = range(blocks, 2 * blocks if isinstance(positions, int) else blocks)
     return next((n for n in wanted if positions % n == 0), blocks)

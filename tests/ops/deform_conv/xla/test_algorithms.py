@@ -1,4 +1,4 @@
-"""The steps that a TPU and a GPU take, run on a CPU: pixels in pairs, and one tap at a time."""
+"""The algorithms of a TPU and a GPU, run on a CPU: pixels in pairs, and one tap at a time."""
 
 import functools
 
@@ -9,8 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 import dcn_jax
-from dcn_jax.ops.deform_conv.xla import backend as xla
-from dcn_jax.ops.deform_conv.xla.schedule import cuts_by_platform
+from dcn_jax.ops.deform_conv.xla import one_tap, pixel_pairs, schedule
 from tests.support.cases import draw
 from tests.support.running import check_against_oracle
 
@@ -26,18 +25,18 @@ CASES = {
 
 @pytest.fixture(params=["tpu", "default"], autouse=True)
 def platform(request, monkeypatch):
-    """Cuts the sum as for a platform that is not here."""
-    chosen = []
+    """Takes the algorithm of a platform that is not here."""
+    chosen, algorithms = [], schedule.algorithms
 
     def as_there(*arguments, **options):
-        chosen.append(dict(cuts_by_platform(*arguments, **options))[request.param])
+        chosen.append(dict(algorithms(*arguments, **options))[request.param])
         return (("default", chosen[-1]),)
 
-    monkeypatch.setattr(xla, "cuts_by_platform", as_there)
+    monkeypatch.setattr(schedule, "algorithms", as_there)
     jax.clear_caches()  # of what was traced for a CPU, and after the test of what was traced here
     yield
     jax.clear_caches()
-    assert {cut.step for cut in chosen} == {"pairs" if request.param == "tpu" else "tap"}
+    assert {made.result for made in chosen} == {pixel_pairs.result if request.param == "tpu" else one_tap.result}
 
 
 @pytest.mark.parametrize("name", CASES)
