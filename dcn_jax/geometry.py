@@ -35,7 +35,7 @@ _OTHER_NAMES = {
 
 
 class Window(NamedTuple):
-    """A convolution window over a map of a given size, with every option written per spatial axis."""
+    """A convolution window over a map of given size; every option is written per axis."""
 
     size: tuple[int, ...]
     strides: tuple[int, ...]
@@ -56,7 +56,7 @@ class Window(NamedTuple):
         return math.prod(self.size)
 
     def place(self, axis: int, index, tap):
-        """The pixel that tap number `tap` reads for output number `index`, both along `axis`, without an offset."""
+        """Where tap `tap` of output `index` reads along `axis`, without an offset, in pixels."""
         return index * self.strides[axis] - int32(self.pads[axis][0]) + tap * self.dilation[axis]
 
 
@@ -82,10 +82,10 @@ def resolve_window(
         size: the window's taps along each spatial axis.
         spatial: the map's pixels along each spatial axis; they may be symbolic.
         strides: pixels between neighbouring outputs; one for all axes, or one per axis.
-        padding: "SAME", "SAME_LOWER" or "VALID" as XLA defines them, "CIRCULAR" or "REFLECT" as Flax
-            does, an int, one int per axis, or one (low, high) pair per axis. Negative padding crops.
+        padding: "SAME", "SAME_LOWER" or "VALID" as XLA defines them, "CIRCULAR" or "REFLECT" as
+            Flax does, an int, or one int or (low, high) pair per axis. Negative padding crops.
         kernel_dilation: pixels between neighbouring taps; one for all axes, or one per axis.
-        padding_mode: what lies beyond the border, one of `PADDING_MODES` for all axes, or one per axis.
+        padding_mode: what lies beyond the border, one of `PADDING_MODES`, or one per axis.
 
     Returns:
         The `Window`.
@@ -128,15 +128,11 @@ def _pads(padding: str | tuple, spatial, extent, strides) -> tuple[tuple[Size, S
     if padding in _MODE_OF_PADDING:  # the same for every stride, as in Flax
         return tuple(((e - 1) // 2, e // 2) for e in extent)
     pads = lax.padtype_to_pads(spatial, extent, strides, padding)
-    return tuple((_plain_int(low), _plain_int(high)) for low, high in pads)
-
-
-def _plain_int(size: Size) -> Size:
-    return size if is_symbolic_dim(size) else int(size)
+    return tuple(tuple(pad if is_symbolic_dim(pad) else int(pad) for pad in pair) for pair in pads)
 
 
 def _out_spatial(spatial, extent, strides, padding, pads) -> tuple[Size, ...]:
-    """The sizes of the result. Symbolic ones are written as by `lax.conv_general_dilated`, so that they compare equal."""
+    """The sizes of the result. Symbolic ones compare equal to those of a plain convolution."""
     if not any(map(is_symbolic_dim, spatial)):
         sizes = zip(spatial, pads, extent, strides, strict=True)
         return tuple((s + low + high - e) // stride + 1 for s, (low, high), e, stride in sizes)
@@ -158,8 +154,8 @@ def canonical_padding(padding: Padding, rank: int) -> str | tuple[tuple[int, int
         name = padding.upper()
         if name == "CAUSAL":
             raise ValueError(
-                f"padding={padding!r} has no meaning in a deformable convolution: an offset may read later positions, so "
-                "the result is not causal; for the same border use padding=((kernel_dilation * (K - 1), 0),)"
+                f"padding={padding!r} has no meaning in a deformable convolution: an offset may read later positions, "
+                "so the result is not causal; for the same border use padding=((kernel_dilation * (K - 1), 0),)"
             )
         if name not in ("SAME", "SAME_LOWER", "VALID", *_MODE_OF_PADDING):
             raise ValueError(f"padding={padding!r} is not known; wanted {wanted}")
@@ -176,12 +172,12 @@ def canonical_padding(padding: Padding, rank: int) -> str | tuple[tuple[int, int
 
 
 def canonical_padding_mode(padding_mode: str | Sequence[str], rank: int, padding: Any = None) -> tuple[str, ...]:
-    """`padding_mode`, checked, as one name per axis. A checked `padding` such as "CIRCULAR" sets it too."""
+    """`padding_mode`, checked, as one name per axis; `padding="CIRCULAR"` sets it too."""
     modes = (padding_mode,) * rank if isinstance(padding_mode, str) else padding_mode
     if not isinstance(modes, Sequence) or not all(isinstance(mode, str) for mode in modes):
         raise TypeError(
-            f"padding_mode={padding_mode!r} is a {type(padding_mode).__name__}; wanted one of {PADDING_MODES}, or a sequence "
-            "of one for each spatial axis"
+            f"padding_mode={padding_mode!r} is a {type(padding_mode).__name__}; wanted one of {PADDING_MODES}, or a "
+            "sequence of one for each spatial axis"
         )
     for mode in modes:
         if mode not in PADDING_MODES:
@@ -196,8 +192,8 @@ def canonical_padding_mode(padding_mode: str | Sequence[str], rank: int, padding
         return tuple(modes)
     if padding_mode not in ("zeros", said):
         raise ValueError(
-            f"padding={padding!r} means padding_mode={said!r}, and padding_mode={padding_mode!r} was given; leave it out, or "
-            "pass padding as ints"
+            f"padding={padding!r} means padding_mode={said!r}, and padding_mode={padding_mode!r} was given; leave it "
+            "out, or pass padding as ints"
         )
     return (said,) * rank
 
@@ -215,16 +211,15 @@ def sampling_points(
 
         point(p0, n) = p0 · stride - low + tap(n) · dilation + offset(p0, n)
 
-    p0 is the output position, tap(n) the tap's place in the window (row-major), and low the padding
-    before the map. Pixel centres are at whole numbers; the first is at 0.
+    p0 is the output position, tap(n) the tap's place in the window (row-major), and low the
+    padding before the map. Pixel centres are at whole numbers; the first is at 0.
 
     Args:
         offset: `(*batch, *out_spatial, OG * K * n)` in pixels, any float dtype. The last axis is
-            ordered [offset group, tap, axis], first spatial axis first, as in torchvision and mmcv.
+            ordered [offset group, tap, axis], first axis first, as in torchvision and mmcv.
         window: the kernel's size along each of the n spatial axes; K is its product.
         strides: pixels between neighbouring outputs; one for all axes, or one per axis.
-        padding: "SAME", "VALID", "CIRCULAR", "REFLECT", an int, one int per axis, or one (low, high)
-            pair per axis.
+        padding: "SAME", "VALID", "CIRCULAR", "REFLECT", an int, or one int or pair per axis.
         kernel_dilation: pixels between neighbouring taps; one for all axes, or one per axis.
         spatial: the input map's size along each spatial axis; it may be symbolic.
 
@@ -234,7 +229,7 @@ def sampling_points(
         `deform_conv` computes without this rounding.
 
     Raises:
-        ValueError: the shape of `offset` does not fit the window, or the geometry leaves no output position.
+        ValueError: the shape of `offset` does not fit the window, or there is no output position.
         TypeError: `offset` is not a floating-point array.
 
     Source: Dai et al., Deformable Convolutional Networks (arXiv 1703.06211), equation 2.
@@ -279,7 +274,7 @@ def place_taps(offset: jax.Array, window: Window, dtype: jnp.dtype) -> jax.Array
 
 
 def regular_positions(window: Window) -> jax.Array:
-    """The pixel that the first tap reads for each output, without an offset: `(*out_spatial, n)`, in int32."""
+    """Where the first tap of each output reads, without an offset: int32 `(*out_spatial, n)`."""
     # Iotas, not constants: a constant of the map's size would be stored in the program.
     iotas = [lax.broadcasted_iota(jnp.int32, window.out_spatial, axis) for axis in range(window.rank)]
     return jnp.stack([window.place(axis, index, 0) for axis, index in enumerate(iotas)], axis=-1)

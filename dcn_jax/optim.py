@@ -7,10 +7,10 @@ import jax
 
 
 def offset_labels(params: Any, names: str | Iterable[str] = ("offset_conv",)) -> Any:
-    """Label each parameter "offset", if it lies under an `offset_conv`, or "main", for `optax.multi_transform`.
+    """Label parameters under an `offset_conv` "offset", others "main", for `optax.multi_transform`.
 
-    The papers train the branches that emit offsets and modulation at a tenth of the learning rate. One
-    line does that; the labels may also be this function's result:
+    The papers train the branches that emit offsets and modulation at a tenth of the learning rate.
+    One line does that; the labels may also be this function's result:
 
         optax.multi_transform({"main": optax.adam(1e-3), "offset": optax.adam(1e-4)}, offset_labels)
 

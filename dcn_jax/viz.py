@@ -26,26 +26,26 @@ def plot_sampling(
     spatial: Sequence[int] | None = None,
     ax: "Axes | None" = None,
 ) -> "Axes":
-    """Draw the regular grid of taps and the points where they read over an image, for some output positions.
+    """Draw over an image the regular taps of some output positions, and where they really read.
 
-        a square at p0 · stride - low + p_n · dilation,  a dot at the same place + Δp_n(p0),  a line between them
+        a square at p0 · stride - low + p_n · dilation;  a dot at the same place + Δp_n(p0);  a line between
 
-    It is the picture of the papers. The larger its modulation, the larger and brighter a dot. Squares and
-    lines of one output position have one colour.
+    It is the picture of the papers. The larger its modulation, the larger and brighter a dot.
+    Squares and lines of one output position have one colour.
 
     The artists have labels, for `ax.legend()`; the dots are the last of `ax.collections`, for
-    `colorbar`. The view is the map and one pixel around it. `ax.autoscale()` shows the dots outside it
-    too, all of which read zero.
+    `colorbar`. The view is the map and one pixel around it. `ax.autoscale()` shows the dots
+    outside it too, all of which read zero.
 
     Args:
-        image: `(H, W)`, `(H, W, 1)`, `(H, W, 3)` or `(H, W, 4)`, the background. It is stretched over the
-            map that the layer reads, so it may be larger than that map.
+        image: `(H, W)`, `(H, W, 1)`, `(H, W, 3)` or `(H, W, 4)`, the background. It is stretched
+            over the map that the layer reads, so it may be larger than that map.
         offset: `(Ho, Wo, OG * K * 2)` for one image, in pixels of that map, as layers sow it.
         mask: `(Ho, Wo, OG * K)`, the modulation, as layers sow it; None is 1 everywhere.
         window: the kernel's size along each of the two axes; K is its product.
         at: the output positions to draw, `[(row, column), …]`, or one (row, column).
         strides: of the layer; one for both axes, or one per axis.
-        padding: of the layer: "SAME", "VALID", an int, one int per axis, or one (low, high) pair per axis.
+        padding: of the layer: "SAME", "VALID", an int, or one int or (low, high) pair per axis.
         kernel_dilation: of the layer; one for both axes, or one per axis.
         spatial: `(height, width)` of the map that the layer reads; by default that of the image.
         ax: the Axes to draw on; by default those of a new figure.
@@ -58,7 +58,7 @@ def plot_sampling(
         TypeError: an option is of the wrong kind.
         ImportError: matplotlib is not installed.
 
-    Source: Dai et al. (arXiv 1703.06211), figures 5 and 6; Zhu et al. (arXiv 1811.11168), figure 1.
+    Source: Dai et al. (arXiv 1703.06211), figures 5, 6; Zhu et al. (arXiv 1811.11168), figure 1.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Checks of arguments. Each error names the argument, the value that was given and what was wanted."""
+"""Checks of arguments. Each error names the argument, what was given and what was wanted."""
 
 import operator
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def count(name: str, value: Any) -> None:
 
 
 def per_axis(name: str, value: Any, rank: int, *, minimum: int) -> tuple[int, ...]:
-    """`value` as one int per spatial axis; it is an int for all axes, or a sequence of one per axis."""
+    """`value`, an int for all spatial axes or a sequence of one per axis, as one int per axis."""
     values = [value] * rank if is_int(value) else value
     if not isinstance(values, Sequence) or not all(map(is_int, values)):
         raise TypeError(f"{name}={value!r} is not made of ints; wanted an int or {rank} ints, one per spatial axis")
@@ -85,7 +85,7 @@ def floating_dtype(name: str, value: Any) -> jnp.dtype:
 
 
 def broadcasts(given: Sequence[Any], wanted: Sequence[Any]) -> bool:
-    """Whether the axes `given` broadcast to `wanted`: each is 1 or equal, and leading ones may be missing."""
+    """Whether axes `given` broadcast to `wanted`: each is 1 or equal; the first may be missing."""
     pairs = zip(reversed(given), reversed(wanted), strict=False)
     return len(given) <= len(wanted) and all(n in (1, size) for n, size in pairs)
 
@@ -95,8 +95,8 @@ def map_axes(
 ) -> None:
     """Raise if the argument `name` is not `(*batch, *positions, channels)`.
 
-    Its batch axes must broadcast to `batch`, which are those of the argument `other`. `fits` tells whether
-    its last axis is right. `channels` and `meaning` say in the message what is wanted.
+    Its batch axes must broadcast to `batch`, which are those of the argument `other`. `fits` tells
+    whether its last axis is right. `channels` and `meaning` say in the message what is wanted.
     """
     axes = len(positions) + 1
     if not fits or shape[-axes:-1] != positions or not broadcasts(shape[:-axes], batch):

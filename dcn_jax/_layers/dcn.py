@@ -1,6 +1,6 @@
 """What the layers DCNv3 and DCNv4 share in linen and nnx: all but the parameters.
 
-Everywhere `layer` is the layer of either framework; its options have the same names in both.
+`layer` is the layer of either framework; its options have the same names in both.
 """
 
 import math
@@ -68,7 +68,7 @@ def weight_count(layer: Any) -> int:
 
 
 def packed_features(layer: Any) -> int:
-    """How many channels DCNv4's `offset_mask` emits: three for each weight, rounded up to a multiple of 8."""
+    """How many channels `offset_mask` emits: 3 per weight, rounded up to a multiple of 8."""
     return -(-3 * weight_count(layer) // 8) * 8
 
 
@@ -87,11 +87,11 @@ def activation(act_layer: Any) -> Callable[..., Any]:
 
 
 def check_norm(norm_layer: Any, call: str) -> None:
-    """Raise if `norm_layer` is neither "LN" nor callable; `call` says in the message how it is called."""
+    """Raise if `norm_layer` is neither "LN" nor callable; `call` says how it is called."""
     if norm_layer != "LN" and not callable(norm_layer):
         raise ValueError(
-            f'norm_layer={norm_layer!r} is not known; wanted "LN", or a function that makes the norm, called as {call}: for '
-            '"BN" functools.partial(BatchNorm, use_running_average=…)'
+            f'norm_layer={norm_layer!r} is not known; wanted "LN", or a function that makes the norm, called as '
+            f'{call}: for "BN" functools.partial(BatchNorm, use_running_average=…)'
         )
 
 
@@ -99,7 +99,7 @@ def check_norm(norm_layer: Any, call: str) -> None:
 
 
 def check_input(layer: Any, inputs: Any) -> tuple[jax.Array, Grid]:
-    """The inputs in the layer's dtype, and its taps over them; raise if they are not `(*batch, H, W, channels)`."""
+    """`inputs` `(*batch, H, W, channels)` in the layer's dtype, checked, and the taps over it."""
     inputs = checks.array("inputs", inputs, jnp.inexact)
     if inputs.ndim < 3 or inputs.shape[-1] != layer.channels:
         raise ValueError(f"inputs has shape {inputs.shape}; wanted (*batch, H, W, {layer.channels}), as channels says")
@@ -108,10 +108,10 @@ def check_input(layer: Any, inputs: Any) -> tuple[jax.Array, Grid]:
 
 
 def around_centres(x: jax.Array, window: Window, size: tuple[int, ...]) -> jax.Array:
-    """The map `(*batch, H, W, C)`, padded or cropped for a depthwise convolution of a window of `size` without padding.
+    """The map `(*batch, H, W, C)`, padded or cropped for a depthwise convolution with taps `size`.
 
-    With the op's strides that convolution has as many outputs as the op, and its window is centred where the
-    op's is. If the op keeps the size of the map, this is the padding of the published layers.
+    With the op's strides and no padding, that convolution has as many outputs as the op, and its
+    windows have the same centres. If the op keeps the map's size, this is the published padding.
     """
     pads = [(0, 0, 0)] * x.ndim
     for axis, middle in enumerate(centre(window)):
@@ -122,13 +122,13 @@ def around_centres(x: jax.Array, window: Window, size: tuple[int, ...]) -> jax.A
 
 
 def at_centres(x: jax.Array, window: Window) -> jax.Array:
-    """The pixels at the centres of the op's windows, zero outside the map: `(*batch, Ho, Wo, C)`."""
+    """The pixels at the op's window centres, zero outside the map: `(*batch, Ho, Wo, C)`."""
     down, right = window.strides
     return around_centres(x, window, (1, 1))[..., ::down, ::right, :]
 
 
 def widen(x: jax.Array) -> jax.Array:
-    """The map in float32 or wider: offsets computed in half precision would lose their fractions."""
+    """The map in float32 or wider: in half precision offsets would lose their fractions."""
     return x.astype(dtypes.wide(x.dtype))
 
 

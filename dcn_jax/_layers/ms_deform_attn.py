@@ -1,6 +1,6 @@
 """What the layer MSDeformAttn shares in linen and nnx: all but the parameters.
 
-Everywhere `layer` is the layer of either framework; its options have the same names in both.
+`layer` is the layer of either framework; its options have the same names in both.
 """
 
 import math
@@ -43,15 +43,15 @@ def point_count(layer: Any) -> int:
 
 
 def wide_dtype(layer: Any) -> Any:
-    """The dtype of locations and weights: the layer's, but at least float32. None leaves it to the arrays."""
+    """The layer's dtype, but at least float32, for locations and weights; None stays None."""
     return None if layer.dtype is None else wide(layer.dtype)
 
 
 def directions_init(layer: Any) -> Callable[..., jax.Array]:
     """The published initializer of the offsets' bias, which gives each head a direction.
 
-    Head m looks along (cos, sin) of the angle 2π m / M, stretched to the edge of a square. Point p of
-    a level lies p + 1 steps away.
+    Head m looks along (cos, sin) of the angle 2π m / M, stretched to the edge of a square. Point p
+    of a level lies p + 1 steps away.
     """
     angles = 2 * np.pi / layer.num_heads * np.arange(layer.num_heads)
     directions = np.stack([np.cos(angles), np.sin(angles)], axis=-1)  # (M, 2)
@@ -89,20 +89,20 @@ def check_arguments(layer: Any, query, reference_points, value, spatial_shapes, 
     shapes = check_spatial_shapes(spatial_shapes)
     if len(shapes) != layer.num_levels or len(shapes[0]) != 2:
         raise ValueError(
-            f"spatial_shapes={shapes} has {len(shapes)} levels of {len(shapes[0])} sizes; wanted (height, width) for each of "
-            f"num_levels={layer.num_levels}"
+            f"spatial_shapes={shapes} has {len(shapes)} levels of {len(shapes[0])} sizes; wanted (height, width) for "
+            f"each of num_levels={layer.num_levels}"
         )
     pixels = sum(map(math.prod, shapes))
     if value.ndim < 2 or value.shape[-2:] != (pixels, layer.embed_dim):
         raise ValueError(
-            f"value has shape {value.shape}; wanted (*batch, {pixels}, {layer.embed_dim}): the pixels of all levels one after "
-            f"another, as spatial_shapes={shapes} has them, and embed_dim channels"
+            f"value has shape {value.shape}; wanted (*batch, {pixels}, {layer.embed_dim}): the pixels of all levels "
+            f"one after another, as spatial_shapes={shapes} has them, and embed_dim channels"
         )
     batch = value.shape[:-2]
     if query.ndim != value.ndim or (*query.shape[:-2], query.shape[-1]) != (*batch, layer.embed_dim):
         raise ValueError(
-            f"query has shape {query.shape}; wanted (*batch, Q, {layer.embed_dim}): the batch axes of value, {batch}, and "
-            "embed_dim channels"
+            f"query has shape {query.shape}; wanted (*batch, Q, {layer.embed_dim}): the batch axes of value, {batch}, "
+            "and embed_dim channels"
         )
     if padding_mask is not None:
         padding_mask = _check_padding_mask(padding_mask, value)
@@ -119,8 +119,8 @@ def _check_reference_points(given: Any, queries: tuple[Size, ...], levels: int) 
     fits = len(axes) >= 2 and axes[-2] == wanted[-2] and checks.broadcasts(axes, wanted)
     if not fits or coordinates not in ((2,), (4,)):
         raise ValueError(
-            f"reference_points has shape {given.shape}; wanted {(*wanted, '2 or 4')}: (x, y) or (x, y, width, height) for each "
-            f"query and each of num_levels={levels}; the axis of levels may be 1, batch axes may be 1 or missing"
+            f"reference_points has shape {given.shape}; wanted {(*wanted, '2 or 4')}: (x, y) or (x, y, width, height) "
+            f"for each query and each of num_levels={levels}; the axis of levels may be 1, batch axes 1 or missing"
         )
     return jnp.broadcast_to(given, (*wanted, *coordinates))
 
@@ -128,8 +128,8 @@ def _check_reference_points(given: Any, queries: tuple[Size, ...], levels: int) 
 def _check_padding_mask(given: Any, value: jax.Array) -> jax.Array:
     if not hasattr(given, "shape") or getattr(given, "dtype", None) != jnp.bool_:
         raise TypeError(
-            f"padding_mask is a {type(given).__name__} of dtype {getattr(given, 'dtype', None)}; wanted an array of bools, "
-            "True where a pixel is padding: padding_mask.astype(bool)"
+            f"padding_mask is a {type(given).__name__} of dtype {getattr(given, 'dtype', None)}; wanted an array of "
+            "bools, True where a pixel is padding: padding_mask.astype(bool)"
         )
     if given.shape != value.shape[:-1]:
         raise ValueError(
@@ -141,26 +141,27 @@ def _check_padding_mask(given: Any, value: jax.Array) -> jax.Array:
 # ---- the arithmetic
 
 
-def place_points(layer: Any, offset: jax.Array, call: Arguments) -> jax.Array:
+def place_points(layer: Any, offset: jax.Array, arguments: Arguments) -> jax.Array:
     """Where each point reads, from offsets `(*batch, Q, M · T · 2)`: `(*batch, Q, M, L, P, 2)`.
 
-    An offset of 1 is one pixel of the level; of a box, half its width or height divided by P.
+    An offset of 1 is one pixel of the level; with a box, half its width or height divided by P.
     """
-    dtype = wide(offset.dtype, call.reference_points.dtype)
-    offset, reference = offset.astype(dtype), call.reference_points.astype(dtype)
+    dtype = wide(offset.dtype, arguments.reference_points.dtype)
+    offset, reference = offset.astype(dtype), arguments.reference_points.astype(dtype)
     centre, box = reference[..., :2], reference[..., 2:]
     if box.shape[-1]:
         shares = jnp.asarray([[0.5 / count] for count in points_per_level(layer)], dtype)  # (L, 1)
         step = box * jnp.broadcast_to(shares, box.shape)
     else:
-        sizes = [jnp.asarray(int32(size), dtype) for height, width in call.spatial_shapes for size in (width, height)]
+        shapes = arguments.spatial_shapes
+        sizes = [jnp.asarray(int32(size), dtype) for height, width in shapes for size in (width, height)]
         step = 1 / jnp.broadcast_to(jnp.stack(sizes).reshape(-1, 2), centre.shape)
     offset = offset.reshape(*offset.shape[:-1], *_points_shape(layer), 2)
     return _each_point(layer, centre) + _each_point(layer, step) * offset
 
 
 def _each_point(layer: Any, per_level: jax.Array) -> jax.Array:
-    """A pair per level, repeated for its points: `(…, L, 2)` -> `(…, 1, L, 1, 2)` or `(…, 1, T, 2)`."""
+    """A pair per level for each point: `(…, L, 2)` -> `(…, 1, L, 1, 2)` or `(…, 1, T, 2)`."""
     if checks.is_int(layer.num_points):
         return per_level[..., None, :, None, :]
     counts = np.array(points_per_level(layer))
@@ -180,13 +181,13 @@ def _points_shape(layer: Any) -> tuple[int, ...]:
     return layer.num_heads, sum(points_per_level(layer))
 
 
-def attend(layer: Any, value: jax.Array, call: Arguments, locations: jax.Array, weights: jax.Array) -> jax.Array:
-    """The op on the projected `value` `(*batch, S, E)`, zero where it is padding: `(*batch, Q, E)`."""
-    if call.padding_mask is not None:
-        value = jnp.where(call.padding_mask[..., None], jnp.zeros((), value.dtype), value)
+def attend(layer: Any, value: jax.Array, arguments: Arguments, locations: jax.Array, weights: jax.Array) -> jax.Array:
+    """The op on the projected `value` `(*batch, S, E)`, zero at padding: `(*batch, Q, E)`."""
+    if arguments.padding_mask is not None:
+        value = jnp.where(arguments.padding_mask[..., None], jnp.zeros((), value.dtype), value)
     return ms_deform_attn(
         value.reshape(*value.shape[:-1], layer.num_heads, -1),
-        call.spatial_shapes,
+        arguments.spatial_shapes,
         locations,
         weights,
         points_per_level=None if checks.is_int(layer.num_points) else layer.num_points,

@@ -1,8 +1,8 @@
-"""What `DeformConv` shares in linen and nnx: its options, its offset branch, and the order of a call.
+"""What `DeformConv` shares in linen and nnx: options, offset branch, and the order of a call.
 
-The branch is the convolution that emits the offsets and the logits of the mask; each framework makes
-its own. A layer calls `check_input`, then `points`, which runs the branch, then `convolve`. Everywhere
-`layer` is the layer of either framework; its options have the same names in both.
+The branch is the convolution that emits the offsets and the logits of the mask; each framework
+makes its own. A layer calls `check_input`, then `place_points`, which runs the branch, then
+`convolve`. `layer` is the layer of either framework; its options have the same names in both.
 """
 
 import functools
@@ -30,7 +30,7 @@ Bound = float | Sequence[float | None] | None
 
 
 def window_size(kernel_size: int | Sequence[int]) -> tuple[int, ...]:
-    """The taps along each spatial axis; an int is a one-dimensional window, as in Flax's Conv."""
+    """`kernel_size` as taps per spatial axis; an int means one axis, as in Flax's Conv."""
     rank = len(kernel_size) if isinstance(kernel_size, Sequence) else 1
     if rank not in (1, 2, 3):
         raise ValueError(f"kernel_size={kernel_size!r} has {rank} entries; wanted 1, 2 or 3, one per spatial axis")
@@ -43,9 +43,9 @@ def geometry(layer: Any) -> dict[str, Any]:
 
 
 def check_options(layer: Any, channels: int, *, module: type, call: str) -> None:
-    """Raise if an option that Flax's Conv does not have makes no sense for an input of these channels.
+    """Raise if an option of `DeformConv` alone makes no sense, or does not fit the channels.
 
-    `module` is the framework's class of modules; `call` is how `offset_conv_cls` is called, for messages.
+    `module` is the framework's class of modules; `call` says how `offset_conv_cls` is called.
     """
     checks.count("offset_groups", layer.offset_groups)
     if channels % layer.offset_groups:
@@ -62,8 +62,8 @@ def check_options(layer: Any, channels: int, *, module: type, call: str) -> None
     maker = layer.offset_conv_cls
     if maker is not None and (not callable(maker) or isinstance(maker, module)):
         raise TypeError(
-            f"offset_conv_cls is a {type(maker).__name__}; wanted a function that makes the branch, called as {call}: a module's "
-            "class, or functools.partial of it"
+            f"offset_conv_cls is a {type(maker).__name__}; wanted a function that makes the branch, called as {call}: "
+            "a module's class, or functools.partial of it"
         )
     if maker is not None and not layer.offset_branch:
         raise ValueError("offset_conv_cls makes a branch, and offset_branch=False wants none; leave one of them out")
@@ -91,14 +91,14 @@ def _is_number(value: Any) -> bool:
 
 
 def branch_channels(layer: Any) -> tuple[int, int]:
-    """How many channels of the branch's output are offsets, OG·K·n, and how many are logits, OG·K or none."""
+    """How many channels the branch emits as offsets, OG·K·n, and as logits, OG·K or none."""
     size = window_size(layer.kernel_size)
-    points = layer.offset_groups * math.prod(size)
-    return points * len(size), points * layer.modulated
+    taps = layer.offset_groups * math.prod(size)
+    return taps * len(size), taps * layer.modulated
 
 
 def branch_options(layer: Any) -> dict[str, Any]:
-    """The options of a Flax Conv that looks where the main convolution looks."""
+    """The options with which Flax's Conv reads the pixels under the main convolution's window."""
     rank = len(window_size(layer.kernel_size))
     padding = canonical_padding(layer.padding, rank)
     if set(canonical_padding_mode(layer.padding_mode, rank, padding)) != {"zeros"}:
@@ -108,10 +108,10 @@ def branch_options(layer: Any) -> dict[str, Any]:
 
 
 def wide_conv(x: jax.Array, kernel: jax.Array, *geometry: Any, **options: Any) -> jax.Array:
-    """`lax.conv_general_dilated` with a result in float32 or wider: sums of half-precision products stay unrounded.
+    """`lax.conv_general_dilated` that returns its sums in float32 or wider, not in half precision.
 
-    Its derivative is that of the convolution in the dtype of the operands. So the backward pass multiplies
-    in half precision too, and costs no more than that of a plain convolution.
+    Its derivative is that of the convolution in the dtype of the operands. So the backward pass
+    multiplies in half precision too, and costs no more than that of a plain convolution.
     """
     conv = functools.partial(_conv, geometry, options)
     return conv(x, kernel) if dtypes.wide(x.dtype) == x.dtype else _accumulated(conv, x, kernel)
@@ -150,25 +150,25 @@ class Points(NamedTuple):
 
     offset: jax.Array  # (*batch, *out_spatial, OG * K * n)
     mask: jax.Array | None  # (*batch, *out_spatial, OG * K)
-    bound: float | None = None  # the op's `max_offset`
+    bound: float | None = None  # the op's `max_offset`, for the TPU kernels
 
 
 def check_input(layer: Any, inputs: jax.Array, channels: int | None = None) -> Window:
-    """The window over `inputs`; raise if they are not `(*batch, *spatial, channels)`, None being any number."""
+    """The window over `inputs`; raise if they are not `(*batch, *spatial, channels)`."""
     if not hasattr(inputs, "shape"):
         raise TypeError(f"inputs is a {type(inputs).__name__}; wanted an array (wrap it in jnp.asarray)")
     size = window_size(layer.kernel_size)
     rank = len(size)
     if len(inputs.shape) < rank + 1 or channels not in (None, inputs.shape[-1]):
         raise ValueError(
-            f"inputs has shape {inputs.shape}; wanted (*batch, *spatial, {channels or 'C'}) with {rank} spatial axes, as "
-            f"kernel_size={size} has"
+            f"inputs has shape {inputs.shape}; wanted (*batch, *spatial, {channels or 'C'}) with {rank} spatial axes, "
+            f"as kernel_size={size} has"
         )
-    # The op checks the geometry too, but the branch runs before it and would fail with a message of Flax's.
+    # The op checks this too, but the branch runs first and would raise a message of Flax's.
     return resolve_window(size, spatial=inputs.shape[-rank - 1 : -1], **geometry(layer))
 
 
-def points(
+def place_points(
     layer: Any,
     branch: Callable[[jax.Array], jax.Array],
     window: Window,
@@ -179,10 +179,10 @@ def points(
     base_offset: jax.Array | None,
     channels: int | None = None,
 ) -> Points:
-    """The offset and mask that are given; without them those that `branch` emits.
+    """The offset and mask that the caller gave, or else those that `branch` emits.
 
-    The branch sees `inputs`, or `offset_inputs` if that is given. `channels` is how many it was made for;
-    None is any number.
+    The branch sees `inputs`, or `offset_inputs` if that is given. It was made for `channels`
+    channels; None allows any number.
     """
     _check_arguments(layer, offset, mask, offset_inputs, base_offset)
     if offset is not None:
@@ -221,15 +221,15 @@ def _check_arguments(layer: Any, offset: Any, mask: Any, offset_inputs: Any, bas
     """Raise if the arguments beside `inputs` do not go together."""
     if offset is None:
         if mask is not None:
-            raise ValueError("mask was given without offset; wanted both, or neither and the branch emits them")
+            raise ValueError("mask was given without offset; wanted both, or neither: then the branch emits both")
         if not layer.offset_branch:
             raise ValueError("offset is None, and offset_branch=False leaves no branch to emit it; give offset")
         return
     for name, value in (("offset_inputs", offset_inputs), ("base_offset", base_offset)):
         if value is not None:
             raise ValueError(
-                f"{name} was given beside offset, which is used as it is; wanted one of the two: leave offset out for the "
-                f"branch to emit it, or leave {name} out"
+                f"{name} was given beside offset, but only the branch takes {name}, and it does not run if offset "
+                "is given; leave one of the two out"
             )
     checks.array("offset", offset, jnp.floating)
     if mask is not None:
@@ -239,14 +239,14 @@ def _check_arguments(layer: Any, offset: Any, mask: Any, offset_inputs: Any, bas
 def _branch_input(
     layer: Any, window: Window, inputs: jax.Array, offset_inputs: jax.Array | None, channels: int | None
 ) -> jax.Array:
-    """The map that the branch sees, checked. For the default branch it is padded as `padding_mode` says."""
+    """The map that the branch sees, checked. For the default branch it is padded."""
     name, seen = ("inputs", inputs) if offset_inputs is None else ("offset_inputs", offset_inputs)
     if not hasattr(seen, "shape"):
         raise TypeError(f"{name} is a {type(seen).__name__}; wanted an array (wrap it in jnp.asarray)")
     if channels not in (None, seen.shape[-1]):
         raise ValueError(
-            f"{name} has shape {seen.shape}; the branch was made for offset_in_features={channels}: give offset_inputs of "
-            f"{channels} channels, or make the layer with another offset_in_features"
+            f"{name} has shape {seen.shape}; the branch was made for offset_in_features={channels}: give offset_inputs "
+            f"of {channels} channels, or make the layer with another offset_in_features"
         )
     if layer.offset_conv_cls is not None:
         return seen
@@ -258,8 +258,8 @@ def _branch_input(
 def _extend(window: Window, x: jax.Array) -> jax.Array:
     """The map `(*batch, *spatial, C)`, padded as `padding_mode` says as far as the regular taps reach."""
     if set(window.padding_mode) == {"zeros"}:
-        return x  # the convolution pads with zeros itself, without a copy of the map
-    # jnp.pad cannot do this: it takes no negative pads, which crop, and where it repeats the map no symbolic sizes.
+        return x  # the convolution pads with zeros by itself
+    # Not by jnp.pad: it refuses negative pads, and in modes that repeat the map symbolic sizes.
     axes = zip(window.spatial, window.pads, window.padding_mode, strict=True)
     for axis, (size, (low, high), mode) in enumerate(axes):
         index = jnp.arange(low + size + high, dtype=jnp.int32) - int32(low)
@@ -268,7 +268,7 @@ def _extend(window: Window, x: jax.Array) -> jax.Array:
 
 
 def _read_along(x: jax.Array, axis: int, index: jax.Array, size: Size, mode: str) -> jax.Array:
-    """The pixels at `index` along an axis of `size` pixels; `mode` says what lies outside of it."""
+    """The pixels at `index` along an axis of `size` pixels; `mode` says what lies outside."""
     if mode == "zeros":
         outside = (index < 0) | (index >= int32(size))
         return jnp.take(x, jnp.where(outside, int32(size), index), axis=axis, mode="fill", fill_value=0)
@@ -288,7 +288,8 @@ def _split(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Offset `(…, OG * K * n)` and mask `(…, OG * K)` from the branch's output z.
 
-    offset = max_offset · tanh(z / max_offset), or z where unbounded, + base_offset;  mask = mask_scale · sigmoid(logits)
+    offset = max_offset · tanh(z / max_offset) + base_offset, without a bound z + base_offset
+    mask = mask_scale · sigmoid(logits), or None
     """
     offsets, logits = branch_channels(layer)
     name, emitted = "the output of the branch, offset_conv,", offsets + logits
@@ -302,7 +303,7 @@ def _split(
 
 
 def _bound_for_op(layer: Any, rank: int) -> float | None:
-    """The op's `max_offset`. Only the TPU kernels need one; the layer has applied its own already."""
+    """The op's `max_offset`, for the TPU kernels alone. The layer has applied it already."""
     bounds = [bound for bound in bounds_of(layer.max_offset, rank) if bound is not None]
     return max(bounds) if layer.implementation == "pallas_tpu" and len(bounds) == rank else None
 
@@ -318,11 +319,11 @@ def _bound(z: jax.Array, bounds: tuple[float | None, ...]) -> jax.Array:
 def _bound_axis(z: jax.Array, bound: float | None) -> jax.Array:
     if bound is None:
         return z
-    return bound * jnp.tanh(z / bound) if bound else jnp.zeros_like(z)  # a Python float keeps the dtype of z
+    return bound * jnp.tanh(z / bound) if bound else jnp.zeros_like(z)  # a Python float keeps z's dtype
 
 
 def _add_base(offset: jax.Array, base: jax.Array, inputs: jax.Array, window: Window) -> jax.Array:
-    """`offset` `(…, OG * K * n)` + `base`, which has as many channels, or n: one displacement for all taps."""
+    """`offset` `(…, OG * K * n)` + `base` of as many channels, or of n: one vector for all taps."""
     base = checks.array("base_offset", base, jnp.floating)
     channels = dict.fromkeys([window.rank, offset.shape[-1]])
     wanted, fits = " or ".join(map(str, channels)), any(base.shape[-1:] == (n,) for n in channels)

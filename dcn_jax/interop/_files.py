@@ -11,17 +11,17 @@ import numpy as np
 
 from dcn_jax._core import extras
 
-# In older versions a file could make torch.load(…, weights_only=True) run code: CVE-2025-32434, CVE-2026-24747.
+# Older versions run code of some files despite weights_only: CVE-2025-32434, CVE-2026-24747.
 _SAFE_TORCH = (2, 10)
 
 
 def read_checkpoint(path: str | PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint by name, for `from_torch`.
 
-    `.safetensors` files are read by the safetensors library. `.pth` and `.pt` files are pickles, which
-    may contain code. They are read by torch, if it is installed, and always with `weights_only=True`,
-    so that no code runs. If a file keeps its arrays under "state_dict" (mmdetection) or "model", beside
-    an optimizer for example, only these arrays are returned.
+    `.safetensors` files are read by the safetensors library. `.pth` and `.pt` files are pickles,
+    which may contain code. They are read by torch, if it is installed, and always with
+    `weights_only=True`, so that no code runs. If a file keeps its arrays under "state_dict"
+    (mmdetection) or "model", beside an optimizer for example, only these arrays are returned.
 
     Args:
         path: of a file that ends in `.safetensors`, `.pth` or `.pt`.
@@ -31,9 +31,8 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, np.ndarray]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is of another kind, damaged or hostile, or does not hold arrays by name.
-        ImportError: safetensors (the extra "interop") or torch is not installed, or torch is too old
-            to be safe.
+        ValueError: the file is of another kind, damaged or hostile, or has no arrays by name.
+        ImportError: safetensors (the extra "interop") or a safe version of torch is missing.
 
     Source: https://github.com/huggingface/safetensors and torch's `torch.load`.
 
@@ -79,7 +78,8 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
             f"path={str(path)!r} is damaged, or holds objects that torch does not read with weights_only=True, which "
             f"runs no code of the file. If you trust the file, save its state_dict as .safetensors. torch says: {error}"
         ) from error
-    state = next((state for state in _candidates(loaded) if _is_state(state, torch)), None)
+    inner = [loaded[key] for key in ("state_dict", "model") if isinstance(loaded, Mapping) and key in loaded]
+    state = next((state for state in (loaded, *inner) if _is_state(state, torch)), None)
     if state is None:
         held = list(loaded) if isinstance(loaded, Mapping) else type(loaded).__name__
         raise ValueError(f'path={str(path)!r} holds no arrays by name, and none under "state_dict" or "model": {held}')
@@ -102,10 +102,6 @@ def _safe_torch(path: Path) -> Any:
             f"CVE-2026-24747); wanted {wanted} or newer: pip install 'torch>={wanted}'"
         )
     return torch
-
-
-def _candidates(loaded: Any) -> list[Any]:
-    return [loaded] + [loaded[key] for key in ("state_dict", "model") if isinstance(loaded, Mapping) and key in loaded]
 
 
 def _is_state(state: Any, torch: Any) -> bool:

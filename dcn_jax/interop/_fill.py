@@ -1,4 +1,4 @@
-"""A model's variables under the names of another library: comparing them with a state, filling them from it."""
+"""Filling a model's variables from a state with the names of another library."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ def slot(variable: Any, *names: str, axes: Sequence[int] | None = None, sizes: S
 
 
 def variables(model: Any) -> Iterator[tuple[tuple, Any]]:
-    """Path and variable of everything that a model has learnt: neither random keys nor sown values."""
+    """Path and variable of all that a model has learnt: no random keys, no sown values."""
     if not isinstance(model, nnx.Module):
         raise TypeError(
             f"model is a {type(model).__name__}; wanted an nnx.Module (for linen, fill the dictionary of parameters)"
@@ -59,7 +59,7 @@ def read(slots: Sequence[Slot]) -> dict[str, np.ndarray]:
 def fill(
     slots: Sequence[Slot], state: Mapping[str, Any], *, unexpected: Sequence[str], problems: Sequence[str]
 ) -> None:
-    """Fill the variables of `slots` from `state`; if anything does not fit, raise and change nothing.
+    """Fill the variables of `slots` from `state`; if anything does not fit, change nothing.
 
     Args:
         slots: of all variables of the model.
@@ -71,7 +71,7 @@ def fill(
         ValueError: something does not fit; the message lists everything that does not.
     """
     wanted = {name: shape for each in slots for name, shape in each.shapes.items()}
-    arrays = {name: _as_array(state[name]) for name in wanted if name in state}
+    arrays = {name: np.asarray(state[name]) for name in wanted if name in state}
     missing = [f"{name} {shape}" for name, shape in wanted.items() if name not in state]
     misfits = [misfit for name, array in arrays.items() if (misfit := _misfit(name, array, wanted[name]))]
     found = {
@@ -81,29 +81,14 @@ def fill(
         "other": problems,
     }
     if any(found.values()):
-        lines = [
-            line
-            for kind, entries in found.items()
-            if entries
-            for line in (f"  {kind} ({len(entries)}):", *_indented(entries))
-        ]
+        lines = ["\n    ".join([f"  {kind} ({len(each)}):", *each]) for kind, each in found.items() if each]
         hint = _prefix_hint(wanted, state) if missing else []
         raise ValueError("\n".join(["the state does not fit the model, which was left as it was:", *lines, *hint]))
     for variable, axes, names, _ in slots:
         whole = np.concatenate([arrays[name] for name in names]).transpose(np.argsort(axes))
-        value = jnp.asarray(
-            whole.astype(variable.dtype)
-        )  # a copy, so that changing `state` later leaves the model alone
+        value = jnp.asarray(whole.astype(variable.dtype))  # a copy: the model does not share memory with `state`
         old = variable.get_value()
         variable.set_value(jax.device_put(value, old.sharding) if isinstance(old, jax.Array) else value)
-
-
-def _indented(entries: Sequence[str]) -> list[str]:
-    return [f"    {entry}" for entry in entries]
-
-
-def _as_array(value: Any) -> np.ndarray:
-    return value if isinstance(value, np.ndarray) else np.asarray(value)
 
 
 def _misfit(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | None:

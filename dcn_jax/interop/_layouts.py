@@ -24,7 +24,7 @@ class Layout(NamedTuple):
 
 
 def joined(*names: str) -> str:
-    """Join nested names: "layer1" and "0" give "layer1.0"; empty names are skipped."""
+    """Join names by dots: "layer1" and "0" give "layer1.0"; empty names are skipped."""
     return ".".join(name for name in names if name).lstrip(".")
 
 
@@ -52,7 +52,7 @@ NAMES = {
     DCNv4: _BLEND,
 }
 
-# Arrays in PyTorch's state that hold nothing learnt: counts of batches, and RT-DETRv2's 1 / P of each point.
+# Arrays in PyTorch's state that hold nothing learnt: counts of batches; RT-DETRv2's 1 / P.
 _NOT_NEEDED = {nnx.BatchNorm: ("num_batches_tracked",), MSDeformAttn: ("n_points_scale", "num_points_scale")}
 
 
@@ -66,8 +66,8 @@ def module_key(owner: Any, key: Any) -> str:
     if isinstance(owner, nnx.Sequential) and key == "layers":
         return ""
     if isinstance(owner, DepthwiseBlock):
-        # In PyTorch a Sequential of conv, norm and act. The norm is a Sequential too: a layer norm comes after a
-        # transposition, a batch norm before one.
+        # In PyTorch a Sequential of conv, norm and act. The norm is one too: a batch norm and a
+        # transposition, or a transposition and a layer norm.
         norm = "1.0" if isinstance(owner.norm, nnx.BatchNorm) else "1.1"
         return {"conv": "0", "norm": norm, "act": "2"}.get(key, str(key))
     return str(key)
@@ -85,7 +85,7 @@ def find_layout(layer: str, names: Iterable[str]) -> Layout:
 
 
 def torch_axes(name: str, rank: int) -> tuple[int, ...]:
-    """The transposition from our arrays to PyTorch's: a kernel (*window, in, out) becomes (out, in, *window)."""
+    """The axes that transpose our array to PyTorch's, whose kernels are (out, in, *window)."""
     return (rank - 1, rank - 2, *range(rank - 2)) if name == "kernel" else tuple(range(rank))
 
 
@@ -108,8 +108,8 @@ def padding_problems(name: str, layer: Any) -> list[str]:
         return []
     pairs = tuple(((size - 1) // 2, (size - 1) // 2) for size in extent)
     return [
-        f"{name or 'the layer'} has padding={layer.padding!r} at strides {tuple(strides)}, which depends on the size of the "
-        f"map; PyTorch's never does: make the layer with PyTorch's padding, usually padding={pairs}"
+        f"{name or 'the layer'} has padding={layer.padding!r} at strides {tuple(strides)}, which depends on the "
+        f"size of the map; PyTorch's never does: make the layer with PyTorch's padding, usually padding={pairs}"
     ]
 
 
@@ -119,8 +119,8 @@ def dilation_problems(name: str, layer: DeformConv, layout: Layout) -> list[str]
     if layout.dilated or layer.offset_conv_cls is not None or set(dilation) == {1}:
         return []
     return [
-        f"{name or 'the layer'} has kernel_dilation {tuple(dilation)}, and Paddle's branch has none; make the layer with "
-        "Paddle's branch: offset_conv_cls=functools.partial(nnx.Conv, kernel_size=…, strides=…, padding=…)"
+        f"{name or 'the layer'} has kernel_dilation {tuple(dilation)}, and Paddle's branch has none; make the layer "
+        "with Paddle's branch: offset_conv_cls=functools.partial(nnx.Conv, kernel_size=…, strides=…, padding=…)"
     ]
 
 

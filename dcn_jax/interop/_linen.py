@@ -22,8 +22,8 @@ def to_linen(layer: nnx.Module) -> dict[str, Any]:
         NumPy arrays: the value of "params" in linen's variables.
 
     Raises:
-        ValueError: the layer has variables that are not parameters, such as a batch norm's statistics;
-            the message names them.
+        ValueError: the layer has variables that are not parameters, such as a batch norm's
+            statistics; the message names them.
         TypeError: `layer` is not an `nnx.Module`.
 
     Source: `flax.linen` and `flax.nnx`, whose layers share their parameters' names.
@@ -55,14 +55,14 @@ def from_linen(layer: Layer, params: Mapping[str, Any]) -> Layer:
 
     Args:
         layer: the nnx layer, made with the same options. It may be abstract (`nnx.eval_shape`).
-        params: linen's parameters, a dictionary or `FrozenDict`, with or without the outer "params".
+        params: linen's dictionary or `FrozenDict`, with or without the outer "params".
 
     Returns:
         `layer` itself.
 
     Raises:
-        ValueError: arrays are missing, unexpected or misshapen. The message lists them all, and the
-            layer is unchanged.
+        ValueError: arrays are missing, unexpected or misshapen. The message lists all of it; the
+            layer stays as it was.
         TypeError: `layer` is not an `nnx.Module`.
 
     Source: `flax.linen` and `flax.nnx`, whose layers share their parameters' names.

@@ -35,34 +35,34 @@ def to_onnx(
 
     Each DeformConv becomes its branch and one standard `DeformConv` node.
 
-    It knows DeformConv, the ResNets of `dcn_jax.models`, and of Flax Conv, Linear, BatchNorm, Dropout
-    and Sequential; the functions relu, relu6, leaky_relu, sigmoid, silu, gelu and tanh; and, by
-    `functools.partial` with named options, max_pool, avg_pool and `jnp.mean` over all positions. Others
-    raise an error with their name; `converters` adds them.
+    It knows DeformConv, the ResNets of `dcn_jax.models`, and of Flax Conv, Linear, BatchNorm,
+    Dropout and Sequential; the functions relu, relu6, leaky_relu, sigmoid, silu, gelu and tanh;
+    and, by `functools.partial` with named options, max_pool, avg_pool and `jnp.mean` over all
+    positions. Others raise an error with their name; `converters` adds them.
 
-    Batch norms use their own statistics and dropout does nothing, as after `model.eval()`. The graph
-    computes in float32, whatever the dtypes of the layer and its parameters.
+    Batch norms use their own statistics and dropout does nothing, as after `model.eval()`. The
+    graph computes in float32, whatever the dtypes of the layer and its parameters.
 
-    Pads are numbers in ONNX: "SAME" with a stride above 1 needs a size given as an int (or padding as
-    ints). A `padding_mode` other than "zeros", negative padding and DeformConv over one or three axes
-    have no form in ONNX.
+    Pads are numbers in ONNX: "SAME" with a stride above 1 needs a size given as an int (or padding
+    as ints). A `padding_mode` other than "zeros", negative padding and DeformConv over one or
+    three axes have no form in ONNX.
 
     Args:
         layer: a `flax.nnx` module; it is not changed.
-        input_shape: `(batch, *spatial, channels)`. The channels are an int. Other sizes are ints too, or
-            known only when the graph runs: a name, or None for the usual name ("batch", "height",
-            "width").
+        input_shape: `(batch, *spatial, channels)`. The channels are an int. Another size is an
+            int, or a name if it is known only when the graph runs; None is the usual name, such as
+            "batch" or "height".
         opset: the version of ONNX's operators, 19 or later.
-        converters: functions that add the nodes of your own modules, by class, or of functions. Each is
-            called as `converter(graph, module, x)`, or `converter(graph, x)` for a function. It returns
-            the result of `graph.add(part, x)`, for a known layer or function, or of
-            `graph.node(op_type, x, y, …)`.
+        converters: functions that add the nodes of your own modules, by class, or of functions.
+            Each is called as `converter(graph, module, x)`, or `converter(graph, x)` for a
+            function. It returns the result of `graph.add(part, x)`, for a known layer or function,
+            or of `graph.node(op_type, x, y, …)`.
 
     Returns:
         The `onnx.ModelProto`: `onnx.save(model, path)`.
 
     Raises:
-        ValueError: something has no form in ONNX, or does not fit; the message names it and a remedy.
+        ValueError: something has no form in ONNX or does not fit; the message names it.
         TypeError: `layer` is not an nnx module, or a size is not an int.
         ImportError: onnx is not installed.
 
@@ -86,7 +86,7 @@ def to_onnx(
         raise ValueError(f"opset={opset!r}; wanted an int from {_OLDEST_OPSET}, the first with DeformConv, to {newest}")
     if not isinstance(layer, nnx.Module):
         raise TypeError(
-            f"layer is a {type(layer).__name__}; wanted a flax.nnx module (from_linen fills one from linen's parameters)"
+            f"layer is a {type(layer).__name__}; wanted a flax.nnx module (from_linen fills one from linen)"
         )
     sizes = _sizes(input_shape)
     batch, *spatial, channels = sizes

@@ -1,7 +1,7 @@
 """An ONNX graph under construction: its nodes and the arrays that they need.
 
-Inside a graph maps are channels first, `(batch, C, *spatial)`, as ONNX has them. This file does not need
-the package onnx.
+Inside a graph maps are channels first, `(batch, C, *spatial)`, as ONNX has them. This file does
+not need the package onnx.
 """
 
 import functools
@@ -13,7 +13,8 @@ import numpy as np
 
 from dcn_jax.geometry import Padding, resolve_window
 
-AxisSize = int | str | None  # an int, or a size known only when the graph runs, with a name or without
+# An int; or, if the size is known only when the graph runs, a name or None.
+AxisSize = int | str | None
 
 USE_JAX_EXPORT = "or use jax.export, which takes every model (docs/exporting.md)"
 
@@ -21,7 +22,7 @@ _LARGE = 2**20  # stands for an unknown size; any window fits in it
 
 
 class Value(NamedTuple):
-    """The result of a node: a map `(batch, C, *spatial)`, or vectors `(batch, C)`, with the input's batch."""
+    """The result of a node: a map `(batch, C, *spatial)`, or vectors `(batch, C)`."""
 
     name: str
     channels: int
@@ -41,11 +42,10 @@ class Graph:
     """Nodes in the order in which they run, and the arrays that do not depend on the input.
 
     Args:
-        converters: functions that add the nodes of a module, by its class, or of a function, by that
-            function. They are called as `converter(graph, module, x)`, or `converter(graph, x)` for a
-            function, and return a `Value`.
-        paths: the path of each module in the model, by its `id`: "layer1.0.conv2". It names nodes, and
-            modules in errors.
+        converters: functions that add the nodes of a module, by its class, or of a function, by
+            that function. They are called as `converter(graph, module, x)`, or
+            `converter(graph, x)` for a function, and return a `Value`.
+        paths: where each module is in the model, by its `id`: "layer1.0.conv2".
     """
 
     def __init__(self, converters: Mapping[Any, Callable[..., Value]], paths: Mapping[int, str]):
@@ -109,8 +109,8 @@ class Graph:
         """
         if len(size) != len(x.spatial):
             self.refuse(
-                f"a window of {tuple(size)} does not fit a map with {len(x.spatial)} spatial axes; wanted an input_shape of "
-                f"(batch, *spatial, channels) with {len(size)}"
+                f"a window of {tuple(size)} does not fit a map with {len(x.spatial)} spatial axes; wanted an "
+                f"input_shape of (batch, *spatial, channels) with {len(size)}"
             )
         resolve = functools.partial(resolve_window, size, strides=strides, padding=padding, **options)
         window = resolve(spatial=[s if isinstance(s, int) else _LARGE for s in x.spatial])
@@ -122,14 +122,12 @@ class Graph:
                 )
         if set(window.padding_mode) != {"zeros"}:
             self.refuse(
-                f"padding={padding!r} with padding_mode={window.padding_mode} has no form in ONNX, which pads with zeros: use zeros, "
-                f"{USE_JAX_EXPORT}"
+                f"padding={padding!r} with padding_mode={window.padding_mode} has no form in ONNX, which pads "
+                f"with zeros: use zeros, {USE_JAX_EXPORT}"
             )
         lows, highs = zip(*window.pads, strict=True)
         if min(*lows, *highs) < 0:
-            self.refuse(
-                f"padding={padding!r} crops, which has no form in ONNX, where pads are 0 or more: slice the map, {USE_JAX_EXPORT}"
-            )
+            self.refuse(f"padding={padding!r} crops, and pads in ONNX are 0 or more: slice the map, {USE_JAX_EXPORT}")
         attributes = {
             "kernel_shape": list(window.size),
             "strides": list(window.strides),
@@ -161,6 +159,6 @@ class Graph:
         known = sorted(key.__name__ for key in self._converters)
         mine = getattr(part, "__name__", type(part).__name__)
         self.refuse(
-            f"{mine} is not known; wanted one of {', '.join(known)}, or functools.partial of a function with options by name. "
-            f"Pass converters={{{mine}: f}}, where f(graph, module, x) adds its nodes, {USE_JAX_EXPORT}"
+            f"{mine} is not known; wanted one of {', '.join(known)}, or functools.partial of a function with options "
+            f"by name. Pass converters={{{mine}: f}}, where f(graph, module, x) adds its nodes, {USE_JAX_EXPORT}"
         )

@@ -32,7 +32,7 @@ def _array(parameter: Any) -> np.ndarray | None:
 def _check_channels(graph: Graph, x: Value, wanted: int) -> None:
     if x.channels != wanted:
         graph.refuse(
-            f"its input has {x.channels} channels; wanted {wanted}: they come from the last size of input_shape"
+            f"its input has {x.channels} channels; wanted {wanted}: the last size of input_shape says how many"
         )
 
 
@@ -40,7 +40,7 @@ def _check_channels(graph: Graph, x: Value, wanted: int) -> None:
 
 
 def _kernel(layer: Any) -> np.ndarray:
-    """The kernel `(*window, C // groups, features)` in ONNX's order, `(features, C // groups, *window)`."""
+    """The kernel in ONNX's order: `(features, C // groups, *window)`."""
     kernel: Any = _array(layer.kernel)
     return np.moveaxis(kernel, (-1, -2), (0, 1))
 
@@ -48,19 +48,19 @@ def _kernel(layer: Any) -> np.ndarray:
 def _deform_conv(
     graph: Graph, layer: DeformConv, x: Value, offset: Value | None = None, mask: Value | None = None
 ) -> Value:
-    """The branch, its split into offset and mask, and one DeformConv; with `offset` only the DeformConv."""
+    """The branch, its split, and one DeformConv; if `offset` is given, the DeformConv alone."""
     if len(layer.kernel_size) != 2:
         graph.refuse(
-            f"kernel_size={layer.kernel_size} has {len(layer.kernel_size)} spatial axes, and runtimes of ONNX have DeformConv "
-            f"for 2 alone: use 2, {USE_JAX_EXPORT}"
+            f"kernel_size={layer.kernel_size} has {len(layer.kernel_size)} spatial axes, and ONNX's runtimes have "
+            f"DeformConv for 2 alone: use 2, {USE_JAX_EXPORT}"
         )
     _check_channels(graph, x, layer.in_features)
     attributes, spatial = graph.window(x, layer.kernel_size, **offset_conv.geometry(layer))
     if offset is None:
         if not layer.offset_branch:
             graph.refuse(
-                "offset_branch=False leaves it without offsets; in the converter of the model that makes them, add it by "
-                "graph.add(layer, x, offset, mask)"
+                "offset_branch=False leaves it without offsets; in the converter of the model that makes them, add it "
+                "by graph.add(layer, x, offset, mask)"
             )
         offset, mask = _split(graph, layer, graph.add(layer.offset_conv, x))
     return graph.node(
@@ -75,7 +75,7 @@ def _deform_conv(
 
 
 def _split(graph: Graph, layer: DeformConv, z: Value) -> tuple[Value, Value | None]:
-    """Offset `(batch, OG * K * 2, …)` and mask `(batch, OG * K, …)` from the branch's output, as in the layer."""
+    """Offset `(batch, OG * K * 2, …)` and mask `(batch, OG * K, …)` from the branch's output."""
     offsets, logits = offset_conv.branch_channels(layer)
     if z.channels != offsets + logits:
         graph.refuse(f"its branch emits {z.channels} channels; wanted {offsets + logits}")
@@ -94,7 +94,7 @@ def _channels(graph: Graph, z: Value, start: int, stop: int) -> Value:
 
 
 def _bound(graph: Graph, z: Value, bounds: tuple[float | None, ...]) -> Value:
-    """max_offset · tanh(z / max_offset), axis by axis: channels are ordered [offset group, tap, axis]."""
+    """max_offset · tanh(z / max_offset); channels are ordered [offset group, tap, axis]."""
     if set(bounds) == {None}:
         return z
 

@@ -1,4 +1,4 @@
-"""Channel orders: how libraries order offsets and masks along one axis, and conversion to ours and back."""
+"""The orders of offset and mask channels in other libraries; conversion to ours and back."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 
 from dcn_jax._core import checks
 
-# Each function takes offset (OG, kh, kw, 2), with (y, x) last, and mask (OG, kh, kw) from our order to theirs.
+# From our offset (OG, kh, kw, 2), with (y, x) last, and mask (OG, kh, kw) to theirs.
 ORDERS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
     "torchvision": lambda offset, mask: (offset, mask),
     "all_y_all_x": lambda offset, mask: (np.moveaxis(offset, -1, 0), mask),
@@ -21,13 +21,13 @@ ORDERS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarra
 def reorder_offsets(
     array: Any, order: str, *, window: Sequence[int], offset_groups: int = 1, axis: int = -1, inverse: bool = False
 ) -> np.ndarray:
-    """Reorder channels of offsets, of masks or of both, from another library's order to ours or back.
+    """Reorder channels of offsets, masks or both, from another library's order to ours or back.
 
         ours[i] = array[theirs(i)]  along `axis`
 
-    Ours is [offset group, tap, axis] with taps row by row and (y, x) for each, and [offset group, tap]
-    for a mask; an array of both has the offsets first. The function also reorders the weights and the
-    bias of a convolution that emits them, along its output channels (in PyTorch, `axis=0`).
+    Ours is [offset group, tap, axis] with taps row by row and (y, x) for each, and [offset group,
+    tap] for a mask; an array of both has the offsets first. It also takes the weights
+    and bias of a convolution that emits them (in PyTorch along `axis=0`).
 
     | order | channels | used by |
     |---|---|---|
@@ -35,7 +35,7 @@ def reorder_offsets(
     | "all_y_all_x" | [y or x, group, tap], then [group, tap] | 4uiiurz1's pytorch-deform-conv-v2 |
     | "all_x_all_y" | [x or y, group, tap], then [group, tap] | MindSpore, Ascend's operators |
     | "dcnv3" | as ours, but (x, y) for each tap, and the taps column by column | DCNv3 |
-    | "dcnv4" | as "dcnv3", but each group's masks follow its offsets; padded to a multiple of 8 | DCNv4 |
+    | "dcnv4" | as "dcnv3", each group's masks after its offsets, padded to a multiple of 8 | DCNv4 |
 
     Only the order changes: the `offset_scale` of DCNv3 and DCNv4 (1.0 by default) is not applied.
 
@@ -74,8 +74,8 @@ def reorder_offsets(
     channels = array.shape[axis] if array.ndim else 0
     if channels not in (masks, 2 * masks, 3 * masks) and (channels != padded or inverse):
         raise ValueError(
-            f"array has {channels} channels along axis {axis} of its shape {array.shape}; wanted, for window={window} and "
-            f"offset_groups={offset_groups}, {2 * masks} (offsets), {masks} (masks) or {3 * masks} (both)"
+            f"array has {channels} channels along axis {axis} of its shape {array.shape}; wanted, for window={window} "
+            f"and offset_groups={offset_groups}, {2 * masks} (offsets), {masks} (masks) or {3 * masks} (both)"
         )
     theirs = _theirs(order, (offset_groups, *window), min(channels, 3 * masks))
     if not inverse:

@@ -30,41 +30,42 @@ def from_torch(model: Model, state: Mapping[str, np.ndarray], *, prefix: str = "
 
         kernel (*window, in, out) = weight (out, in, *window), transposed
 
-    The attributes of the model give the names: `model.layer3[4].conv2` gets `layer3.4.conv2.weight` and
-    `layer3.4.conv2.bias`. The modules of an `nnx.Sequential` are numbered as in PyTorch. Batch norms
-    get their statistics too; `num_batches_tracked` is ignored. A `DeformConv` may have any of these
-    layouts. Each layer's is told by the names in `state`:
+    The attributes of the model give the names: `model.layer3[4].conv2` gets
+    `layer3.4.conv2.weight` and `layer3.4.conv2.bias`. The modules of an `nnx.Sequential` are
+    numbered as in PyTorch. Batch norms get their statistics too; `num_batches_tracked` is ignored.
+    A `DeformConv` may have any of these layouts. Each layer's is told by the names in `state`:
 
     | layout | arrays |
     |---|---|
-    | "mmcv" (and detectron2's) | `weight`, `bias`, and `conv_offset.*`, which emits offsets, then the mask's logits |
+    | "mmcv" (and detectron2's) | `weight`, `bias`, and `conv_offset.*`: offsets, then logits |
     | "torchvision" | `weight`, `bias`, and `offset_conv.*` and `mask_conv.*` apart |
     | "paddle" | `conv_dcn.weight`, `conv_dcn.bias` and `conv_offset.*` |
     | "charlesshang" | as "mmcv", the branch called `conv_offset_mask.*` |
     | "legacy" | as "mmcv", the branch of `conv2` being its neighbour `conv2_offset.*` |
 
-    `DCNv3`, `DCNv4` and `MSDeformAttn` have the published names, with `dw_conv.0` and `dw_conv.1.1` for
-    `dw_conv.conv` and `dw_conv.norm`. HF's, mmcv's and RT-DETRv2's attention have the same names.
+    `DCNv3`, `DCNv4` and `MSDeformAttn` have the published names, with `dw_conv.0` and
+    `dw_conv.1.1` for `dw_conv.conv` and `dw_conv.norm`. The attention
+    of HF, mmcv and RT-DETRv2 has them too.
 
-    The names do not tell the padding, `mask_scale` or `max_offset`: make the layer with the values of
-    the other one. A layer with "SAME" at a stride above 1 is refused: PyTorch has no such padding, and
-    pads less on the left than XLA does.
+    The names do not tell the padding, `mask_scale` or `max_offset`: make the layer with the values
+    of the other one. A layer with "SAME" at a stride above 1 is refused: PyTorch
+    pads both sides alike, and XLA then may not.
 
     Args:
-        model: an `nnx.Module` of `nnx.Conv`, `nnx.Linear`, `nnx.Embed`, `nnx.BatchNorm`, `nnx.LayerNorm`,
-            `nnx.GroupNorm` and the layers of `dcn_jax.nnx`, or one of them. It may be abstract
-            (`nnx.eval_shape`), which saves initializing it.
+        model: an `nnx.Module` of `nnx.Conv`, `nnx.Linear`, `nnx.Embed`, `nnx.BatchNorm`,
+            `nnx.LayerNorm`, `nnx.GroupNorm` and the layers of `dcn_jax.nnx`, or one of them. It
+            may be abstract (`nnx.eval_shape`), which saves initializing it.
         state: the state of a PyTorch module as NumPy arrays by name (`{k: v.numpy() for k, v in
             module.state_dict().items()}`, or `read_checkpoint`). They get the dtypes of the model.
-        prefix: the name in `state` of the module that `model` stands for, such as "backbone."; names
-            without it are ignored.
+        prefix: the name in `state` of the module that `model` stands for, such as "backbone.";
+            names without it are ignored.
 
     Returns:
         `model` itself.
 
     Raises:
-        ValueError: arrays are missing, unexpected or misshapen, or PyTorch has no counterpart for a
-            module or a padding of the model. The message lists all of it, and the model is unchanged.
+        ValueError: arrays are missing, unexpected or misshapen, or PyTorch has no counterpart for
+            a module or a padding of the model. The message lists all; the model is unchanged.
         TypeError: `model` is not an `nnx.Module`.
 
     Source: the published code of torchvision, mmcv and the layers, for names and orders.
@@ -92,7 +93,7 @@ def from_torch(model: Model, state: Mapping[str, np.ndarray], *, prefix: str = "
 
 
 def to_torch(model: nnx.Module, *, layout: str = "mmcv") -> dict[str, np.ndarray]:
-    """The arrays of an nnx layer or model with PyTorch's names and axes: the inverse of `from_torch`.
+    """The arrays of an nnx layer or model in PyTorch's names and axes: `from_torch` reversed.
 
         weight (out, in, *window) = kernel (*window, in, out), transposed
 
@@ -101,11 +102,11 @@ def to_torch(model: nnx.Module, *, layout: str = "mmcv") -> dict[str, np.ndarray
         layout: that of deformable layers, one of the table at `from_torch`.
 
     Returns:
-        Contiguous copies as NumPy arrays, in the dtypes of the model; `torch.from_numpy` takes them.
+        Contiguous NumPy copies in the dtypes of the model; `torch.from_numpy` takes them.
 
     Raises:
-        ValueError: `layout` is not known, or PyTorch has no counterpart for something in the model; the
-            message names it.
+        ValueError: `layout` is not known, or PyTorch has no counterpart for something in the
+            model; the message names it.
         TypeError: `model` is not an `nnx.Module`.
 
     Source: the published code of torchvision, mmcv and the layers, for names and orders.
@@ -131,7 +132,7 @@ def to_torch(model: nnx.Module, *, layout: str = "mmcv") -> dict[str, np.ndarray
 
 
 def _slots(model: Any, prefix: str, layout_of: Callable[[str], Layout]) -> tuple[list[Slot], list[str], set[str]]:
-    """The slots of a model, sentences on what has no counterpart in PyTorch, and names that may be ignored."""
+    """The slots of a model, problems as sentences, and names in PyTorch that may be ignored."""
     learnt = dict(variables(model))
     nodes = dict(nnx.iter_graph(model))
     names = {path: _module_name(path, nodes, prefix) for path in nodes}
@@ -177,6 +178,6 @@ def _modules(
         return (names[owner],), (channels,)
     branch = layouts[layer].branch
     inside = names[owner].removeprefix(joined(names[layer], "offset_conv")).lstrip(".")
-    # A branch that is one convolution may be two in PyTorch; a branch of several modules is not divided.
+    # A branch of one convolution may be two in PyTorch; one of several modules is not divided.
     sizes = (channels,) if inside else branch_sizes(nodes[layer], layouts[layer], channels)
     return tuple(joined(module, inside) for module in branch[: len(sizes)]), sizes

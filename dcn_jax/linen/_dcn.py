@@ -1,4 +1,4 @@
-"""`DCNv3` and `DCNv4` for `flax.linen`: they make the parameters; `dcnv3` and `dcnv4` do the rest."""
+"""`DCNv3` and `DCNv4` for `flax.linen`: they make the parameters, the ops do the rest."""
 
 from typing import Any
 
@@ -18,23 +18,24 @@ except ModuleNotFoundError as error:
 
 
 class DCNv3(nn.Module):
-    """InternImage's layer: offsets and weights come from a depthwise convolution, the weights by a softmax.
+    """InternImage's layer: a depthwise convolution makes offsets and weights.
 
         z = act(norm(dw_conv(x)));  Δp = offset(z);  m = softmax(mask(z));  v = input_proj(x)
         y = output_proj(Σ_k  m_k · v(p0 + s · (p_k + Δp_k)))
 
-    The sum is `dcn_jax.dcnv3`; the softmax is over the taps of each group. With `center_feature_scale`
-    the sum becomes (1 - σ) · sum + σ · v before `output_proj`, where σ = sigmoid(weight · z + bias) is
-    one share for each group. Offsets and mask start at zero, so that each tap counts 1 / K.
+    The sum is `dcn_jax.dcnv3`; the softmax is over the taps of each group. With
+    `center_feature_scale` the sum becomes (1 - σ) · sum + σ · v before `output_proj`, where σ =
+    sigmoid(weight · z + bias) is one share for each group. Offsets and logits start at zero: all
+    taps count 1 / K.
 
     Parameters, by the published layer's names: `dw_conv/conv`, `dw_conv/norm`, `offset`, `mask`,
     `input_proj`, `output_proj`, and with `center_feature_scale` also
     `center_feature_scale_proj_weight` `(group, channels)` and `center_feature_scale_proj_bias`
     `(group,)`. Offsets and weights are computed in float32 or wider.
 
-    Every stride, padding and window is allowed. The published layer allows only those that keep the
-    size of the map. For others the depthwise convolution has the stride of the op, and its windows have
-    the same centres as the op's.
+    Every stride, padding and window is allowed. The published layer allows only those that keep
+    the size of the map. For others the depthwise convolution has the stride of the op, and its
+    windows have the same centres as the op's.
 
     Attributes:
         channels: C, of the input and of the result.
@@ -108,15 +109,15 @@ class DCNv3(nn.Module):
 
 
 class DCNv4(nn.Module):
-    """FlashInternImage's layer: DCNv3's without the softmax; one projection makes offsets and weights.
+    """FlashInternImage's layer: one projection makes offsets and weights, without a softmax.
 
         Δp, m = offset_mask(x);  v = value_proj(x)
         y = output_proj(Σ_k  m_k · v(p0 + s · (p_k + Δp_k)))
 
-    The sum is `dcn_jax.dcnv4`. With `dw_kernel_size` a depthwise convolution, `offset_mask_dw`, comes
-    before `offset_mask`. With `center_feature_scale` the sum becomes (1 - σ) · sum + σ · v before
-    `output_proj`, where σ = sigmoid(weight · sum + bias) is one share for each group. `offset_mask`
-    starts at zero, so the sum of a new layer is zero.
+    The sum is `dcn_jax.dcnv4`. With `dw_kernel_size` a depthwise convolution, `offset_mask_dw`,
+    comes before `offset_mask`. With `center_feature_scale` the sum becomes (1 - σ) · sum + σ · v
+    before `output_proj`, where σ = sigmoid(weight · sum + bias) is one share for each group.
+    `offset_mask` starts at zero, so the sum of a new layer is zero.
 
     Parameters, by the published layer's names: `offset_mask` of ⌈3 G K / 8⌉ · 8 features, the last
     ones unused; `value_proj` and `output_proj` unless `without_pointwise`; `offset_mask_dw` with
@@ -124,9 +125,9 @@ class DCNv4(nn.Module):
     `(group, channels)` and `center_feature_scale_proj_bias` `(group,)`. Offsets and weights are
     computed in float32 or wider.
 
-    Every stride, padding, window and number of channels is allowed. The input is a map; the published
-    layer takes a sequence and a shape. If the size of the map changes, offsets and weights are made
-    from the pixels at the centres of the op's windows.
+    Every stride, padding, window and number of channels is allowed. The input is a map; the
+    published layer takes a sequence and a shape. If the size of the map changes, offsets and
+    weights are made from the pixels at the centres of the op's windows.
 
     Attributes:
         channels: C, of the input and of the result.
@@ -201,7 +202,7 @@ class DCNv4(nn.Module):
 
 
 class _DepthwiseBlock(nn.Module):
-    """The part of DCNv3 before `offset` and `mask`: a depthwise convolution, a norm and an activation."""
+    """DCNv3's `dw_conv`: a depthwise convolution, a norm and an activation."""
 
     norm_layer: Any
     act_layer: Any

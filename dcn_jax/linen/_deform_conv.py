@@ -1,4 +1,4 @@
-"""`DeformConv` for `flax.linen`: it makes the parameters; `_layers/offset_conv.py` does the rest."""
+"""`DeformConv` for `flax.linen`: it makes the parameters; `offset_conv` does the rest."""
 
 import functools
 from collections.abc import Sequence
@@ -20,34 +20,32 @@ except ModuleNotFoundError as error:
 
 
 class DeformConv(nn.Module):
-    """Deformable convolution that learns its own offsets and modulation; takes what `flax.linen.Conv` takes.
+    """Deformable convolution that learns offsets and modulation; takes what Flax's `Conv` takes.
 
         z = offset_conv(x);  Δp, logits = split(z);  Δm = mask_scale · sigmoid(logits)
         y(p0) = Σ_n  w_n · x(p0 + p_n + Δp_n) · Δm_n  +  b
 
-    The offset convolution, called the branch, has the geometry of the main one. It emits the OG·K·n
-    offsets first, then the OG·K logits, as mmcv's layers do. It starts at zero: a new layer computes
-    `mask_scale / 2` times the plain convolution.
+    The offset convolution, called the branch, has the geometry of the main one. It emits the
+    OG·K·n offsets first, then the OG·K logits, as mmcv's layers do. It starts at zero: a new layer
+    computes `mask_scale / 2` times the plain convolution.
 
-    Parameters: `kernel` `(*kernel_size, C // feature_group_count, features)`, `bias` `(features,)`,
-    `offset_conv/kernel` and `offset_conv/bias`. The layer sows the `offset` and `mask` that it used
-    into "intermediates".
+    Parameters: `kernel` `(*kernel_size, C // feature_group_count, features)`, `bias`
+    `(features,)`, `offset_conv/kernel` and `offset_conv/bias`. The layer sows the `offset` and
+    `mask` that it used into "intermediates".
 
-    The branch multiplies in the layer's dtype and sums in float32 or wider; offsets and logits keep
-    that wider dtype. Two options of `flax.linen.Conv` are missing: `input_dilation`, since an offset
-    between pixels that do not exist means nothing, and `mask`, since `kernel_init` and the optimizer
-    can mask a kernel.
+    The branch multiplies in the layer's dtype and sums in float32 or wider; offsets and logits
+    keep that wider dtype. Two options of `flax.linen.Conv` are missing: `input_dilation`, since an
+    offset between pixels that do not exist means nothing, and `mask`, since `kernel_init` and the
+    optimizer can mask a kernel.
 
     Attributes:
         features: channels of the result.
-        kernel_size: taps along each spatial axis; an int is a one-dimensional window, as in
-            `flax.linen.Conv`.
+        kernel_size: taps along each spatial axis; an int means one axis, as in Flax's Conv.
         strides: pixels between neighbouring outputs; one for all axes, or one per axis.
         padding: "SAME", "VALID", an int, one int per axis, or one (low, high) pair per axis.
             "CIRCULAR" and "REFLECT" pad as Flax does and set `padding_mode`.
         kernel_dilation: pixels between neighbouring taps; one for all axes, or one per axis.
-        feature_group_count: groups of channels that the main kernel convolves apart. The branch sees
-            all channels.
+        feature_group_count: groups of channels of the main kernel; the branch sees all channels.
         use_bias: whether the result gets a bias. The branch always has one.
         dtype: of the computation; by default that of the input and parameters, promoted.
         param_dtype: of the parameters.
@@ -55,12 +53,11 @@ class DeformConv(nn.Module):
         kernel_init: initializer of `kernel`.
         bias_init: initializer of `bias`.
         promote_dtype: converts input, kernel and bias to the dtype of the computation.
-        conv_general_dilated: computes the default branch, as in `flax.linen.Conv`, which deprecates it.
-        conv_general_dilated_cls: makes `conv_general_dilated`, likewise.
+        conv_general_dilated: computes the default branch; deprecated, as in Flax's Conv.
+        conv_general_dilated_cls: makes `conv_general_dilated`; deprecated too.
         offset_groups: OG, groups of channels; each group has offsets of its own.
         modulated: whether there is a modulation (DCNv2) or not (DCNv1).
-        mask_scale: the modulation's upper bound. The paper has 1.0; with 2.0 a new layer equals the
-            plain convolution.
+        mask_scale: the modulation's upper bound; 2.0 makes a new layer a plain convolution.
         max_offset: bounds each offset smoothly to ±max_offset pixels, by max_offset · tanh(z /
             max_offset). One number, or one per axis: None leaves an axis unbounded, 0 undeformed.
         offset_kernel_init: initializer of `offset_conv/kernel`.
@@ -68,11 +65,11 @@ class DeformConv(nn.Module):
         implementation: of the op: "xla", "pallas_gpu", "pallas_tpu" (on a TPU, where `max_offset`
             bounds the branch's offsets), or None for the fastest that is sound.
         padding_mode: what lies beyond the border of the map: "zeros", "edge", "wrap", "reflect" or
-            "symmetric", for all axes or one per axis. The default branch pads its input alike.
+            "symmetric", for all axes or one per axis. The default branch pads its input so too.
         offset_conv_cls: makes another branch instead of the default one, called as
             `offset_conv_cls(features, name="offset_conv")`: a module's class, or
-            `functools.partial(Conv, kernel_size=(1, 1))`. The branch maps `(…, *spatial, channels)`,
-            not padded, to `(…, *out_spatial, OG * K * n [+ OG * K])`.
+            `functools.partial(Conv, kernel_size=(1, 1))`. The branch maps
+            `(…, *spatial, channels)`, not padded, to `(…, *out_spatial, OG * K * n [+ OG * K])`.
         offset_branch: False makes a layer without a branch; each call must then give `offset`.
 
     Source: arXiv 1703.06211 (DCNv1), arXiv 1811.11168 (DCNv2).
@@ -132,15 +129,14 @@ class DeformConv(nn.Module):
 
         Args:
             inputs: `(*batch, *spatial, C)`.
-            offset: `(*batch, *out_spatial, OG * K * n)`, used unchanged instead of the branch's. The
-                branch does not run and, in `init`, is not made. Its batch axes may be missing or 1,
-                as may those of the arrays below.
-            mask: `(*batch, *out_spatial, OG * K)`, used unchanged beside `offset`; by default 1
-                everywhere.
+            offset: `(*batch, *out_spatial, OG * K * n)`, used unchanged instead of the branch's.
+                The branch does not run and, in `init`, is not made. Its batch axes may be missing
+                or 1, and those of the arrays below too.
+            mask: `(*batch, *out_spatial, OG * K)`, used unchanged with `offset`; by default 1.
             offset_inputs: what the branch sees instead of `inputs`, of any number of channels.
-            base_offset: added to the branch's offsets after they are bounded: `(*batch, *out_spatial,
-                n)`, one displacement for all taps (optical flow, as dy, dx), or `(*batch,
-                *out_spatial, OG * K * n)`.
+            base_offset: added to the branch's offsets after they are bounded:
+                `(*batch, *out_spatial, n)`, one displacement for all taps (optical flow, as dy,
+                dx), or `(*batch, *out_spatial, OG * K * n)`.
 
         Raises:
             ValueError: an option or argument does not fit the input; the message names it.
@@ -150,7 +146,9 @@ class DeformConv(nn.Module):
         window = offset_conv.check_input(self, inputs)
         channels, call = inputs.shape[-1], 'offset_conv_cls(features, name="offset_conv")'
         offset_conv.check_options(self, channels, module=nn.Module, call=call)
-        points = offset_conv.points(self, self._run_branch, window, inputs, offset, mask, offset_inputs, base_offset)
+        points = offset_conv.place_points(
+            self, self._run_branch, window, inputs, offset, mask, offset_inputs, base_offset
+        )
         self.sow("intermediates", "offset", points.offset)
         if points.mask is not None:
             self.sow("intermediates", "mask", points.mask)

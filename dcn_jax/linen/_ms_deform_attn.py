@@ -27,14 +27,13 @@ class MSDeformAttn(nn.Module):
     (width, height) / (2 P). In a new layer each head looks in one direction, its p-th point lies p
     steps away (the last one at the edge of a box), and all points have equal weights.
 
-    The layer adds no position embeddings to `query`. It has neither the residual nor the dropout of
-    mmcv's layer.
+    The layer adds no position embeddings to `query`. Unlike mmcv's it has no residual or dropout.
 
     Parameters, by the published layer's names: `sampling_offsets`, `attention_weights`,
     `value_proj`, `output_proj`, each with `kernel` and `bias`. Locations and weights are computed
-    in float32 or wider. The layer sows them into "intermediates", as `sampling_locations` `(*batch,
-    Q, M, L, P, 2)`, in [0, 1] inside a map, and `sampling_weights` `(*batch, Q, M, L, P)`; the name
-    `attention_weights` is that of the projection.
+    in float32 or wider. The layer sows them into "intermediates", as `sampling_locations`
+    `(*batch, Q, M, L, P, 2)`, in [0, 1] inside a map, and `sampling_weights`
+    `(*batch, Q, M, L, P)`; the name `attention_weights` is that of the projection.
 
     Attributes:
         embed_dim: E, channels of `query`, `value` and the result.
@@ -101,31 +100,31 @@ class MSDeformAttn(nn.Module):
         Args:
             query: `(*batch, Q, embed_dim)`, position embeddings already added.
             reference_points: `(*batch, Q, num_levels, 2)`, points (x, y), or
-                `(*batch, Q, num_levels, 4)`, boxes (x, y, width, height) with (x, y) the
-                centre; in [0, 1] inside a map. The axis of levels may be 1, batch axes 1 or missing.
+                `(*batch, Q, num_levels, 4)`, boxes (x, y, width, height) with (x, y) the centre;
+                in [0, 1] inside a map. The axis of levels may be 1, batch axes 1 or missing.
             value: `(*batch, S, embed_dim)`, the pixels of all levels one after another.
             spatial_shapes: the sizes of the maps, `((H1, W1), …)`, as ints; S is the sum of H · W.
-            padding_mask: `(*batch, S)` of bools. Pixels where it is True have a projected value of 0.
+            padding_mask: `(*batch, S)` of bools; where it is True, the projected value is 0.
 
         Raises:
             ValueError: an option or argument does not fit; the message names it.
             TypeError: an option or argument is of the wrong kind.
         """
         ms_deform_attn.check_options(self)
-        call = ms_deform_attn.check_arguments(self, query, reference_points, value, spatial_shapes, padding_mask)
+        arguments = ms_deform_attn.check_arguments(self, query, reference_points, value, spatial_shapes, padding_mask)
         points, wide = ms_deform_attn.point_count(self), ms_deform_attn.wide_dtype(self)
         offset_inits = self.offset_kernel_init, self.offset_bias_init or ms_deform_attn.directions_init(self)
         attention_inits = self.attention_kernel_init, self.attention_bias_init
-        offset = self._dense("sampling_offsets", 2 * points, wide, *offset_inits)(call.query)
-        logits = self._dense("attention_weights", points, wide, *attention_inits)(call.query)
-        locations = ms_deform_attn.place_points(self, offset, call)
+        offset = self._dense("sampling_offsets", 2 * points, wide, *offset_inits)(arguments.query)
+        logits = self._dense("attention_weights", points, wide, *attention_inits)(arguments.query)
+        locations = ms_deform_attn.place_points(self, offset, arguments)
         weights = ms_deform_attn.softmax(self, logits)
         self.sow("intermediates", "sampling_locations", locations)
         self.sow("intermediates", "sampling_weights", weights)
 
         inits = self.kernel_init, self.bias_init
-        projected = self._dense("value_proj", self.embed_dim, self.dtype, *inits)(call.value)
-        y = ms_deform_attn.attend(self, projected, call, locations, weights)
+        projected = self._dense("value_proj", self.embed_dim, self.dtype, *inits)(arguments.value)
+        y = ms_deform_attn.attend(self, projected, arguments, locations, weights)
         return self._dense("output_proj", self.embed_dim, self.dtype, *inits)(y)
 
     @nn.nowrap

@@ -5,8 +5,8 @@
     fc                   mean over positions, then the classifier
 
 Modules have torchvision's names: its `layer2.0.downsample.1.weight` is
-`model.layer2[0].downsample[1].scale`. A weight is `kernel` in a linear layer or convolution and `scale`
-in a batch norm; `running_mean` is `mean`, `running_var` is `var`.
+`model.layer2[0].downsample[1].scale`. A weight is `kernel` in a linear layer or convolution and
+`scale` in a batch norm; `running_mean` is `mean`, `running_var` is `var`.
 """
 
 import functools
@@ -56,7 +56,7 @@ class BasicBlock(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-    """1×1, 3×3 and 1×1 convolutions, the 3×3 one with the stride ("v1.5"), and a shortcut.
+    """Convolutions 1×1, 3×3 with the stride ("v1.5") and 1×1, and a shortcut.
 
     y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + downsample(x))
     """
@@ -83,8 +83,8 @@ class Bottleneck(nnx.Module):
 
 
 def _shortcut(in_features: int, features: int, strides: int, *, conv: Any, norm: Any) -> tuple:
-    """The layers that bring a block's input to the shape of its output; none if it has that shape."""
-    # A tuple: under nnx.capture, transformations such as remat fail on a module that holds an nnx.List.
+    """The layers that bring a block's input to the shape of its output, if it differs."""
+    # A tuple: under nnx.capture, remat and the like fail on a module that holds an nnx.List.
     if strides == 1 and in_features == features:
         return nnx.data(())
     return nnx.data((conv(in_features, features, (1, 1), strides), norm(features)))
@@ -95,31 +95,29 @@ class ResNet(nnx.Module):
 
         y = fc(mean over positions of conv5(conv4(conv3(conv2(stem(x))))))
 
-    Every 3×3 convolution of a deformable stage is a `dcn_jax.nnx.DeformConv`, also the first, which
-    has the stage's stride. The ResNet-50 of the DCNv2 paper has 13 such layers:
-    `deform_stages=("conv3", "conv4", "conv5")`. That of DCNv1 has 3: `deform_stages=("conv5",)` and
-    `modulated=False`.
+    Every 3×3 convolution of a deformable stage is a `dcn_jax.nnx.DeformConv`, also the first,
+    which has the stage's stride. The ResNet-50 of the DCNv2 paper has 13 such layers:
+    `deform_stages=("conv3", "conv4", "conv5")`. That of DCNv1 has 3: `deform_stages=("conv5",)`
+    and `modulated=False`.
 
     Batch norms use the statistics of the batch in a new model and after `model.train()`, and their
-    running statistics after `model.eval()`. As in Flax, the running variance averages the variance of
-    each batch; torch multiplies that by n / (n - 1), with n positions.
+    running statistics after `model.eval()`. As in Flax, the running variance averages the variance
+    of each batch; torch multiplies that by n / (n - 1), with n positions.
 
     Args:
         block: the class of the blocks, `BasicBlock` or `Bottleneck`.
         depths: blocks in each of the four stages.
-        num_classes: logits of the classifier; None for no classifier: the model returns mean features.
+        num_classes: logits of the classifier; None for none: the model returns mean features.
         deform_stages: which of "conv2", "conv3", "conv4" and "conv5" are deformable.
         modulated: whether deformable layers have a modulation (DCNv2) or not (DCNv1).
         offset_groups: groups of channels of a deformable layer; each has offsets of its own.
         mask_scale: the modulation's upper bound. The papers and mmdetection have 1.0; with 2.0 a
             network with the weights of a plain one computes what that one does.
-        max_offset: bounds each offset smoothly to ±max_offset pixels, one number or one per axis;
-            None for no bound.
+        max_offset: pixels, one bound for all offsets or one per axis; None for no bound.
         implementation: of the op: "xla", "pallas_gpu" or None for the fastest that is sound.
         remat: whether the backward pass recomputes the inside of each block to save memory.
         in_features: channels of the images.
-        width: features of the stem. The stages have 1, 2, 4 and 8 times as many, times 4 with
-            `Bottleneck`.
+        width: features of the stem; stages have 1, 2, 4, 8 times as many (times 4: `Bottleneck`).
         dtype: of the computation; by default that of the input and parameters, promoted.
         param_dtype: of the parameters. The statistics of batch norms are always float32.
         precision: of the convolutions and the classifier.
@@ -233,7 +231,7 @@ class ResNet(nnx.Module):
             x: images `(*batch, H, W, in_features)`, normalised as for the weights.
 
         Returns:
-            `(*batch, num_classes)`; if `num_classes` is None, the mean over positions of conv5's features.
+            `(*batch, num_classes)`; if `num_classes` is None, conv5's features, averaged.
 
         Raises:
             ValueError: x is not of that shape.
@@ -243,7 +241,7 @@ class ResNet(nnx.Module):
 
 
 def _max_pool(x: jax.Array) -> jax.Array:
-    """Max-pool 3×3, stride 2, padding 1. With padding, nnx.max_pool takes at most one batch axis."""
+    """Max-pool 3×3, stride 2, padding 1, for any batch axes; nnx.max_pool takes at most one."""
     batch = x.ndim - 3
     window, strides = (1,) * batch + (3, 3, 1), (1,) * batch + (2, 2, 1)
     return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, [(0, 0)] * batch + [(1, 1), (1, 1), (0, 0)])
@@ -263,9 +261,7 @@ def _check_options(num_classes: Any, deform_stages: Any, in_features: Any, width
             f"deform_stages={deform_stages!r} is a {type(deform_stages).__name__}; wanted a tuple of names from {STAGES}"
         )
     if unknown := [stage for stage in deform_stages if stage not in STAGES]:
-        raise ValueError(
-            f"deform_stages has {unknown[0]!r}, which is not a stage; wanted names from {STAGES}, torchvision's layer1 to layer4"
-        )
+        raise ValueError(f"deform_stages has {unknown[0]!r}, which is not a stage; wanted names from {STAGES}")
 
 
 def resnet18(num_classes: int | None = 1000, *, rngs: nnx.Rngs, **options: Any) -> ResNet:

@@ -1,4 +1,4 @@
-"""`DCNv3` and `DCNv4` for `flax.nnx`: they make the parameters; `dcnv3` and `dcnv4` do the rest."""
+"""`DCNv3` and `DCNv4` for `flax.nnx`: they make the parameters, the ops do the rest."""
 
 from typing import Any
 
@@ -18,23 +18,24 @@ except ModuleNotFoundError as error:
 
 
 class DCNv3(nnx.Module):
-    """InternImage's layer: offsets and weights come from a depthwise convolution, the weights by a softmax.
+    """InternImage's layer: a depthwise convolution makes offsets and weights.
 
         z = act(norm(dw_conv(x)));  Δp = offset(z);  m = softmax(mask(z));  v = input_proj(x)
         y = output_proj(Σ_k  m_k · v(p0 + s · (p_k + Δp_k)))
 
-    The sum is `dcn_jax.dcnv3`; the softmax is over the taps of each group. With `center_feature_scale`
-    the sum becomes (1 - σ) · sum + σ · v before `output_proj`, where σ = sigmoid(weight · z + bias) is
-    one share for each group. Offsets and mask start at zero, so that each tap counts 1 / K.
+    The sum is `dcn_jax.dcnv3`; the softmax is over the taps of each group. With
+    `center_feature_scale` the sum becomes (1 - σ) · sum + σ · v before `output_proj`, where σ =
+    sigmoid(weight · z + bias) is one share for each group. Offsets and logits start at zero: all
+    taps count 1 / K.
 
     Parameters, by the published layer's names: `dw_conv.conv`, `dw_conv.norm`, `offset`, `mask`,
     `input_proj`, `output_proj`, and with `center_feature_scale` also
     `center_feature_scale_proj_weight` `(group, channels)` and `center_feature_scale_proj_bias`
     `(group,)`. Offsets and weights are computed in float32 or wider.
 
-    Every stride, padding and window is allowed. The published layer allows only those that keep the
-    size of the map. For others the depthwise convolution has the stride of the op, and its windows have
-    the same centres as the op's.
+    Every stride, padding and window is allowed. The published layer allows only those that keep
+    the size of the map. For others the depthwise convolution has the stride of the op, and its
+    windows have the same centres as the op's.
 
     Args:
         channels: C, of the input and of the result.
@@ -46,7 +47,8 @@ class DCNv3(nnx.Module):
         group: G, groups of channels; each group has offsets and weights of its own.
         offset_scale: s, by which the grid of taps and the offsets are stretched.
         act_layer: "GELU", "ReLU", "SiLU" or a function.
-        norm_layer: "LN", or a function that makes the norm, called as `norm_layer(channels, rngs=rngs)`.
+        norm_layer: "LN", or a function that makes the norm, called as
+            `norm_layer(channels, rngs=rngs)`.
         center_feature_scale: whether v is mixed into the sum.
         remove_center: leaves out the middle tap of the window, whose sizes must be odd.
         dtype: of the computation; by default that of the input and parameters, promoted.
@@ -137,15 +139,15 @@ class DCNv3(nnx.Module):
 
 
 class DCNv4(nnx.Module):
-    """FlashInternImage's layer: DCNv3's without the softmax; one projection makes offsets and weights.
+    """FlashInternImage's layer: one projection makes offsets and weights, without a softmax.
 
         Δp, m = offset_mask(x);  v = value_proj(x)
         y = output_proj(Σ_k  m_k · v(p0 + s · (p_k + Δp_k)))
 
-    The sum is `dcn_jax.dcnv4`. With `dw_kernel_size` a depthwise convolution, `offset_mask_dw`, comes
-    before `offset_mask`. With `center_feature_scale` the sum becomes (1 - σ) · sum + σ · v before
-    `output_proj`, where σ = sigmoid(weight · sum + bias) is one share for each group. `offset_mask`
-    starts at zero, so the sum of a new layer is zero.
+    The sum is `dcn_jax.dcnv4`. With `dw_kernel_size` a depthwise convolution, `offset_mask_dw`,
+    comes before `offset_mask`. With `center_feature_scale` the sum becomes (1 - σ) · sum + σ · v
+    before `output_proj`, where σ = sigmoid(weight · sum + bias) is one share for each group.
+    `offset_mask` starts at zero, so the sum of a new layer is zero.
 
     Parameters, by the published layer's names: `offset_mask` of ⌈3 G K / 8⌉ · 8 features, the last
     ones unused; `value_proj` and `output_proj` unless `without_pointwise`; `offset_mask_dw` with
@@ -153,9 +155,9 @@ class DCNv4(nnx.Module):
     `(group, channels)` and `center_feature_scale_proj_bias` `(group,)`. Offsets and weights are
     computed in float32 or wider.
 
-    Every stride, padding, window and number of channels is allowed. The input is a map; the published
-    layer takes a sequence and a shape. If the size of the map changes, offsets and weights are made
-    from the pixels at the centres of the op's windows.
+    Every stride, padding, window and number of channels is allowed. The input is a map; the
+    published layer takes a sequence and a shape. If the size of the map changes, offsets and
+    weights are made from the pixels at the centres of the op's windows.
 
     Args:
         channels: C, of the input and of the result.
@@ -261,7 +263,7 @@ class DCNv4(nnx.Module):
 
 
 class DepthwiseBlock(nnx.Module):
-    """The part of DCNv3 before `offset` and `mask`: a depthwise convolution, a norm and an activation."""
+    """DCNv3's `dw_conv`: a depthwise convolution, a norm and an activation."""
 
     def __init__(self, layer: Any, size: tuple[int, ...], rngs: nnx.Rngs):
         self.act = dcn.activation(layer.act_layer)

@@ -1,4 +1,4 @@
-"""`DeformConv` for `flax.nnx`: it makes the parameters; `_layers/offset_conv.py` does the rest."""
+"""`DeformConv` for `flax.nnx`: it makes the parameters; `offset_conv` does the rest."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -22,36 +22,34 @@ except ModuleNotFoundError as error:
 
 
 class DeformConv(nnx.Module):
-    """Deformable convolution that learns its own offsets and modulation; takes what `flax.nnx.Conv` takes.
+    """Deformable convolution that learns offsets and modulation; takes what Flax's `Conv` takes.
 
         z = offset_conv(x);  Δp, logits = split(z);  Δm = mask_scale · sigmoid(logits)
         y(p0) = Σ_n  w_n · x(p0 + p_n + Δp_n) · Δm_n  +  b
 
-    The offset convolution, called the branch, has the geometry of the main one. It emits the OG·K·n
-    offsets first, then the OG·K logits, as mmcv's layers do. It starts at zero: a new layer computes
-    `mask_scale / 2` times the plain convolution.
+    The offset convolution, called the branch, has the geometry of the main one. It emits the
+    OG·K·n offsets first, then the OG·K logits, as mmcv's layers do. It starts at zero: a new layer
+    computes `mask_scale / 2` times the plain convolution.
 
-    Parameters: `kernel` `(*kernel_size, C // feature_group_count, features)`, `bias` `(features,)`,
-    `offset_conv.kernel` and `offset_conv.bias`; `offset_conv` is None if `offset_branch=False`. Under
-    `nnx.capture(layer, nnx.Intermediate)` the layer sows the `offset` and `mask` that it used.
-    Elsewhere it sows nothing, so that a call never changes the model.
+    Parameters: `kernel` `(*kernel_size, C // feature_group_count, features)`, `bias`
+    `(features,)`, `offset_conv.kernel` and `offset_conv.bias`; `offset_conv` is None if
+    `offset_branch=False`. Under `nnx.capture(layer, nnx.Intermediate)` the layer sows the `offset`
+    and `mask` that it used. Elsewhere it sows nothing, so that a call never changes the model.
 
-    The branch multiplies in the layer's dtype and sums in float32 or wider; offsets and logits keep
-    that wider dtype. Two options of `flax.nnx.Conv` are missing: `input_dilation`, since an offset
-    between pixels that do not exist means nothing, and `mask`, since `kernel_init` and the optimizer
-    can mask a kernel.
+    The branch multiplies in the layer's dtype and sums in float32 or wider; offsets and logits
+    keep that wider dtype. Two options of `flax.nnx.Conv` are missing: `input_dilation`, since an
+    offset between pixels that do not exist means nothing, and `mask`, since `kernel_init` and the
+    optimizer can mask a kernel.
 
     Args:
         in_features: channels of the input, C.
         out_features: channels of the result, features.
-        kernel_size: taps along each spatial axis; an int is a one-dimensional window, as in
-            `flax.nnx.Conv`.
+        kernel_size: taps along each spatial axis; an int means one axis, as in Flax's Conv.
         strides: pixels between neighbouring outputs; one for all axes, or one per axis.
         padding: "SAME", "VALID", an int, one int per axis, or one (low, high) pair per axis.
             "CIRCULAR" and "REFLECT" pad as Flax does and set `padding_mode`.
         kernel_dilation: pixels between neighbouring taps; one for all axes, or one per axis.
-        feature_group_count: groups of channels that the main kernel convolves apart. The branch sees
-            all channels.
+        feature_group_count: groups of channels of the main kernel; the branch sees all channels.
         use_bias: whether the result gets a bias. The branch always has one.
         dtype: of the computation; by default that of the input and parameters, promoted.
         param_dtype: of the parameters.
@@ -66,8 +64,7 @@ class DeformConv(nnx.Module):
         bias_metadata: metadata of the parameter `bias`.
         offset_groups: OG, groups of channels; each group has offsets of its own.
         modulated: whether there is a modulation (DCNv2) or not (DCNv1).
-        mask_scale: the modulation's upper bound. The paper has 1.0; with 2.0 a new layer equals the
-            plain convolution.
+        mask_scale: the modulation's upper bound; 2.0 makes a new layer a plain convolution.
         max_offset: bounds each offset smoothly to ±max_offset pixels, by max_offset · tanh(z /
             max_offset). One number, or one per axis: None leaves an axis unbounded, 0 undeformed.
         offset_kernel_init: initializer of `offset_conv/kernel`.
@@ -75,11 +72,11 @@ class DeformConv(nnx.Module):
         implementation: of the op: "xla", "pallas_gpu", "pallas_tpu" (on a TPU, where `max_offset`
             bounds the branch's offsets), or None for the fastest that is sound.
         padding_mode: what lies beyond the border of the map: "zeros", "edge", "wrap", "reflect" or
-            "symmetric", for all axes or one per axis. The default branch pads its input alike.
+            "symmetric", for all axes or one per axis. The default branch pads its input so too.
         offset_conv_cls: makes another branch instead of the default one, called as
             `offset_conv_cls(in_features, features, rngs=rngs)`: a module's class, or
-            `functools.partial(Conv, kernel_size=(1, 1))`. The branch maps `(…, *spatial, channels)`,
-            not padded, to `(…, *out_spatial, OG * K * n [+ OG * K])`.
+            `functools.partial(Conv, kernel_size=(1, 1))`. The branch maps
+            `(…, *spatial, channels)`, not padded, to `(…, *out_spatial, OG * K * n [+ OG * K])`.
         offset_branch: False makes a layer without a branch; each call must then give `offset`.
         offset_in_features: channels that the branch sees; by default `in_features`.
 
@@ -190,27 +187,27 @@ class DeformConv(nnx.Module):
 
         Args:
             inputs: `(*batch, *spatial, in_features)`.
-            offset: `(*batch, *out_spatial, OG * K * n)`, used unchanged instead of the branch's, which
-                does not run. Its batch axes may be missing or 1, as may those of the arrays below.
-            mask: `(*batch, *out_spatial, OG * K)`, used unchanged beside `offset`; by default 1
-                everywhere.
-            offset_inputs: what the branch sees instead of `inputs`, of `offset_in_features` channels.
-            base_offset: added to the branch's offsets after they are bounded: `(*batch, *out_spatial,
-                n)`, one displacement for all taps (optical flow, as dy, dx), or `(*batch,
-                *out_spatial, OG * K * n)`.
-            out_sharding: of the result, as in `flax.nnx.Conv`: under a mesh of explicit axes, a `PartitionSpec` or
-                `NamedSharding`; by default that of `inputs`.
+            offset: `(*batch, *out_spatial, OG * K * n)`, used unchanged instead of the branch's,
+                which does not run. Batch axes may be missing or 1, here and below.
+            mask: `(*batch, *out_spatial, OG * K)`, used unchanged with `offset`; by default 1.
+            offset_inputs: the branch's input instead of `inputs`, with `offset_in_features`
+                channels.
+            base_offset: added to the branch's offsets after they are bounded:
+                `(*batch, *out_spatial, n)`, one displacement for all taps (optical flow, as dy,
+                dx), or `(*batch, *out_spatial, OG * K * n)`.
+            out_sharding: of the result, as in `flax.nnx.Conv`: under a mesh of explicit axes, a
+                `PartitionSpec` or `NamedSharding`; by default that of `inputs`.
 
         Raises:
             ValueError: an option or argument does not fit the input; the message names it.
             TypeError: an option or argument is of the wrong kind.
         """
         window = offset_conv.check_input(self, inputs, self.in_features)
-        points = offset_conv.points(
+        points = offset_conv.place_points(
             self, self.offset_conv, window, inputs, offset, mask, offset_inputs, base_offset, self.offset_in_features
         )
-        # Only under nnx.capture, as newer versions of Flax do by `capture_noop`. Otherwise sow would store into the
-        # model: it would grow with each call, and raise if jax.jit, grad or vmap closes over the model.
+        # Only under nnx.capture (newer versions of Flax: `capture_noop`). Otherwise sow stores into
+        # the model, which grows with each call and raises if jax.jit, grad or vmap closes over it.
         if hasattr(self, "__captures__"):
             self.sow(nnx.Intermediate, "offset", points.offset)
             if points.mask is not None:

@@ -43,38 +43,37 @@ def deformify(
     rngs: nnx.Rngs | None = None,
     **options: Any,
 ) -> Model:
-    """A copy of a model in which chosen `flax.nnx.Conv` layers are deformable. It computes the same.
+    """Copy a model with chosen `flax.nnx.Conv` layers made deformable; the copy computes the same.
 
         y(p0) = Σ_n  w_n · x(p0 + p_n + Δp_n) · Δm_n  +  b,  at first with Δp = 0 and Δm = 1
 
     w and b are the model's own. The new branches start at zero, and with `mask_scale=2.0` the
-    modulation starts at 2 · sigmoid(0) = 1. So a pretrained network becomes deformable in one line, and
-    training continues from where it was.
+    modulation starts at 2 · sigmoid(0) = 1. So a pretrained network becomes deformable in one
+    line, and training continues from where it was.
 
-    The original model is unchanged; the copy has arrays of its own. Modules and variables that were
-    shared in the model are shared in the copy. Kernels and biases keep the types and metadata of their
-    variables. Make a new optimizer: an old one does not know the new branches, which should learn
-    slowly (`dcn_jax.optim.offset_labels`).
+    The original model is unchanged; the copy has arrays of its own. Modules and variables that
+    were shared in the model are shared in the copy. Kernels and biases keep the types and metadata
+    of their variables. Make a new optimizer: an old one does not know the new branches, which
+    should learn slowly (`dcn_jax.optim.offset_labels`).
 
     Args:
         model: any nnx model, or a container of models.
-        where: `where(path, module)` is called for each `nnx.Conv`; True makes it deformable. The path is
-            that of `nnx.iter_graph`, with names of attributes and indices of lists:
-            `("layer4", 0, "conv2")`. A module that is used in several places has its first path. An
-            `nnx` filter works too, such as `nnx.PathContains("layer4")`. `where` is not called for the
-            branches of layers that are deformable already.
-        mask_scale: the modulation's upper bound. Only 2.0 keeps the result; 1.0, that of the papers,
-            halves it.
+        where: `where(path, module)` is called for each `nnx.Conv`; True makes it deformable. The
+            path is that of `nnx.iter_graph`, with names of attributes and indices of lists:
+            `("layer4", 0, "conv2")`. A module that is used in several places has its first path.
+            An `nnx` filter works too, such as `nnx.PathContains("layer4")`. `where` is not called
+            for the branches of layers that are deformable already.
+        mask_scale: the modulation's upper bound. Only 2.0 keeps the result; 1.0 halves it.
         rngs: keys for branches with random initializers; by default `nnx.Rngs(0)`.
-        options: of all new layers, those that only `DeformConv` has: `modulated`, `offset_groups`, …
+        options: for all new layers, what only `DeformConv` takes: `modulated`, `offset_groups`, …
 
     Returns:
         The copy, of the model's type; a `DeformConv` if the model itself is a chosen `nnx.Conv`.
 
     Raises:
         ValueError: an option does not fit, or a chosen layer cannot become deformable: it has an
-            `input_dilation`, a `mask`, causal padding or its own `conv_general_dilated`, or its class
-            is derived from `nnx.Conv`. The message names the path of the layer.
+            `input_dilation`, a `mask`, causal padding or its own `conv_general_dilated`, or its
+            class is derived from `nnx.Conv`. The message names the path of the layer.
         TypeError: an argument or option is of the wrong kind.
 
     Source: arXiv 1703.06211, section 2.3: deformable layers replace plain ones.
@@ -100,7 +99,7 @@ def deformify(
         )
     if not any(isinstance(node, nnx.Pytree) for _, node in nnx.iter_graph(model, graph=True)):
         raise TypeError(
-            f"model is a {type(model).__name__} without nnx modules; wanted an nnx.Module, or a container of nnx.Modules"
+            f"model is a {type(model).__name__} without nnx modules; wanted an nnx.Module, or a container of them"
         )
     rngs = nnx.Rngs(0) if rngs is None else rngs
     copy = nnx.clone(model, arrays=True, graph=True)
@@ -119,7 +118,7 @@ def deformify(
 
 
 def _replaced(value: Any, layers: dict[int, DeformConv]) -> Any:
-    """`value` with its layers replaced, but not those inside modules; `value` itself if it has none."""
+    """`value` with its layers replaced, except inside modules; `value` itself if it has none."""
     leaves, structure = jax.tree.flatten(value, is_leaf=lambda node: isinstance(node, nnx.Pytree | nnx.Variable))
     if not any(id(leaf) in layers for leaf in leaves):
         return value

@@ -1,5 +1,6 @@
 """`MSDeformAttn` for `flax.nnx`: it makes the parameters; `ms_deform_attn` does the rest."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,8 +28,7 @@ class MSDeformAttn(nnx.Module):
     (width, height) / (2 P). In a new layer each head looks in one direction, its p-th point lies p
     steps away (the last one at the edge of a box), and all points have equal weights.
 
-    The layer adds no position embeddings to `query`. It has neither the residual nor the dropout of
-    mmcv's layer.
+    The layer adds no position embeddings to `query`. Unlike mmcv's it has no residual or dropout.
 
     Parameters, by the published layer's names: `sampling_offsets`, `attention_weights`,
     `value_proj`, `output_proj`, each with `kernel` and `bias`. Locations and weights are computed
@@ -106,11 +106,14 @@ class MSDeformAttn(nnx.Module):
         self.implementation = implementation
         ms_deform_attn.check_options(self)
         points, wide = ms_deform_attn.point_count(self), ms_deform_attn.wide_dtype(self)
+        linear: Any = functools.partial(nnx.Linear, embed_dim, param_dtype=param_dtype, precision=precision, rngs=rngs)
         offset_bias_init = offset_bias_init or ms_deform_attn.directions_init(self)
-        self.sampling_offsets = self._linear(2 * points, wide, offset_kernel_init, offset_bias_init, rngs)
-        self.attention_weights = self._linear(points, wide, attention_kernel_init, attention_bias_init, rngs)
-        self.value_proj = self._linear(embed_dim, dtype, kernel_init, bias_init, rngs)
-        self.output_proj = self._linear(embed_dim, dtype, kernel_init, bias_init, rngs)
+        offset_inits = {"kernel_init": offset_kernel_init, "bias_init": offset_bias_init}
+        attention_inits = {"kernel_init": attention_kernel_init, "bias_init": attention_bias_init}
+        self.sampling_offsets = linear(2 * points, dtype=wide, **offset_inits)
+        self.attention_weights = linear(points, dtype=wide, **attention_inits)
+        self.value_proj = linear(embed_dim, dtype=dtype, kernel_init=kernel_init, bias_init=bias_init)
+        self.output_proj = linear(embed_dim, dtype=dtype, kernel_init=kernel_init, bias_init=bias_init)
 
     def __call__(
         self,
@@ -125,33 +128,22 @@ class MSDeformAttn(nnx.Module):
         Args:
             query: `(*batch, Q, embed_dim)`, position embeddings already added.
             reference_points: `(*batch, Q, num_levels, 2)`, points (x, y), or
-                `(*batch, Q, num_levels, 4)`, boxes (x, y, width, height) with (x, y) the
-                centre; in [0, 1] inside a map. The axis of levels may be 1, batch axes 1 or missing.
+                `(*batch, Q, num_levels, 4)`, boxes (x, y, width, height) with (x, y) the centre;
+                in [0, 1] inside a map. The axis of levels may be 1, batch axes 1 or missing.
             value: `(*batch, S, embed_dim)`, the pixels of all levels one after another.
             spatial_shapes: the sizes of the maps, `((H1, W1), …)`, as ints; S is the sum of H · W.
-            padding_mask: `(*batch, S)` of bools. Pixels where it is True have a projected value of 0.
+            padding_mask: `(*batch, S)` of bools; where it is True, the projected value is 0.
 
         Raises:
             ValueError: an option or argument does not fit; the message names it.
             TypeError: an option or argument is of the wrong kind.
         """
-        call = ms_deform_attn.check_arguments(self, query, reference_points, value, spatial_shapes, padding_mask)
-        locations = ms_deform_attn.place_points(self, self.sampling_offsets(call.query), call)
-        weights = ms_deform_attn.softmax(self, self.attention_weights(call.query))
+        arguments = ms_deform_attn.check_arguments(self, query, reference_points, value, spatial_shapes, padding_mask)
+        locations = ms_deform_attn.place_points(self, self.sampling_offsets(arguments.query), arguments)
+        weights = ms_deform_attn.softmax(self, self.attention_weights(arguments.query))
         # Only under nnx.capture: see DeformConv.
         if hasattr(self, "__captures__"):
             self.sow(nnx.Intermediate, "sampling_locations", locations)
             self.sow(nnx.Intermediate, "sampling_weights", weights)
-        return self.output_proj(ms_deform_attn.attend(self, self.value_proj(call.value), call, locations, weights))
-
-    def _linear(self, features: int, dtype: Any, kernel_init: Any, bias_init: Any, rngs: nnx.Rngs) -> nnx.Linear:
-        return nnx.Linear(
-            self.embed_dim,
-            features,
-            dtype=dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            kernel_init=kernel_init,
-            bias_init=bias_init,
-            rngs=rngs,
-        )
+        y = ms_deform_attn.attend(self, self.value_proj(arguments.value), arguments, locations, weights)
+        return self.output_proj(y)

@@ -1,7 +1,7 @@
 """DCNv3: each channel is summed over taps of given offsets and weights; channels are not mixed.
 
-It is `deform_conv` with a kernel of ones, one feature group per channel, and offsets in another order.
-`run` shows it. DCNv4 differs only in how its arguments are packed.
+It is `deform_conv` with a kernel of ones, one feature group per channel, and offsets in another
+order. `run` shows it. DCNv4 differs only in how its arguments are packed.
 """
 
 import math
@@ -32,40 +32,42 @@ def dcnv3(
     offset_scale: float = 1.0,
     remove_center: bool = False,
 ) -> jax.Array:
-    """Sum each channel over taps that read at learned, fractional offsets, with learned weights: DCNv3.
+    """Sum each channel over taps with learned, fractional offsets and learned weights: DCNv3.
 
-        y(p0, c) = Σ_k  m_k · x(p0 + s · (p_k + Δp_k), c)        p0 = output · stride - padding + centre
+        y(p0, c) = Σ_k  m_k · x(p0 + s · (p_k + Δp_k), c)    p0 = output · stride - padding + centre
 
-    p_k is the tap's place, `kernel_dilation · index - centre`, with `centre = kernel_dilation ·
-    (window - 1) // 2` along each axis. s is `offset_scale`. Channels form G groups; each has offsets Δp
-    and weights m of its own. There is no kernel and no softmax: the layer `DCNv3` applies the softmax.
+    p_k is the tap's place, `kernel_dilation · index - centre`, with
+    `centre = kernel_dilation · (window - 1) // 2` along each axis. s is `offset_scale`. Channels
+    form G groups; each has offsets Δp and weights m of its own. There is no kernel and no softmax:
+    the layer `DCNv3` applies the softmax.
 
-    The taps run down the first column of the window, then down the next, and an offset is (x, y). Both
-    orders are the reverse of `deform_conv`'s. K is the number of taps, `window[0] * window[1]`, less 1
-    with `remove_center`.
+    The taps run down the first column of the window, then down the next, and an offset is (x, y).
+    Both orders are the reverse of `deform_conv`'s. K is the number of taps,
+    `window[0] * window[1]`, less 1 with `remove_center`.
 
     Args:
         x: `(*batch, H, W, C)`; any number of leading batch axes, none included.
-        offset: `(*batch, Ho, Wo, G * K * 2)`, ordered [group, tap, (x, y)], in pixels of x before they
-            are scaled; any float dtype. Batch axes may be 1 or missing: all images share the offsets.
-        mask: `(*batch, Ho, Wo, G * K)`, ordered [group, tap], of any sign; batch axes likewise.
+        offset: `(*batch, Ho, Wo, G * K * 2)`, ordered [group, tap, (x, y)], in pixels of x before
+            they are scaled; any float dtype. Batch axes may be 1 or missing: then images
+            share the offsets.
+        mask: `(*batch, Ho, Wo, G * K)`, ordered [group, tap], any sign; batch axes as for offset.
         window: taps along (height, width); an int is a square.
         strides: pixels between neighbouring outputs; one for both axes, or one per axis.
-        padding: an int, one int per axis, one (low, high) pair per axis, or a name as in `deform_conv`.
+        padding: an int, one int or (low, high) pair per axis, or a name as in `deform_conv`.
         kernel_dilation: pixels between neighbouring taps; one for both axes, or one per axis.
         offset_scale: s, by which taps and offsets are stretched about the centre of the window.
         remove_center: leaves out the middle tap of the window, whose sizes must be odd.
 
     Returns:
-        `(*batch, Ho, Wo, C)`, in the dtype of x. Positions and sums are computed in float32 or wider.
+        `(*batch, Ho, Wo, C)`, in the dtype of x; positions and sums are float32 or wider.
 
     Raises:
-        ValueError: a shape or an option does not fit; the message names it, what was given and what was wanted.
+        ValueError: a shape or an option does not fit; the message names it.
         TypeError: an argument is of the wrong kind.
 
     Derivatives, infinite and NaN offsets, and symbolic sizes are as in `deform_conv`.
 
-    Source: Wang et al., InternImage (arXiv 2211.05778), equation 2; the orders of its published code.
+    Source: Wang et al., InternImage (arXiv 2211.05778), equation 2, and its code.
 
     Example:
         >>> import jax
@@ -95,8 +97,8 @@ def dcnv3(
     )
     if x.shape[-1] % groups:
         raise ValueError(
-            f"offset has shape {offset.shape}, that is {groups} groups of {grid.taps} taps; wanted a number of groups that "
-            f"divides the {x.shape[-1]} channels of x"
+            f"offset has shape {offset.shape}, that is {groups} groups of {grid.taps} taps; wanted a number of groups "
+            f"that divides the {x.shape[-1]} channels of x"
         )
     wanted = groups * grid.taps
     meaning = f"one value for each tap ({grid.taps}) of each group ({groups}, as in offset)"
@@ -155,8 +157,7 @@ def make_grid(
         raise TypeError(f"remove_center={remove_center!r} is not known; wanted True or False")
     if remove_center and (not all(k % 2 for k in size) or size == (1, 1)):
         raise ValueError(
-            f"remove_center=True with window={size} has no middle tap, or no other; wanted odd sizes with more than "
-            "one tap"
+            f"remove_center=True, but window={size} has no middle tap, or no other tap; wanted odd sizes, not all 1"
         )
     return Grid(resolved, float(offset_scale), bool(remove_center))
 
@@ -164,7 +165,7 @@ def make_grid(
 def check_points(
     name: str, array: jax.Array, x: jax.Array, grid: Grid, channels: str, each: str, *, fits: bool
 ) -> None:
-    """Raise if `array` is not `(*batch, Ho, Wo, channels)`; `each` says in the message what an output position has."""
+    """Raise if `array` is not `(*batch, Ho, Wo, channels)`; `each` says what a position has."""
     wanted = {"channels": channels, "meaning": f"the output positions, then {each}", "fits": fits}
     batch, positions = x.shape[:-3], grid.window.out_spatial
     checks.map_axes(name, array.shape, other="x", batch=batch, positions=positions, **wanted)
@@ -212,7 +213,7 @@ def _stretch(grid: Grid, offset: jax.Array) -> jax.Array:
 
 
 def _row_by_row(grid: Grid, taps: jax.Array, absent: float) -> jax.Array:
-    """`(…, G, K, v)`, taps column by column -> `(…, G * kh * kw * v)`, row by row; a missing tap is `absent`."""
+    """`(…, G, K, v)` by columns -> `(…, G * kh * kw * v)` by rows; a missing tap is `absent`."""
     height, width = grid.window.size
     *front, groups, _, values = taps.shape
     if grid.remove_center:

@@ -22,32 +22,33 @@ def dcnv4(
     offset_scale: float = 1.0,
     remove_center: bool = False,
 ) -> jax.Array:
-    """Sum each channel over taps that read at learned, fractional offsets, with learned weights: DCNv4.
+    """Sum each channel over taps with learned, fractional offsets and learned weights: DCNv4.
 
-        y(p0, c) = Σ_k  m_k · x(p0 + s · (p_k + Δp_k), c)        p0 = output · stride - padding + centre
+        y(p0, c) = Σ_k  m_k · x(p0 + s · (p_k + Δp_k), c)    p0 = output · stride - padding + centre
 
-    The same as `dcnv3`, which explains the letters, with Δp and m packed into one array. Neither the op
-    nor DCNv4's layer takes a softmax.
+    The same as `dcnv3`, which explains the letters, with Δp and m packed into one array. Neither
+    the op nor DCNv4's layer takes a softmax.
 
     Args:
         x: `(*batch, H, W, C)`; any number of leading batch axes, none included.
-        offset_mask: `(*batch, Ho, Wo, at least G * K * 3)`, any float dtype. Each group has K offsets
-            (x, y), in pixels of x before they are scaled, then K weights of any sign; taps run down the
-            columns of the window. Channels after the last group are ignored (the published layer pads
-            to a multiple of 8). Batch axes may be 1 or missing: all images share the offsets.
+        offset_mask: `(*batch, Ho, Wo, at least G * K * 3)`, any float dtype. Each group has K
+            offsets (x, y), in pixels of x before they are scaled, then K weights of any sign; taps
+            run down the columns of the window. Channels after the last group are ignored (the
+            published layer pads to a multiple of 8). Batch axes may be 1 or missing: then images
+            share the offsets.
         groups: G, groups of channels; each has offsets and weights of its own. It divides C.
         window: taps along (height, width); an int is a square.
         strides: pixels between neighbouring outputs; one for both axes, or one per axis.
-        padding: an int, one int per axis, one (low, high) pair per axis, or a name as in `deform_conv`.
+        padding: an int, one int or (low, high) pair per axis, or a name as in `deform_conv`.
         kernel_dilation: pixels between neighbouring taps; one for both axes, or one per axis.
         offset_scale: s, by which taps and offsets are stretched about the centre of the window.
         remove_center: leaves out the middle tap of the window, whose sizes must be odd.
 
     Returns:
-        `(*batch, Ho, Wo, C)`, in the dtype of x. Positions and sums are computed in float32 or wider.
+        `(*batch, Ho, Wo, C)`, in the dtype of x; positions and sums are float32 or wider.
 
     Raises:
-        ValueError: a shape or an option does not fit; the message names it, what was given and what was wanted.
+        ValueError: a shape or an option does not fit; the message names it.
         TypeError: an argument is of the wrong kind.
 
     Derivatives, infinite and NaN offsets, and symbolic sizes are as in `deform_conv`.

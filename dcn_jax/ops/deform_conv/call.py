@@ -54,7 +54,7 @@ def check_call(
     max_offset: Any = None,
     shapes_alone: bool = False,
 ) -> tuple[Spec, Arrays]:
-    """Check the arguments of `deform_conv`; with `shapes_alone`, arrays may be `jax.ShapeDtypeStruct`s.
+    """Check the arguments of `deform_conv`; `shapes_alone` allows `jax.ShapeDtypeStruct`s.
 
     Raises:
         ValueError: a shape or an option does not fit; the message names it.
@@ -97,7 +97,7 @@ def check_call(
 
 
 def kernel_shape(window: tuple[int, ...], channels: int, features: int, feature_group_count: int) -> tuple[int, ...]:
-    """`(*window, C // feature_group_count, features)`; raise if the groups do not divide C and features."""
+    """The shape of a kernel; raise if feature_group_count does not divide channels and features."""
     if not checks.is_int(feature_group_count):
         raise TypeError(
             f"feature_group_count={feature_group_count!r} is a {type(feature_group_count).__name__}; wanted an int"
@@ -111,7 +111,7 @@ def kernel_shape(window: tuple[int, ...], channels: int, features: int, feature_
 
 
 def _clip(offset: jax.Array, bound: float) -> jax.Array:
-    """Clip offsets to ±`bound`. The derivative of an offset at or beyond ±`bound` is zero; a NaN stays NaN."""
+    """Clip offsets to ±`bound`. At and beyond it the derivative is zero; a NaN stays NaN."""
     limit = jnp.asarray(bound, offset.dtype)
     return lax.clamp(-limit, offset, limit)
 
@@ -188,8 +188,8 @@ def _check_offset(offset: jax.Array, window: Window, channels: int) -> int:
     rows = math.prod(window.spatial) * groups
     if not countable(rows):
         raise ValueError(
-            f"x has {math.prod(window.spatial)} pixels along its spatial axes {window.spatial}, and offset has {groups} offset "
-            f"groups; wanted a product below 2**31, not {rows}: call the op for one strip of the map after another"
+            f"x has {math.prod(window.spatial)} pixels along its spatial axes {window.spatial}, and offset has "
+            f"{groups} offset groups; wanted a product below 2**31, not {rows}: call the op for strips of the map"
         )
     return groups
 
@@ -204,7 +204,7 @@ def _check_mask(mask: jax.Array, window: Window, batch: tuple[int, ...], offset_
 
 
 def _with_batch_axes(name: str, array: jax.Array, window: Window, batch: tuple[int, ...]) -> jax.Array:
-    """`array` with 1 for each batch axis of x that it lacks; raise if its batch axes do not broadcast to x's."""
+    """`array` with 1 for each batch axis that it lacks; raise if they do not broadcast to x's."""
     given = array.shape[: -window.rank - 1]
     if not checks.broadcasts(given, batch):
         raise ValueError(
@@ -220,7 +220,7 @@ def _with_batch_axes(name: str, array: jax.Array, window: Window, batch: tuple[i
 
 
 def _result_dtype(promoted: jnp.dtype, preferred_element_type: Any) -> jnp.dtype:
-    """The dtype of the result: `preferred_element_type`, or `promoted`, that of the arguments together."""
+    """The dtype of the result: `preferred_element_type`, or else that of the arguments."""
     if preferred_element_type is None:
         return promoted
     preferred = checks.floating_dtype("preferred_element_type", preferred_element_type)

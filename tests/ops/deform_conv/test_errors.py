@@ -179,7 +179,7 @@ def test_select_implementation_takes_the_arguments_of_the_op():
 
 def test_more_pixels_than_can_be_counted_are_told_when_the_call_is_traced():
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2**15, 2**15, 2), (1, 1, 2, 1), (2**15, 2**15, 4))]
-    with pytest.raises(ValueError, match=r"a product below 2\*\*31, not 2147483648: call the op for one strip"):
+    with pytest.raises(ValueError, match=r"a product below 2\*\*31, not 2147483648: call the op for strips"):
         jax.eval_shape(deform_conv, *shapes)
     half = [jax.ShapeDtypeStruct((2**14, *s.shape[1:]), s.dtype) for s in (shapes[0], shapes[2])]
     assert jax.eval_shape(deform_conv, half[0], shapes[1], half[1]).shape == (2**14, 2**15, 1)
