@@ -128,7 +128,11 @@ def _pads(padding: str | tuple, spatial, extent, strides) -> tuple[tuple[Size, S
     if padding in _MODE_OF_PADDING:  # the same for every stride, as in Flax
         return tuple(((e - 1) // 2, e // 2) for e in extent)
     pads = lax.padtype_to_pads(spatial, extent, strides, padding)
-    return tuple(tuple(pad if is_symbolic_dim(pad) else int(pad) for pad in pair) for pair in pads)
+    return tuple((_plain_int(low), _plain_int(high)) for low, high in pads)
+
+
+def _plain_int(size: Size) -> Size:
+    return size if is_symbolic_dim(size) else int(size)
 
 
 def _out_spatial(spatial, extent, strides, padding, pads) -> tuple[Size, ...]:
