@@ -131,8 +131,8 @@ def check_loops_are_vectors(kernel):
     )
     assert {"load", "fmul"} <= kernel.vectors, (
         "LLVM no longer vectorises the loop over the channels of a row. It loads and multiplies them one by one, which "
-        "takes 2 to 5 times as long. LLVM does not vectorise a loop that it has unrolled before, nor one that loads an index "
-        "in each step: compare the kernel's IR with that of an older JAX."
+        "takes 2 to 5 times as long. LLVM does not vectorise a loop that it has unrolled before. Compare the IR that XLA "
+        "hands to LLVM with that of an older JAX."
     )
 
 
