@@ -86,13 +86,14 @@ def test_a_tpu_kernel_in_a_partitioned_program_says_to_use_shard_map():
 
     of_jax = refusal(call)
     assert isinstance(of_jax, NotImplementedError), (
-        "JAX no longer raises NotImplementedError for a TPU kernel in a program that is partitioned over devices. It gave "
-        f"{of_jax!r}. If this is an error, `launch._lower` must catch it; if None, JAX partitions kernels, and "
-        "`launch._lower` need not catch anything."
+        "JAX no longer raises NotImplementedError for a TPU kernel in a program that is partitioned over devices. "
+        f"It gave {of_jax!r}. If this is an error, `launch._lower` must catch it; if None, JAX partitions kernels, "
+        "and `launch._lower` need not catch anything."
     )
     assert "automatically partitioned" in str(of_jax), (
-        "JAX has changed the words of this error, and `launch._lower` looks for 'automatically partitioned' in them. Until "
-        f"it looks for the new words, users see JAX's error and not our advice. JAX's error now: {of_jax}"
+        "JAX has changed the words of this error, and `launch._lower` looks for 'automatically partitioned' in "
+        "them. Until it looks for the new words, users see JAX's error and not our advice. JAX's error now: "
+        f"{of_jax}"
     )
     ours = refusal(functools.partial(on_platform, "tpu", call))
     assert isinstance(ours, NotImplementedError)

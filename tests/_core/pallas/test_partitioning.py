@@ -12,7 +12,7 @@ from dcn_jax._core.pallas.partitioning import holds_kernels
 
 
 def devices_in_lowering(holds):
-    """The devices that JAX passes to the lowering of a primitive with `holds` among its parameters; None: it passes none."""
+    """The devices that JAX passes to the lowering of a primitive with the parameter `holds`; None if it passes none."""
     seen = []
     probe = Primitive("probe")
     probe.def_abstract_eval(lambda x, holds: x)
@@ -36,15 +36,16 @@ def test_jax_passes_the_devices_to_a_lowering_that_holds_kernels():
         pytest.fail(f"JAX no longer traces the call of custom_partitioning that `holds_kernels` makes: {error!r}")
     devices = devices_in_lowering(holds)
     assert devices is not None, (
-        "JAX no longer passes the devices to the lowering of a primitive that has the jaxpr of `holds_kernels` among its "
-        "parameters. `custom_partitioning` needs these devices, so that no GPU kernel can be lowered for several of them. "
-        "See what `jax._src.dispatch.jaxpr_has_prim_requiring_devices` looks for now, and make `holds_kernels` hold that."
+        "JAX no longer passes the devices to the lowering of a primitive that has the jaxpr of `holds_kernels` "
+        "among its parameters. `custom_partitioning` needs these devices, so that no GPU kernel can be lowered for "
+        "several of them. See what `jax._src.dispatch.jaxpr_has_prim_requiring_devices` looks for now, and make "
+        "`holds_kernels` hold that."
     )
     assert len(devices) == 2
 
 
 def test_jax_passes_no_devices_to_other_lowerings():
     assert devices_in_lowering(None) is None, (
-        "JAX now passes the devices to every lowering. That costs nothing: once the oldest JAX that is supported does so too, "
-        "`holds_kernels`, `platform_op.Op.holds` and this file can go."
+        "JAX now passes the devices to every lowering. That costs nothing: once the oldest JAX that is supported "
+        "does so too, `holds_kernels`, `platform_op.Op.holds` and this file can go."
     )

@@ -1,7 +1,7 @@
 """What XLA's CPU backend and LLVM make of the op where it reads all taps at once. Its speed depends on it.
 
-JAX promises none of this. If a new JAX undoes it, results stay right but reading takes 2 to 10 times as long. The README
-of `ops/deform_conv` explains each trick.
+JAX promises none of this. If a new JAX undoes it, results stay right but reading takes 2 to 10 times as long. The
+README of `ops/deform_conv` explains each trick.
 """
 
 import functools
@@ -37,7 +37,7 @@ UNDONE = {
     "no branch": ("cond", lambda _: lambda _, read, zeros, *operands: read(*operands)),
 }
 
-# XLA reads its flags once, when it is loaded. So a new process compiles, for AVX2 whatever processor is here.
+# XLA reads its flags once, when it is loaded. So a new process compiles: for AVX2, even on a newer processor.
 COMPILE = """
 import sys
 from tests.ops.deform_conv.xla.test_cpu_program import compile_and_dump
@@ -71,7 +71,7 @@ def compile_and_dump(folder, undone, mode, *names):
 def kernels_of(folder, undone, mode, *names):
     """The kernels that gather rows of the map, for each name in ROWS.
 
-    One reads the samples. The gradients have a second, which reads the rows again and sums over channels.
+    The first reads the samples. The gradients have a second, which reads the rows again and sums over channels.
     """
     options = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "JAX_ENABLE_COMPILATION_CACHE": "0"}
     options["XLA_FLAGS"] = "--xla_cpu_max_isa=AVX2" if X86 else ""
@@ -81,13 +81,12 @@ def kernels_of(folder, undone, mode, *names):
     found = {name: [kernel for kernel in read(folder / name) if "gather" in kernel.opcodes] for name in names}
     for name, kernels in found.items():
         assert len(kernels) == (1 if mode == "forward" else 2), (
-            f"XLA gathers rows of {name} in {len(kernels)} kernels ({mode}). One should read the samples; the gradients need "
-            "one more, which sums over channels. With more kernels the map is read more often. If there are none, XLA may "
-            "write its programs in another way: then change tests/support/cpu_kernels.py."
+            f"XLA gathers rows of {name} in {len(kernels)} kernels ({mode}). One should read the samples; the "
+            "gradients need one more, which sums over channels. With more kernels the map is read more often. If "
+            "there are none, XLA may write its programs in another way: then change tests/support/cpu_kernels.py."
         )
-    return {
-        name: sorted(kernels, key=lambda kernel: not kernel.in_branch) for name, kernels in found.items()
-    }  # samples first
+        kernels.sort(key=lambda kernel: not kernel.in_branch)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -102,37 +101,37 @@ def gradients(tmp_path_factory):
 
 def check_reading_is_in_a_branch(kernel):
     assert kernel.in_branch, (
-        "XLA has dropped the `lax.cond` around the samples, whose condition is always true. Now XLA fuses the reshape for "
-        "the matrix product into the gather, which divides to find the tap and group of each channel. Reading takes 3 times "
-        "as long."
+        "XLA has dropped the `lax.cond` around the samples, whose condition is always true. Now XLA fuses the "
+        "reshape for the matrix product into the gather, which divides to find the tap and group of each channel. "
+        "Reading takes 3 times as long."
     )
 
 
 def check_reading_sums_corners(kernel):
     assert "reduce" in kernel.opcodes, (
-        "XLA no longer sums the corners in the kernel that gathers their rows. The reducer a - (-b) should keep XLA from "
-        "handing this sum to a library. For a library XLA writes the rows of all corners to memory. Reading takes 10 times "
-        "as long."
+        "XLA no longer sums the corners in the kernel that gathers their rows. The reducer a - (-b) should keep XLA "
+        "from handing this sum to a library. For a library XLA writes the rows of all corners to memory. Reading "
+        "takes 10 times as long."
     )
 
 
 def check_channels_are_summed_where_they_are_read(kernel):
     assert "reduce" in kernel.opcodes, (
-        "XLA no longer sums over channels, which the gradients of the weights need, in the kernel that gathers the rows. "
-        "The reducer a - (-b) should keep XLA from handing this sum to a library. For a library XLA writes the products of "
-        "all corners to memory. The sum takes 5 times as long."
+        "XLA no longer sums over channels, which the gradients of the weights need, in the kernel that gathers the "
+        "rows. The reducer a - (-b) should keep XLA from handing this sum to a library. For a library XLA writes "
+        "the products of all corners to memory. The sum takes 5 times as long."
     )
 
 
 def check_loops_are_vectors(kernel):
     assert kernel.vectors is not None, (
-        "Cannot tell whether LLVM makes vectors: XLA dumped no LLVM IR for this kernel. The option that asks for it, or the "
-        "names of the files, may have changed: then change tests/support/cpu_kernels.py."
+        "Cannot tell whether LLVM makes vectors: XLA dumped no LLVM IR for this kernel. The option that asks for "
+        "it, or the names of the files, may have changed: then change tests/support/cpu_kernels.py."
     )
     assert {"load", "fmul"} <= kernel.vectors, (
-        "LLVM no longer vectorises the loop over the channels of a row. It loads and multiplies them one by one, which "
-        "takes 2 to 5 times as long. LLVM does not vectorise a loop that it has unrolled before, nor one that loads an index "
-        "in each step: compare the kernel's IR with that of an older JAX."
+        "LLVM no longer vectorises the loop over the channels of a row. It loads and multiplies them one by one, "
+        "which takes 2 to 5 times as long. LLVM does not vectorise a loop that it has unrolled before. Compare the "
+        "IR that XLA hands to LLVM with that of an older JAX."
     )
 
 
