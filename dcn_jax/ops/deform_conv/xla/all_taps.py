@@ -3,7 +3,8 @@
     y[block] = samples (B * size, K * C) · matrices (K * C, F)
 
 The sum over taps is inside the product, which is deep and quick. How fast the reading is depends on which loops XLA's
-CPU backend and LLVM turn into vector instructions: JOURNAL.md of the op says what was found.
+CPU backend and LLVM turn into vector instructions: JOURNAL.md of the op says what was found, and
+tests/ops/deform_conv/xla/test_cpu_program.py notices when it changes.
 """
 
 import functools
@@ -230,10 +231,9 @@ def sum_corners(features: jax.Array, points: Positions, scale: jax.Array | None,
         corners = map(corner, itertools.product(np.array([False, True]), repeat=rank))
         return functools.reduce(operator.add, [weighed(*found) for found in corners])
     # Add the corners along an axis, not as four terms: LLVM would unroll the channel loop of four terms and not vectorise it.
-    # Write a − (−b): XLA hands a reduction with + to a library, which is ten times as slow. Count corners in uint8: an int32
-    # is loaded again in the inner loop.
+    # Write a − (−b): XLA hands a reduction with + to a library, which is ten times as slow.
     shape = (2,) * rank + query
-    found = corner([lax.broadcasted_iota(jnp.uint8, shape, axis) == 1 for axis in range(rank)])
+    found = corner([lax.broadcasted_iota(jnp.int32, shape, axis) == 1 for axis in range(rank)])
     parts = weighed(*(jnp.broadcast_to(array, shape).reshape(2**rank, *query) for array in found))
     return lax.reduce(parts, np.zeros((), dtype), lambda a, b: a - (-b), (0,))
 
