@@ -17,7 +17,12 @@ from dcn_jax.ops.dcnv3 import Grid, centre, make_grid
 
 Pair = int | Sequence[int]
 
-_ACTIVATIONS = {"GELU": lambda x: jax.nn.gelu(x, approximate=False), "ReLU": jax.nn.relu, "SiLU": jax.nn.silu}
+
+def _gelu(x: jax.Array) -> jax.Array:  # a function with a name: a layer that holds a lambda cannot be pickled
+    return jax.nn.gelu(x, approximate=False)
+
+
+_ACTIVATIONS = {"GELU": _gelu, "ReLU": jax.nn.relu, "SiLU": jax.nn.silu}
 
 # Depthwise convolutions start as PyTorch's do: uniform within ±1 / √(taps).
 DEPTHWISE_KERNEL_INIT = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

@@ -148,10 +148,10 @@ def place_points(layer: Any, offset: jax.Array, arguments: Arguments) -> jax.Arr
     """
     dtype = wide(offset.dtype, arguments.reference_points.dtype)
     offset, reference = offset.astype(dtype), arguments.reference_points.astype(dtype)
-    centre, box = reference[..., :2], reference[..., 2:]
-    if box.shape[-1]:
+    centre = reference[..., :2]
+    if reference.shape[-1] == 4:  # a box
         shares = jnp.asarray([[0.5 / count] for count in points_per_level(layer)], dtype)  # (L, 1)
-        step = box * jnp.broadcast_to(shares, box.shape)
+        step = reference[..., 2:] * jnp.broadcast_to(shares, centre.shape)
     else:
         shapes = arguments.spatial_shapes
         sizes = [jnp.asarray(int32(size), dtype) for height, width in shapes for size in (width, height)]
@@ -170,7 +170,8 @@ def _each_point(layer: Any, per_level: jax.Array) -> jax.Array:
 
 def softmax(layer: Any, logits: jax.Array) -> jax.Array:
     """The softmax over all points of a head: `(*batch, Q, M · T)` -> `(*batch, Q, M, L, P)`."""
-    each = jax.nn.softmax(logits.reshape(*logits.shape[:-1], layer.num_heads, -1), axis=-1)
+    points = sum(points_per_level(layer))  # and not -1, which no queries would leave undecided
+    each = jax.nn.softmax(logits.reshape(*logits.shape[:-1], layer.num_heads, points), axis=-1)
     return each.reshape(*logits.shape[:-1], *_points_shape(layer))
 
 
@@ -186,7 +187,7 @@ def attend(layer: Any, value: jax.Array, arguments: Arguments, locations: jax.Ar
     if arguments.padding_mask is not None:
         value = jnp.where(arguments.padding_mask[..., None], jnp.zeros((), value.dtype), value)
     return ms_deform_attn(
-        value.reshape(*value.shape[:-1], layer.num_heads, -1),
+        value.reshape(*value.shape[:-1], layer.num_heads, value.shape[-1] // layer.num_heads),
         arguments.spatial_shapes,
         locations,
         weights,

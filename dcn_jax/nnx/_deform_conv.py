@@ -1,9 +1,9 @@
 """`DeformConv` for `flax.nnx`: it makes the parameters; `offset_conv` does the rest."""
 
-import functools
+import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -231,18 +231,18 @@ class DeformConv(nnx.Module):
             kernel_init=kernel_init,
             bias_init=bias_init,
             conv_general_dilated=offset_conv.wide_conv if default else conv_general_dilated,
-            promote_dtype=_promoting(self.promote_dtype) if default else self.promote_dtype,
+            promote_dtype=cast(Any, _Promote(self.promote_dtype)) if default else self.promote_dtype,
             rngs=rngs,
             **offset_conv.branch_options(self),
         )
 
 
-@functools.cache  # nnx.jit compares functions: layers of the same options must hold the same one
-def _promoting(promote_dtype: Any) -> Any:
+@dataclasses.dataclass(frozen=True)  # compared by value, as nnx.jit compares functions; and it can be pickled
+class _Promote:
     """`promote_dtype`, except that the bias gets the dtype of the sums to which it is added."""
 
-    def promote(arrays: tuple, /, *, dtype: Any = None) -> tuple:
-        inputs, kernel, _ = promote_dtype(arrays, dtype=dtype)
-        return inputs, kernel, offset_conv.wide_bias(arrays[2], kernel)
+    promote_dtype: Any
 
-    return promote
+    def __call__(self, arrays: tuple, /, *, dtype: Any = None) -> tuple:
+        inputs, kernel, _ = self.promote_dtype(arrays, dtype=dtype)
+        return inputs, kernel, offset_conv.wide_bias(arrays[2], kernel)
