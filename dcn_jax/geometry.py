@@ -1,6 +1,6 @@
 """Window arithmetic: strides, padding, output sizes, and where each tap of a kernel lands.
 
-Everything here is counted in pixels of the input map; nothing reads the map itself.
+All lengths are in pixels of the input map. Nothing here reads the map.
 """
 
 import functools
@@ -18,13 +18,13 @@ from dcn_jax._core import checks, dtypes
 Padding = str | int | Sequence[int | tuple[int, int]]
 Size = Any  # an int, or a symbolic dimension of `jax.export`
 
-# What a map is beyond its border, by the names of `jnp.pad`.
+# What lies beyond the border of a map, by the names of `jnp.pad`.
 PADDING_MODES = ("zeros", "edge", "wrap", "reflect", "symmetric")
 
-# Paddings of Flax's Conv that say what lies beyond the border, and not only how far to go there.
+# Paddings of Flax's Conv that also say what lies beyond the border.
 _MODE_OF_PADDING = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
-# What other libraries call them.
+# Names of other libraries, and ours for the same.
 _OTHER_NAMES = {
     "border": 'torch\'s "border" is "edge"',
     "replicate": '"replicate" is "edge"',
@@ -35,7 +35,7 @@ _OTHER_NAMES = {
 
 
 class Window(NamedTuple):
-    """A convolution window over a map of known size, every option spelled out per spatial axis."""
+    """A convolution window over a map of given size; every option is written per axis."""
 
     size: tuple[int, ...]
     strides: tuple[int, ...]
@@ -56,12 +56,12 @@ class Window(NamedTuple):
         return math.prod(self.size)
 
     def place(self, axis: int, index, tap):
-        """Where the `tap`-th tap along an axis reads for the `index`-th output along it, before any offset, in pixels."""
+        """Where tap `tap` of output `index` reads along `axis`, without an offset, in pixels."""
         return index * self.strides[axis] - int32(self.pads[axis][0]) + tap * self.dilation[axis]
 
 
 def int32(size: Size) -> Any:
-    """A size to compute with in int32: an int as it is, a symbolic one as an array."""
+    """A size for arithmetic in int32: an int unchanged, a symbolic one as an array."""
     return jnp.asarray(size, jnp.int32) if is_symbolic_dim(size) else size
 
 
@@ -74,7 +74,7 @@ def resolve_window(
     kernel_dilation: int | Sequence[int] | None = 1,
     padding_mode: str | Sequence[str] = "zeros",
 ) -> Window:
-    """Spell out a convolution's geometry over a map of size `spatial`, and check it.
+    """Check a convolution's geometry over a map of size `spatial`, and write it per axis.
 
         out_spatial = (spatial + low + high - ((size - 1) · dilation + 1)) // strides + 1
 
@@ -82,10 +82,10 @@ def resolve_window(
         size: the window's taps along each spatial axis.
         spatial: the map's pixels along each spatial axis; they may be symbolic.
         strides: pixels between neighbouring outputs; one for all axes, or one per axis.
-        padding: "SAME", "SAME_LOWER" or "VALID" as XLA defines them, "CIRCULAR" or "REFLECT" as Flax does, an int, one
-            int per axis, or one (low, high) pair per axis. Negative padding crops.
+        padding: "SAME", "SAME_LOWER" or "VALID" as XLA defines them, "CIRCULAR" or "REFLECT" as
+            Flax does, an int, or one int or (low, high) pair per axis. Negative padding crops.
         kernel_dilation: pixels between neighbouring taps; one for all axes, or one per axis.
-        padding_mode: what the map is beyond its border, one of `PADDING_MODES` for all axes, or one per axis.
+        padding_mode: what lies beyond the border, one of `PADDING_MODES`, or one per axis.
 
     Returns:
         The `Window`.
@@ -125,7 +125,7 @@ def _pads(padding: str | tuple, spatial, extent, strides) -> tuple[tuple[Size, S
     """One (low, high) pair per axis, from what `canonical_padding` returns."""
     if not isinstance(padding, str):
         return padding
-    if padding in _MODE_OF_PADDING:  # whatever the stride, as in Flax
+    if padding in _MODE_OF_PADDING:  # the same for every stride, as in Flax
         return tuple(((e - 1) // 2, e // 2) for e in extent)
     pads = lax.padtype_to_pads(spatial, extent, strides, padding)
     return tuple((_plain_int(low), _plain_int(high)) for low, high in pads)
@@ -136,7 +136,7 @@ def _plain_int(size: Size) -> Size:
 
 
 def _out_spatial(spatial, extent, strides, padding, pads) -> tuple[Size, ...]:
-    """The sizes of the result; where they are symbolic, in the words of the plain convolution, so that they compare."""
+    """The sizes of the result. Symbolic ones compare equal to those of a plain convolution."""
     if not any(map(is_symbolic_dim, spatial)):
         sizes = zip(spatial, pads, extent, strides, strict=True)
         return tuple((s + low + high - e) // stride + 1 for s, (low, high), e, stride in sizes)
@@ -152,14 +152,14 @@ def _out_spatial(spatial, extent, strides, padding, pads) -> tuple[Size, ...]:
 
 
 def canonical_padding(padding: Padding, rank: int) -> str | tuple[tuple[int, int], ...]:
-    """Check `padding` and write it as one of the names that are known or one (low, high) pair per axis."""
+    """`padding`, checked, as a name in capitals or as one (low, high) pair per axis."""
     wanted = f'"SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", an int, {rank} ints or {rank} (low, high) pairs'
     if isinstance(padding, str):
         name = padding.upper()
         if name == "CAUSAL":
             raise ValueError(
-                f"padding={padding!r} has no meaning in a deformable convolution: an offset may read the future, so nothing "
-                "would be causal; for the same border use padding=((kernel_dilation * (K - 1), 0),)"
+                f"padding={padding!r} has no meaning in a deformable convolution: an offset may read later positions, "
+                "so the result is not causal; for the same border use padding=((kernel_dilation * (K - 1), 0),)"
             )
         if name not in ("SAME", "SAME_LOWER", "VALID", *_MODE_OF_PADDING):
             raise ValueError(f"padding={padding!r} is not known; wanted {wanted}")
@@ -176,12 +176,12 @@ def canonical_padding(padding: Padding, rank: int) -> str | tuple[tuple[int, int
 
 
 def canonical_padding_mode(padding_mode: str | Sequence[str], rank: int, padding: Any = None) -> tuple[str, ...]:
-    """Check `padding_mode` and write it as one name per axis; `padding`, checked, may say it too ("CIRCULAR")."""
+    """`padding_mode`, checked, as one name per axis; `padding="CIRCULAR"` sets it too."""
     modes = (padding_mode,) * rank if isinstance(padding_mode, str) else padding_mode
     if not isinstance(modes, Sequence) or not all(isinstance(mode, str) for mode in modes):
         raise TypeError(
-            f"padding_mode={padding_mode!r} is a {type(padding_mode).__name__}; wanted one of {PADDING_MODES}, or a sequence "
-            "of one for each spatial axis"
+            f"padding_mode={padding_mode!r} is a {type(padding_mode).__name__}; wanted one of {PADDING_MODES}, or a "
+            "sequence of one for each spatial axis"
         )
     for mode in modes:
         if mode not in PADDING_MODES:
@@ -196,8 +196,8 @@ def canonical_padding_mode(padding_mode: str | Sequence[str], rank: int, padding
         return tuple(modes)
     if padding_mode not in ("zeros", said):
         raise ValueError(
-            f"padding={padding!r} means padding_mode={said!r}, and padding_mode={padding_mode!r} was given; leave it out, or "
-            "pass padding as ints"
+            f"padding={padding!r} means padding_mode={said!r}, and padding_mode={padding_mode!r} was given; leave it "
+            "out, or pass padding as ints"
         )
     return (said,) * rank
 
@@ -215,24 +215,25 @@ def sampling_points(
 
         point(p0, n) = p0 · stride - low + tap(n) · dilation + offset(p0, n)
 
-    with p0 the output position, tap(n) the tap's place in the window (row-major) and low the padding before the map.
-    Pixel centres are at whole numbers, the first one at 0.
+    p0 is the output position, tap(n) the tap's place in the window (row-major), and low the
+    padding before the map. Pixel centres are at whole numbers; the first is at 0.
 
     Args:
-        offset: `(*batch, *out_spatial, OG * K * n)` in pixels, any float dtype; the last axis is ordered
-            [offset group, tap, axis], first spatial axis first, as in torchvision and mmcv.
+        offset: `(*batch, *out_spatial, OG * K * n)` in pixels, any float dtype. The last axis is
+            ordered [offset group, tap, axis], first axis first, as in torchvision and mmcv.
         window: the kernel's size along each of the n spatial axes; K is its product.
         strides: pixels between neighbouring outputs; one for all axes, or one per axis.
-        padding: "SAME", "VALID", "CIRCULAR", "REFLECT", an int, one int per axis, or one (low, high) pair per axis.
+        padding: "SAME", "VALID", "CIRCULAR", "REFLECT", an int, or one int or pair per axis.
         kernel_dilation: pixels between neighbouring taps; one for all axes, or one per axis.
         spatial: the input map's size along each spatial axis; it may be symbolic.
 
     Returns:
-        `(*batch, *out_spatial, OG, K, n)`, in float32 or the dtype of `offset` if that is wider. As one number, a
-        position is rounded to that dtype (in float32 to 1/16 pixel at a million); `deform_conv` is not.
+        `(*batch, *out_spatial, OG, K, n)`, in float32 or the dtype of `offset` if that is wider. A
+        position is rounded to that dtype (in float32 to 1/16 pixel at position 1,000,000).
+        `deform_conv` computes without this rounding.
 
     Raises:
-        ValueError: the shape of `offset` does not fit the window, or the geometry leaves no output position.
+        ValueError: the shape of `offset` does not fit the window, or there is no output position.
         TypeError: `offset` is not a floating-point array.
 
     Source: Dai et al., Deformable Convolutional Networks (arXiv 1703.06211), equation 2.
@@ -254,7 +255,7 @@ def sampling_points(
 
 
 def check_offset_shape(shape: tuple[int, ...], window: Window) -> int:
-    """Check the shape of `offset`, `(*batch, *out_spatial, OG * K * n)`, against a window; return OG."""
+    """OG, from the shape of `offset`; raise if it is not `(*batch, *out_spatial, OG * K * n)`."""
     rank, per_group = len(window.size), window.taps * len(window.size)
     if len(shape) < rank + 1 or shape[-rank - 1 : -1] != window.out_spatial or shape[-1] == 0 or shape[-1] % per_group:
         problem = (
@@ -268,7 +269,7 @@ def check_offset_shape(shape: tuple[int, ...], window: Window) -> int:
 
 
 def place_taps(offset: jax.Array, window: Window, dtype: jnp.dtype) -> jax.Array:
-    """`sampling_points` over a resolved window, computed in `dtype`."""
+    """`sampling_points` over a window, computed in `dtype`."""
     groups = offset.shape[-1] // (window.taps * window.rank)
     offset = offset.reshape(*offset.shape[:-1], groups, window.taps, window.rank).astype(dtype)
     taps = lax.expand_dims(regular_taps(window), range(window.rank + 1))
@@ -277,14 +278,14 @@ def place_taps(offset: jax.Array, window: Window, dtype: jnp.dtype) -> jax.Array
 
 
 def regular_positions(window: Window) -> jax.Array:
-    """Where the first tap reads for each output, without its offset: `(*out_spatial, n)`, in int32."""
-    # Iotas, not constants: XLA computes them where they are used, and nothing of the map's size is stored in the program.
+    """Where the first tap of each output reads, without an offset: int32 `(*out_spatial, n)`."""
+    # Iotas, not constants: a constant of the map's size would be stored in the program.
     iotas = [lax.broadcasted_iota(jnp.int32, window.out_spatial, axis) for axis in range(window.rank)]
     return jnp.stack([window.place(axis, index, 0) for axis, index in enumerate(iotas)], axis=-1)
 
 
 def regular_taps(window: Window) -> jax.Array:
-    """How far each tap lies from the first: `(K, n)`, in int32."""
+    """The distance from the first tap to each tap: `(K, n)`, in int32."""
     iotas = [lax.broadcasted_iota(jnp.int32, window.size, axis) for axis in range(window.rank)]
     taps = [dilation * index for dilation, index in zip(window.dilation, iotas, strict=True)]
     return jnp.stack(taps, axis=-1).reshape(window.taps, window.rank)

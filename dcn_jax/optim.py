@@ -1,4 +1,4 @@
-"""Learning rates: which parameters belong to an offset branch, so that they can learn at a rate of their own."""
+"""Labels of the parameters of offset branches, which the papers train at a lower learning rate."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,26 +7,26 @@ import jax
 
 
 def offset_labels(params: Any, names: str | Iterable[str] = ("offset_conv",)) -> Any:
-    """Label each parameter "offset", if it lies under an `offset_conv`, or "main", for `optax.multi_transform`.
+    """Label parameters under an `offset_conv` "offset", others "main", for `optax.multi_transform`.
 
-    The papers train the branches that emit offsets and modulation at a tenth of the learning rate. It is one line, with
-    this function as the labels (or its result, as Optax takes both):
+    The papers train the branches that emit offsets and modulation at a tenth of the learning rate.
+    One line does that; the labels may also be this function's result:
 
         optax.multi_transform({"main": optax.adam(1e-3), "offset": optax.adam(1e-4)}, offset_labels)
 
-    Branches with names of their own are named: `functools.partial(offset_labels, names=("conv_offset",))`.
+    For branches with other names: `functools.partial(offset_labels, names=("conv_offset",))`.
 
     Args:
-        params: parameters, gradients or anything of their structure: a linen dictionary or `FrozenDict`, with or
-            without the outer "params", an `nnx.State`, or a pytree in which the branch is called `offset_conv`.
-        names: what the branches are called, whole names, or one name. No branch of these names is no error: plain
-            networks share the optimizer.
+        params: parameters, gradients or anything with their structure: a linen dictionary or
+            `FrozenDict`, with or without the outer "params", an `nnx.State`, or another pytree.
+        names: the names of the branches, whole, or a single one. A model without such branches is
+            labelled "main" everywhere, so plain networks can share the optimizer.
 
     Returns:
-        The same containers with a label in the place of each array (of each `nnx.Variable`, in an `nnx.State`).
+        The same containers, with a label for each array, or each `nnx.Variable` of an `nnx.State`.
 
     Raises:
-        TypeError: `names` is not made of names.
+        TypeError: `names` is not made of strings.
 
     Source: Dai et al. (arXiv 1703.06211), section 4.1; Zhu et al. (arXiv 1811.11168), section 3.2.
 
@@ -49,5 +49,5 @@ def offset_labels(params: Any, names: str | Iterable[str] = ("offset_conv",)) ->
         on_the_way = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         return "main" if branches.isdisjoint(on_the_way) else "offset"
 
-    # An nnx.Variable gets one label and is no container: nnx.Optimizer hands Optax variables at first, bare arrays later.
+    # One label per nnx.Variable: nnx.Optimizer gives Optax variables first and bare arrays later.
     return jax.tree_util.tree_map_with_path(label, params, is_leaf=lambda node: hasattr(node, "dtype"))

@@ -17,6 +17,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from dcn_jax._core import checks, dtypes
+from dcn_jax._core.mesh import on_any_mesh
 from dcn_jax.geometry import Size, canonical_padding_mode, int32
 
 
@@ -74,12 +75,18 @@ def linear_sample(features: jax.Array, points: jax.Array, *, padding_mode: str |
             f"points has shape {points.shape}; wanted (*query, {features.ndim - 1}): one coordinate for each spatial axis "
             f"of features, whose shape is {features.shape}"
         )
-    dtype, (*spatial, channels) = features.dtype, features.shape
+    spatial = features.shape[:-1]
+    border, arrays = Border(spatial, canonical_padding_mode(padding_mode, len(spatial))), (features, points)
+    return on_any_mesh(_sample, border, arrays, batched=(points,), batch=points.ndim - 1, whole=1)(*arrays)
+
+
+def _sample(border: "Border", features: jax.Array, points: jax.Array) -> jax.Array:
+    """`linear_sample` of checked arguments."""
+    dtype, channels = features.dtype, features.shape[-1]
     points = points.astype(dtypes.wide(points.dtype, jnp.finfo(dtype).dtype))
     features = features.astype(dtypes.wide(dtype))  # the gradient is summed in the dtype that is gathered from
-    border = Border(tuple(spatial), canonical_padding_mode(padding_mode, len(spatial)))
     at = locate(Positions(jnp.int32(0), points[..., None, :]), None, border)
-    return sum_rows(features.reshape(math.prod(spatial), channels), at)[..., 0, :].astype(dtype)
+    return sum_rows(features.reshape(math.prod(border.spatial), channels), at)[..., 0, :].astype(dtype)
 
 
 class Border(NamedTuple):

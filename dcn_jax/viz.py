@@ -1,4 +1,4 @@
-"""Pictures: where the taps of a deformable convolution read."""
+"""Pictures of where the taps of a deformable convolution read."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,39 +26,39 @@ def plot_sampling(
     spatial: Sequence[int] | None = None,
     ax: "Axes | None" = None,
 ) -> "Axes":
-    """Draw, for some output positions, the regular grid of the taps and where they really read, over the image.
+    """Draw over an image the regular taps of some output positions, and where they really read.
 
-        a square at p0 · stride - low + p_n · dilation,  a dot at the same place + Δp_n(p0),  a line between them
+        a square at p0 · stride - low + p_n · dilation;  a dot at the same place + Δp_n(p0);  a line between
 
-    The picture of the papers. The dots are larger and brighter the larger their modulation; squares and
-    lines of one output position have one colour.
+    It is the picture of the papers. The larger its modulation, the larger and brighter a dot.
+    Squares and lines of one output position have one colour.
 
-    The artists carry labels, for `ax.legend()`; the dots are the last of `ax.collections`, for
-    `colorbar`. The view is the map and one pixel around it; `ax.autoscale()` brings in dots further out,
-    all of which read zero.
+    The artists have labels, for `ax.legend()`; the dots are the last of `ax.collections`, for
+    `colorbar`. The view is the map and one pixel around it. `ax.autoscale()` shows the dots
+    outside it too, all of which read zero.
 
     Args:
-        image: `(H, W)`, `(H, W, 1)`, `(H, W, 3)` or `(H, W, 4)`: what to draw on. It is stretched over the
-            map that the layer reads, so a picture may lie under the points of a smaller feature map.
-        offset: `(Ho, Wo, OG * K * 2)` in pixels of that map, of one image, as the layers sow it.
-        mask: `(Ho, Wo, OG * K)`, the modulation, as the layers sow it; None is 1 everywhere.
+        image: `(H, W)`, `(H, W, 1)`, `(H, W, 3)` or `(H, W, 4)`, the background. It is stretched
+            over the map that the layer reads, so it may be larger than that map.
+        offset: `(Ho, Wo, OG * K * 2)` for one image, in pixels of that map, as layers sow it.
+        mask: `(Ho, Wo, OG * K)`, the modulation, as layers sow it; None is 1 everywhere.
         window: the kernel's size along each of the two axes; K is its product.
-        at: the output positions to draw, `[(row, column), …]`, or a single one.
+        at: the output positions to draw, `[(row, column), …]`, or one (row, column).
         strides: of the layer; one for both axes, or one per axis.
-        padding: of the layer: "SAME", "VALID", an int, one int per axis, or one (low, high) pair per axis.
+        padding: of the layer: "SAME", "VALID", an int, or one int or (low, high) pair per axis.
         kernel_dilation: of the layer; one for both axes, or one per axis.
         spatial: `(height, width)` of the map that the layer reads; by default that of the image.
         ax: the Axes to draw on; by default those of a new figure.
 
     Returns:
-        The Axes. Nothing is shown: call `matplotlib.pyplot.show()`, or `ax.figure.savefig(…)`.
+        The Axes. To see them call `matplotlib.pyplot.show()` or `ax.figure.savefig(…)`.
 
     Raises:
         ValueError: a shape or a position does not fit; the message names it.
         TypeError: an option is of the wrong kind.
         ImportError: matplotlib is not installed.
 
-    Source: Dai et al. (arXiv 1703.06211), figures 5 and 6; Zhu et al. (arXiv 1811.11168), figure 1.
+    Source: Dai et al. (arXiv 1703.06211), figures 5, 6; Zhu et al. (arXiv 1811.11168), figure 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -86,11 +86,11 @@ def plot_sampling(
 
 
 def _check_offset(shape: tuple[int, ...], window: Window) -> None:
-    """Raise where `shape` is not that of the offsets of one image."""
+    """Raise if `shape` is not that of the offsets of one image."""
     if len(shape) != 3:
         raise ValueError(
-            f"offset has shape {shape}; wanted (Ho, Wo, OG * {window.taps} * 2), that of one image with two spatial "
-            "axes: for the first of a batch, offset[0]"
+            f"offset has shape {shape}; wanted (Ho, Wo, OG * {window.taps} * 2), for one image with two spatial "
+            "axes: for the first image of a batch, offset[0]"
         )
     try:
         check_offset_shape(shape, window)
@@ -102,7 +102,7 @@ def _check_offset(shape: tuple[int, ...], window: Window) -> None:
 
 
 def _modulation(mask: Any, offset_shape: tuple[int, ...], window: Window) -> np.ndarray:
-    """`(Ho, Wo, OG * K)`, ones where there is no mask."""
+    """The modulation `(Ho, Wo, OG * K)`; ones if `mask` is None."""
     wanted = (*window.out_spatial, offset_shape[-1] // 2)
     if mask is None:
         return np.ones(wanted, np.float32)
@@ -116,18 +116,20 @@ def _modulation(mask: Any, offset_shape: tuple[int, ...], window: Window) -> np.
 
 
 def _positions(at: Any, out_spatial: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the output positions asked for."""
+    """The rows and columns of the output positions `at`."""
     wanted = f"(row, column) pairs of ints in [0, {out_spatial[0]}) and [0, {out_spatial[1]})"
     positions = np.atleast_2d(np.asarray(at))
     if positions.ndim != 2 or positions.shape[1] != 2 or positions.dtype.kind not in "iu":
         raise ValueError(f"at={at!r} is not understood; wanted one or more {wanted}")
     if (positions < 0).any() or (positions >= out_spatial).any():
-        raise ValueError(f"at={at!r} leaves the {out_spatial[0]} x {out_spatial[1]} output positions; wanted {wanted}")
+        raise ValueError(
+            f"at={at!r} lies outside the {out_spatial[0]} x {out_spatial[1]} output positions; wanted {wanted}"
+        )
     return positions[:, 0], positions[:, 1]
 
 
 def _canvas(image: np.ndarray, spatial: tuple[int, ...], ax: "Axes | None") -> "Axes":
-    """The Axes, with the image stretched over a map of this size."""
+    """The Axes, with the image stretched over a map of size `spatial`."""
     try:
         from matplotlib import pyplot as plt
     except ModuleNotFoundError as error:
@@ -145,7 +147,7 @@ def _canvas(image: np.ndarray, spatial: tuple[int, ...], ax: "Axes | None") -> "
 
 
 def _draw(ax: "Axes", regular: np.ndarray, reads: np.ndarray, modulation: np.ndarray) -> None:
-    """Squares, lines and dots of P positions: `(P, OG, K, 2)` twice, as (x, y), and `(P, OG * K)`."""
+    """Draw P positions: squares and dots at `(P, OG, K, 2)`, as (x, y); modulation `(P, OG * K)`."""
     from matplotlib import colormaps
     from matplotlib.collections import LineCollection
 

@@ -278,6 +278,7 @@ def test_options_that_do_not_fit(framework, options, error, message):
         ({"reference_points": zeros(2, 5, 3, 3)}, ValueError, "reference_points has shape (2, 5, 3, 3); wanted (2, 5, 3, '2 or 4'): (x, y) or (x, y, width, height) for each query and each of num_levels=3"),
         ({"reference_points": zeros(2, 5, 2, 2)}, ValueError, "reference_points has shape (2, 5, 2, 2)"),
         ({"reference_points": zeros(2, 5, 2)}, ValueError, "reference_points has shape (2, 5, 2)"),
+        ({"reference_points": zeros()}, ValueError, "reference_points has shape ()"),
         ({"reference_points": zeros(2, 1, 3, 2)}, ValueError, "reference_points has shape (2, 1, 3, 2)"),
         ({"reference_points": zeros(3, 5, 3, 2)}, ValueError, "reference_points has shape (3, 5, 3, 2)"),
         ({"reference_points": zeros(1, 2, 5, 3, 2)}, ValueError, "reference_points has shape (1, 2, 5, 3, 2)"),

@@ -132,7 +132,7 @@ PADDINGS = '"SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", an int, 2 ints
 @pytest.mark.parametrize(
     ("padding", "error", "message"),
     [
-        ("CAUSAL", ValueError, "padding='CAUSAL' has no meaning in a deformable convolution: an offset may read the future, so nothing would be causal; for the same border use padding=((kernel_dilation * (K - 1), 0),)"),
+        ("CAUSAL", ValueError, "padding='CAUSAL' has no meaning in a deformable convolution: an offset may read later positions, so the result is not causal; for the same border use padding=((kernel_dilation * (K - 1), 0),)"),
         ("FULL", ValueError, f"padding='FULL' is not known; wanted {PADDINGS}"),
         (None, TypeError, f"padding=None is a NoneType; wanted {PADDINGS}"),
         (1.0, TypeError, f"padding=1.0 is a float; wanted {PADDINGS}"),

@@ -284,7 +284,7 @@ def test_a_branch_of_one_s_own_that_emits_something_else(make, framework):
 
 
 def test_a_ready_made_branch_is_refused():
-    message = r"offset_conv_cls is a Conv; wanted what makes the branch, called as offset_conv_cls\("
+    message = r"offset_conv_cls is a Conv; wanted a function that makes the branch, called as offset_conv_cls\("
     with pytest.raises(TypeError, match=message):
         jax.eval_shape(linen(4, 6, (2, 2), offset_conv_cls=nn.Conv(12, (1, 1))).init)
     with pytest.raises(TypeError, match=message):

@@ -360,7 +360,7 @@ ERRORS = {
     "padding_mode axes": ((2, 2), {"padding_mode": ("wrap",)}, ValueError, r"padding_mode=\('wrap',\) has 1 entries"),
     "padding_mode twice": ((2, 2), {"padding": "CIRCULAR", "padding_mode": "edge"}, ValueError, "padding='CIRCULAR' means padding_mode='wrap'"),
     "offset_branch": ((2, 2), {"offset_branch": 0}, TypeError, "offset_branch=0 is a int; wanted True or False"),
-    "offset_conv_cls": ((2, 2), {"offset_conv_cls": 3}, TypeError, r"offset_conv_cls is a int; wanted what makes the branch, called as"),
+    "offset_conv_cls": ((2, 2), {"offset_conv_cls": 3}, TypeError, r"offset_conv_cls is a int; wanted a function that makes the branch, called as"),
     "offset_conv_cls twice": ((2, 2), {"offset_conv_cls": dict, "offset_branch": False}, ValueError, "leave one of them out"),
     "implementation": ((2, 2), {"implementation": "cuda"}, ValueError, "implementation='cuda' is not known; wanted one of"),
 }  # fmt: skip

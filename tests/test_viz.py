@@ -144,8 +144,8 @@ def test_it_draws_on_the_axes_it_is_given():
         ({"at": (1, 2, 3)}, r"at=\(1, 2, 3\) is not understood; wanted one or more \(row, column\) pairs"),
         ({"at": (1.5, 2.0)}, r"at=\(1.5, 2.0\) is not understood"),
         ({"at": []}, r"at=\[\] is not understood"),
-        ({"at": [(8, 0)]}, r"at=\[\(8, 0\)\] leaves the 8 x 10 output positions"),
-        ({"at": (0, -1)}, r"at=\(0, -1\) leaves the 8 x 10 output positions"),
+        ({"at": [(8, 0)]}, r"at=\[\(8, 0\)\] lies outside the 8 x 10 output positions"),
+        ({"at": (0, -1)}, r"at=\(0, -1\) lies outside the 8 x 10 output positions"),
         ({"window": (3, 5)}, r"offset has shape \(8, 10, 36\); wanted \(\*batch, 8, 10, OG \* 30\).*pass the window"),
         ({"window": (3, 3, 3)}, r"window=\(3, 3, 3\) has 3 entries; wanted an int or 2 ints"),
         (

@@ -1,4 +1,4 @@
-"""Checks of arguments, shared by the rooms: each error names the argument, what was given and what was wanted."""
+"""Checks of arguments. Each error names the argument, what was given and what was wanted."""
 
 import operator
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from jax.export import is_symbolic_dim
 
 
 def is_int(value: Any) -> bool:
-    """Whether `value` is a whole number by type (a bool is not)."""
+    """Whether `value` is of an integer type; a bool does not count as one."""
     if isinstance(value, bool):
         return False
     try:
@@ -21,7 +21,7 @@ def is_int(value: Any) -> bool:
 
 
 def count(name: str, value: Any) -> None:
-    """Raise where `value` is not a whole number of at least 1."""
+    """Raise if `value` is not an int of at least 1."""
     if not is_int(value):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; wanted an int")
     if value < 1:
@@ -29,7 +29,7 @@ def count(name: str, value: Any) -> None:
 
 
 def per_axis(name: str, value: Any, rank: int, *, minimum: int) -> tuple[int, ...]:
-    """One int per spatial axis, from an int for all of them or one for each."""
+    """`value`, an int for all spatial axes or a sequence of one per axis, as one int per axis."""
     values = [value] * rank if is_int(value) else value
     if not isinstance(values, Sequence) or not all(map(is_int, values)):
         raise TypeError(f"{name}={value!r} is not made of ints; wanted an int or {rank} ints, one per spatial axis")
@@ -43,7 +43,7 @@ def per_axis(name: str, value: Any, rank: int, *, minimum: int) -> tuple[int, ..
 
 
 def per_level(name: str, value: Any, levels: int) -> tuple[int, ...]:
-    """One int of at least 1 for each level."""
+    """`value` as one int per level, each at least 1."""
     if not isinstance(value, Sequence) or not all(map(is_int, value)):
         raise TypeError(f"{name}={value!r} is not made of ints; wanted {levels} ints, one per level")
     if len(value) != levels or any(v < 1 for v in value):
@@ -52,7 +52,7 @@ def per_level(name: str, value: Any, levels: int) -> tuple[int, ...]:
 
 
 def sizes(name: str, value: Any, rank: int) -> tuple[Any, ...]:
-    """One size per spatial axis, each an int of at least 1 or a symbolic dimension."""
+    """`value` as one size per spatial axis, each an int of at least 1 or a symbolic dimension."""
     if not isinstance(value, Sequence) or not any(map(is_symbolic_dim, value)):
         return per_axis(name, value, rank, minimum=1)
     known = per_axis(name, [1 if is_symbolic_dim(size) else size for size in value], rank, minimum=1)
@@ -60,9 +60,9 @@ def sizes(name: str, value: Any, rank: int) -> tuple[Any, ...]:
 
 
 def array(name: str, value: Any, kind: Any, *, shape_alone: bool = False) -> jax.Array:
-    """`value` as a JAX array, its dtype checked to be of `kind`, jnp.floating or jnp.inexact.
+    """`value` as a JAX array; raise if its dtype is not of `kind`, jnp.floating or jnp.inexact.
 
-    With `shape_alone` a `jax.ShapeDtypeStruct` does as well, and is returned as it is.
+    With `shape_alone`, a `jax.ShapeDtypeStruct` is accepted too and returned unchanged.
     """
     struct = isinstance(value, jax.ShapeDtypeStruct)
     if not (hasattr(value, "shape") and hasattr(value, "dtype")) or (struct and not shape_alone):
@@ -74,7 +74,7 @@ def array(name: str, value: Any, kind: Any, *, shape_alone: bool = False) -> jax
 
 
 def floating_dtype(name: str, value: Any) -> jnp.dtype:
-    """`value` as a dtype, checked to be a floating-point or complex one."""
+    """`value` as a dtype; raise if it is not floating-point or complex."""
     try:
         dtype = jnp.dtype(value)
     except TypeError as error:
@@ -82,3 +82,25 @@ def floating_dtype(name: str, value: Any) -> jnp.dtype:
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"{name}={dtype} is not a floating-point or complex dtype")
     return dtype
+
+
+def broadcasts(given: Sequence[Any], wanted: Sequence[Any]) -> bool:
+    """Whether axes `given` broadcast to `wanted`: each is 1 or equal; the first may be missing."""
+    pairs = zip(reversed(given), reversed(wanted), strict=False)
+    return len(given) <= len(wanted) and all(n in (1, size) for n, size in pairs)
+
+
+def map_axes(
+    name: str, shape: Any, *, other: str, batch: Any, positions: Any, channels: str, meaning: str, fits: bool
+) -> None:
+    """Raise if the argument `name` is not `(*batch, *positions, channels)`.
+
+    Its batch axes must broadcast to `batch`, which are those of the argument `other`. `fits` tells
+    whether its last axis is right. `channels` and `meaning` say in the message what is wanted.
+    """
+    axes = len(positions) + 1
+    if not fits or shape[-axes:-1] != positions or not broadcasts(shape[:-axes], batch):
+        raise ValueError(
+            f"{name} has shape {shape}; wanted (*batch, {', '.join(map(str, positions))}, {channels}): batch axes that "
+            f"broadcast to those of {other}, {batch}, then {meaning}"
+        )

@@ -1,6 +1,6 @@
-"""What the layers DCNv3 and DCNv4 share in linen and nnx: all but who owns the parameters.
+"""What the layers DCNv3 and DCNv4 share in linen and nnx: all but the parameters.
 
-`layer` is a layer of either kind; its options have the same names in both.
+`layer` is the layer of either framework; its options have the same names in both.
 """
 
 import math
@@ -17,18 +17,19 @@ from dcn_jax.ops.dcnv3 import Grid, centre, make_grid
 
 Pair = int | Sequence[int]
 
-_ACTIVATIONS = {
-    "GELU": lambda x: jax.nn.gelu(x, approximate=False),
-    "ReLU": jax.nn.relu,
-    "SiLU": jax.nn.silu,
-}
 
-# The depthwise convolutions start as torch's do, uniform within ±1 / √(taps).
+def _gelu(x: jax.Array) -> jax.Array:  # a function with a name: a layer that holds a lambda cannot be pickled
+    return jax.nn.gelu(x, approximate=False)
+
+
+_ACTIVATIONS = {"GELU": _gelu, "ReLU": jax.nn.relu, "SiLU": jax.nn.silu}
+
+# Depthwise convolutions start as PyTorch's do: uniform within ±1 / √(taps).
 DEPTHWISE_KERNEL_INIT = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def depthwise_bias_init(window: tuple[int, ...]) -> Callable[..., jax.Array]:
-    """The initializer of the bias of a depthwise convolution."""
+    """The initializer of a depthwise convolution's bias."""
     bound = math.prod(window) ** -0.5
 
     def init(key, shape, dtype=jnp.float32):
@@ -41,7 +42,7 @@ def depthwise_bias_init(window: tuple[int, ...]) -> Callable[..., jax.Array]:
 
 
 def check_options(layer: Any) -> None:
-    """Raise where the window is none, or the channels do not go in groups."""
+    """Raise if the window has not two axes, or the groups do not divide the channels."""
     square("kernel_size", layer.kernel_size)
     checks.count("channels", layer.channels)
     checks.count("group", layer.group)
@@ -50,7 +51,7 @@ def check_options(layer: Any) -> None:
 
 
 def op_options(layer: Any) -> dict[str, Any]:
-    """The op's options, by its names."""
+    """The options of the op, by the op's names."""
     return {
         "window": layer.kernel_size,
         "strides": layer.stride,
@@ -61,23 +62,28 @@ def op_options(layer: Any) -> dict[str, Any]:
     }
 
 
-def weights(layer: Any) -> int:
-    """How many weights each position gets: G · K."""
+def dtype_options(module: Any) -> dict[str, Any]:
+    """The options that a module hands on to the Flax modules inside it."""
+    return {name: getattr(module, name) for name in ("dtype", "param_dtype", "precision")}
+
+
+def weight_count(layer: Any) -> int:
+    """How many weights each output position has: G · K."""
     return layer.group * (math.prod(square("kernel_size", layer.kernel_size)) - bool(layer.remove_center))
 
 
 def packed_features(layer: Any) -> int:
-    """How many channels DCNv4's `offset_mask` emits: three for each weight, padded to a multiple of 8."""
-    return -(-3 * weights(layer) // 8) * 8
+    """How many channels `offset_mask` emits: 3 per weight, rounded up to a multiple of 8."""
+    return -(-3 * weight_count(layer) // 8) * 8
 
 
 def square(name: str, size: Pair) -> tuple[int, ...]:
-    """A window of two axes; an int is a square."""
+    """`size` as a window of two axes; an int is a square."""
     return checks.per_axis(name, size, 2, minimum=1)
 
 
 def activation(act_layer: Any) -> Callable[..., Any]:
-    """The function that `act_layer` names, or is."""
+    """`act_layer` as a function; it is one, or the name of one."""
     if callable(act_layer):
         return act_layer
     if act_layer not in _ACTIVATIONS:
@@ -86,11 +92,11 @@ def activation(act_layer: Any) -> Callable[..., Any]:
 
 
 def check_norm(norm_layer: Any, call: str) -> None:
-    """Raise where `norm_layer` is neither "LN" nor makes a norm; `call` is how it is called."""
+    """Raise if `norm_layer` is neither "LN" nor callable; `call` says how it is called."""
     if norm_layer != "LN" and not callable(norm_layer):
         raise ValueError(
-            f'norm_layer={norm_layer!r} is not known; wanted "LN", or what makes the norm, called as {call}: for "BN" '
-            "functools.partial(BatchNorm, use_running_average=…)"
+            f'norm_layer={norm_layer!r} is not known; wanted "LN", or a function that makes the norm, called as '
+            f'{call}: for "BN" functools.partial(BatchNorm, use_running_average=…)'
         )
 
 
@@ -98,7 +104,7 @@ def check_norm(norm_layer: Any, call: str) -> None:
 
 
 def check_input(layer: Any, inputs: Any) -> tuple[jax.Array, Grid]:
-    """The inputs in the layer's dtype, and its taps over them, once they are known to be `(*batch, H, W, channels)`."""
+    """`inputs` `(*batch, H, W, channels)` in the layer's dtype, checked, and the taps over it."""
     inputs = checks.array("inputs", inputs, jnp.inexact)
     if inputs.ndim < 3 or inputs.shape[-1] != layer.channels:
         raise ValueError(f"inputs has shape {inputs.shape}; wanted (*batch, H, W, {layer.channels}), as channels says")
@@ -107,10 +113,10 @@ def check_input(layer: Any, inputs: Any) -> tuple[jax.Array, Grid]:
 
 
 def around_centres(x: jax.Array, window: Window, size: tuple[int, ...]) -> jax.Array:
-    """The map `(*batch, H, W, C)`, padded or cropped so that a window of `size` and no padding is centred as the op's.
+    """The map `(*batch, H, W, C)`, padded or cropped for a depthwise convolution with taps `size`.
 
-    With the op's strides it then has as many outputs, each at the point that the op's output stands for. Where the op
-    keeps the size of the map, that is the depthwise convolution of the published layers, which know no other case.
+    With the op's strides and no padding, that convolution has as many outputs as the op, and its
+    windows have the same centres. If the op keeps the map's size, this is the published padding.
     """
     pads = [(0, 0, 0)] * x.ndim
     for axis, middle in enumerate(centre(window)):
@@ -121,18 +127,18 @@ def around_centres(x: jax.Array, window: Window, size: tuple[int, ...]) -> jax.A
 
 
 def at_centres(x: jax.Array, window: Window) -> jax.Array:
-    """The map at the points that the op's outputs stand for, zero beyond it: `(*batch, Ho, Wo, C)`."""
+    """The pixels at the op's window centres, zero outside the map: `(*batch, Ho, Wo, C)`."""
     down, right = window.strides
     return around_centres(x, window, (1, 1))[..., ::down, ::right, :]
 
 
-def wide(x: jax.Array) -> jax.Array:
-    """What offsets and weights are computed from: in float32 or wider, so that they keep their fractions."""
+def widen(x: jax.Array) -> jax.Array:
+    """The map in float32 or wider: in half precision offsets would lose their fractions."""
     return x.astype(dtypes.wide(x.dtype))
 
 
 def softmax(logits: jax.Array, groups: int) -> jax.Array:
-    """Over the taps of each group: `(…, G * K)`."""
+    """The softmax over the taps of each group: `(…, G * K)`."""
     taps = logits.shape[-1] // groups
     return jax.nn.softmax(logits.reshape(*logits.shape[:-1], groups, taps), axis=-1).reshape(logits.shape)
 
@@ -140,11 +146,11 @@ def softmax(logits: jax.Array, groups: int) -> jax.Array:
 def blend(
     y: jax.Array, x: jax.Array, query: jax.Array, weight: jax.Array, bias: jax.Array, window: Window
 ) -> jax.Array:
-    """The result y and the map x that it was read from, mixed: y · (1 - σ) + x · σ.
+    """A mix of the op's result y and the map x that it read: y · (1 - σ) + x · σ.
 
-    σ = sigmoid(weight · query + bias), one for each group: weight `(G, C)`, bias `(G,)`.
+    σ = sigmoid(weight · query + bias), one for each group, with weight `(G, C)` and bias `(G,)`.
     """
-    query = wide(query)
+    query = widen(query)
     logits = jnp.einsum("...c,gc->...g", query, weight.astype(query.dtype))
     logits = logits + lax.expand_dims(bias.astype(query.dtype), range(logits.ndim - 1))
     share = jnp.repeat(jax.nn.sigmoid(logits), y.shape[-1] // weight.shape[0], axis=-1).astype(y.dtype)

@@ -1,15 +1,16 @@
-"""What both layers share: their options, what their branch sees, and what they make of what it emits.
+"""What `DeformConv` shares in linen and nnx: options, offset branch, and the order of a call.
 
-The branch is the convolution that emits offsets and modulation. A layer calls, in this order, `check_input`,
-`check_call`, `view` (what the branch sees), its branch, and `split`.
+The branch is the convolution that emits the offsets and the logits of the mask; each framework
+makes its own. A layer calls `check_input`, then `place_points`, which runs the branch, then
+`convolve`. `layer` is the layer of either framework; its options have the same names in both.
 """
 
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,9 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from dcn_jax._core import checks, dtypes
-from dcn_jax.geometry import Padding, Size, Window, canonical_padding, canonical_padding_mode, int32, resolve_window
+from dcn_jax._core.mesh import on_any_mesh
+from dcn_jax.geometry import Size, Window, canonical_padding, canonical_padding_mode, int32, resolve_window
+from dcn_jax.ops.deform_conv import deform_conv
 from dcn_jax.sampling import INTO_MAP
 
 Bound = float | Sequence[float | None] | None
@@ -26,54 +29,48 @@ Bound = float | Sequence[float | None] | None
 # ---- options
 
 
-def window_of(kernel_size: int | Sequence[int]) -> tuple[int, ...]:
-    """The window of a layer; an int is a one-dimensional window, as in Flax's Conv."""
+def window_size(kernel_size: int | Sequence[int]) -> tuple[int, ...]:
+    """`kernel_size` as taps per spatial axis; an int means one axis, as in Flax's Conv."""
     rank = len(kernel_size) if isinstance(kernel_size, Sequence) else 1
     if rank not in (1, 2, 3):
         raise ValueError(f"kernel_size={kernel_size!r} has {rank} entries; wanted 1, 2 or 3, one per spatial axis")
     return checks.per_axis("kernel_size", kernel_size, rank, minimum=1)
 
 
-def check_options(
-    channels: int,
-    rank: int,
-    *,
-    offset_groups: int,
-    modulated: bool,
-    mask_scale: float,
-    max_offset: Bound,
-    offset_branch: bool,
-) -> None:
-    """Raise where an option that only the layer has makes no sense."""
-    checks.count("offset_groups", offset_groups)
-    if channels % offset_groups:
-        raise ValueError(f"offset_groups={offset_groups} must divide the {channels} channels of the input")
-    for name, value in (("modulated", modulated), ("offset_branch", offset_branch)):
-        if not isinstance(value, bool):
+def geometry(layer: Any) -> dict[str, Any]:
+    """The options that place the window on the map, by the op's names."""
+    return {name: getattr(layer, name) for name in ("strides", "padding", "kernel_dilation", "padding_mode")}
+
+
+def check_options(layer: Any, channels: int, *, module: type, call: str) -> None:
+    """Raise if an option of `DeformConv` alone makes no sense, or does not fit the channels.
+
+    `module` is the framework's class of modules; `call` says how `offset_conv_cls` is called.
+    """
+    checks.count("offset_groups", layer.offset_groups)
+    if channels % layer.offset_groups:
+        raise ValueError(f"offset_groups={layer.offset_groups} must divide the {channels} channels of the input")
+    for name in ("modulated", "offset_branch"):
+        if not isinstance(value := getattr(layer, name), bool):
             raise TypeError(f"{name}={value!r} is a {type(value).__name__}; wanted True or False")
-    if not _is_number(mask_scale) or not 0 < mask_scale < math.inf:
-        wanted = "the modulation's upper bound: 1.0, or 2.0 to start as a plain convolution"
-        if not _is_number(mask_scale):
-            raise TypeError(f"mask_scale={mask_scale!r} is a {type(mask_scale).__name__}; wanted {wanted}")
-        raise ValueError(f"mask_scale={mask_scale!r} must be positive and finite: {wanted}")
-    bounds_of(max_offset, rank)
-
-
-def check_maker(offset_conv_cls: Any, module: type, call: str, *, offset_branch: bool) -> None:
-    """Raise where `offset_conv_cls` cannot make a branch; `call` is how it is called, `module` what it must not be."""
-    if offset_conv_cls is None:
-        return
-    if not callable(offset_conv_cls) or isinstance(offset_conv_cls, module):
+    scale, wanted = layer.mask_scale, "the modulation's upper bound: 1.0, or 2.0 to start as a plain convolution"
+    if not _is_number(scale):
+        raise TypeError(f"mask_scale={scale!r} is a {type(scale).__name__}; wanted {wanted}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"mask_scale={scale!r} must be positive and finite: {wanted}")
+    bounds_of(layer.max_offset, len(window_size(layer.kernel_size)))
+    maker = layer.offset_conv_cls
+    if maker is not None and (not callable(maker) or isinstance(maker, module)):
         raise TypeError(
-            f"offset_conv_cls is a {type(offset_conv_cls).__name__}; wanted what makes the branch, called as {call}: a "
-            "module's class, or functools.partial of it"
+            f"offset_conv_cls is a {type(maker).__name__}; wanted a function that makes the branch, called as {call}: "
+            "a module's class, or functools.partial of it"
         )
-    if not offset_branch:
+    if maker is not None and not layer.offset_branch:
         raise ValueError("offset_conv_cls makes a branch, and offset_branch=False wants none; leave one of them out")
 
 
 def bounds_of(max_offset: Bound, rank: int) -> tuple[float | None, ...]:
-    """Check `max_offset` and write it as one bound per spatial axis, None where there is none."""
+    """`max_offset`, checked, as one bound per spatial axis; None is no bound."""
     wanted = f"a number of pixels, None for no bound, or one of these for each of the {rank} spatial axes"
     one = max_offset is None or _is_number(max_offset)
     bounds: Any = (max_offset,) * rank if one else max_offset
@@ -90,135 +87,31 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def features(window: tuple[int, ...], offset_groups: int, modulated: bool) -> int:
-    """How many channels the branch emits: OG·K·n offsets and, if modulated, OG·K logits."""
-    return offset_groups * math.prod(window) * (len(window) + modulated)
+# ---- the default branch
 
 
-# ---- the call
+def branch_channels(layer: Any) -> tuple[int, int]:
+    """How many channels the branch emits as offsets, OG·K·n, and as logits, OG·K or none."""
+    size = window_size(layer.kernel_size)
+    taps = layer.offset_groups * math.prod(size)
+    return taps * len(size), taps * layer.modulated
 
 
-def check_input(
-    inputs: jax.Array,
-    window: tuple[int, ...],
-    channels: int | None = None,
-    *,
-    strides: int | Sequence[int] | None,
-    padding: Padding,
-    kernel_dilation: int | Sequence[int] | None,
-    padding_mode: str | Sequence[str],
-) -> Window:
-    """The window over `inputs`, once they are known to be `(*batch, *spatial, channels)`, of any channels if None."""
-    if not hasattr(inputs, "shape"):
-        raise TypeError(f"inputs is a {type(inputs).__name__}; wanted an array (wrap it in jnp.asarray)")
-    rank = len(window)
-    if len(inputs.shape) < rank + 1 or channels not in (None, inputs.shape[-1]):
-        raise ValueError(
-            f"inputs has shape {inputs.shape}; wanted (*batch, *spatial, {channels or 'C'}) with {rank} spatial axes, as "
-            f"kernel_size={window} has"
-        )
-    # Here and not only in the op, before the branch fails on it with an error of its own.
-    return resolve_window(
-        window,
-        spatial=inputs.shape[-rank - 1 : -1],
-        strides=strides,
-        padding=padding,
-        kernel_dilation=kernel_dilation,
-        padding_mode=padding_mode,
-    )
-
-
-def check_call(offset: Any, mask: Any, offset_inputs: Any, base_offset: Any, *, offset_branch: bool) -> None:
-    """Raise where the arguments beside `inputs` do not go together."""
-    if offset is None:
-        if mask is not None:
-            raise ValueError("mask was given without offset; wanted both, or neither and the branch emits them")
-        if not offset_branch:
-            raise ValueError("offset is None, and offset_branch=False leaves no branch to emit it; give offset")
-        return
-    for name, value in (("offset_inputs", offset_inputs), ("base_offset", base_offset)):
-        if value is not None:
-            raise ValueError(
-                f"{name} was given beside offset, which is used as it is; wanted one of the two: leave offset out for the "
-                f"branch to emit it, or leave {name} out"
-            )
-    checks.array("offset", offset, jnp.floating)
-    if mask is not None:
-        checks.array("mask", mask, jnp.floating)
-
-
-def view(
-    inputs: jax.Array, offset_inputs: jax.Array | None, window: Window, *, channels: int | None = None, own: bool
-) -> jax.Array:
-    """What the branch sees: `offset_inputs`, or `inputs`; continued beyond its border where the branch is not the user's `own`.
-
-    `channels` is what the branch was made for, where it was made before.
-    """
-    seen = inputs if offset_inputs is None else offset_inputs
-    if not hasattr(seen, "shape"):
-        raise TypeError(f"offset_inputs is a {type(seen).__name__}; wanted an array (wrap it in jnp.asarray)")
-    if channels not in (None, seen.shape[-1]):
-        name = "inputs" if offset_inputs is None else "offset_inputs"
-        raise ValueError(
-            f"{name} has shape {seen.shape}; the branch was made for offset_in_features={channels}: give offset_inputs of "
-            f"{channels} channels, or make the layer with another offset_in_features"
-        )
-    if own:
-        return seen
-    _check_axes("offset_inputs", seen.shape, inputs.shape, window.spatial, "the pixels of inputs")
-    return _extend(seen, window)
-
-
-def conv_padding(padding: Padding, padding_mode: str | Sequence[str], rank: int) -> Any:
-    """The padding of the default branch: the layer's, or "VALID" where `view` continues the map."""
-    named = canonical_padding(padding, rank)
-    return named if set(canonical_padding_mode(padding_mode, rank, named)) == {"zeros"} else "VALID"
-
-
-def _extend(x: jax.Array, window: Window) -> jax.Array:
-    """The map `(*batch, *spatial, C)`, continued as `padding_mode` says as far as the regular taps reach."""
-    if set(window.padding_mode) == {"zeros"}:
-        return x  # the convolution's own padding does that, without a copy
-    # Not by jnp.pad, which takes no negative pads (they crop), and no symbolic sizes in the modes that repeat the map.
-    for axis, (size, (low, high), mode) in enumerate(
-        zip(window.spatial, window.pads, window.padding_mode, strict=True)
-    ):
-        index = jnp.arange(low + size + high, dtype=jnp.int32) - int32(low)
-        x = _read_along(x, x.ndim - 1 - window.rank + axis, index, size, mode)
-    return x
-
-
-def _read_along(x: jax.Array, axis: int, index: jax.Array, size: Size, mode: str) -> jax.Array:
-    """The pixels at an index along an axis of the map as it is continued."""
-    if mode == "zeros":
-        outside = (index < 0) | (index >= int32(size))
-        return jnp.take(x, jnp.where(outside, int32(size), index), axis=axis, mode="fill", fill_value=0)
-    return jnp.take(x, INTO_MAP[mode](index, int32(size)), axis=axis, mode="clip")
-
-
-def _check_axes(name: str, shape: Any, inputs: Any, positions: Any, meaning: str, last: Any = None) -> None:
-    """Raise where `shape` is not (batch axes that broadcast to those of inputs, *positions, one of `last`)."""
-    rank = len(positions)
-    batch, given = inputs[: -rank - 1], shape[: max(0, len(shape) - rank - 1)]
-    fits = len(given) <= len(batch) and all(
-        n in (1, wanted) for n, wanted in zip(given, batch[len(batch) - len(given) :], strict=True)
-    )
-    if not fits or shape[-rank - 1 : -1] != positions or not (last is None or shape[-1] in last):
-        channels = "channels" if last is None else " or ".join(dict.fromkeys(map(str, last)))
-        raise ValueError(
-            f"{name} has shape {shape}; wanted (*batch, {', '.join(map(str, positions))}, {channels}): batch axes that "
-            f"broadcast to those of inputs, {batch}, then {meaning}, then channels"
-        )
-
-
-# ---- the branch
+def branch_options(layer: Any) -> dict[str, Any]:
+    """The options with which Flax's Conv reads the pixels under the main convolution's window."""
+    rank = len(window_size(layer.kernel_size))
+    padding = canonical_padding(layer.padding, rank)
+    if set(canonical_padding_mode(layer.padding_mode, rank, padding)) != {"zeros"}:
+        padding = "VALID"  # the branch sees a map that `_extend` has padded already
+    kept = ("strides", "kernel_dilation", "dtype", "param_dtype", "precision")
+    return {"padding": padding, **{name: getattr(layer, name) for name in kept}}
 
 
 def wide_conv(x: jax.Array, kernel: jax.Array, *geometry: Any, **options: Any) -> jax.Array:
-    """`lax.conv_general_dilated` whose result is float32 or wider: the products of halves stay as they are summed.
+    """`lax.conv_general_dilated` that returns its sums in float32 or wider, not in half precision.
 
-    Its derivative is that of the convolution within the dtype of its operands, so that no product of
-    the backward pass is wider, and dearer, either.
+    Its derivative is that of the convolution in the dtype of the operands. So the backward pass
+    multiplies in half precision too, and costs no more than that of a plain convolution.
     """
     conv = functools.partial(_conv, geometry, options)
     return conv(x, kernel) if dtypes.wide(x.dtype) == x.dtype else _accumulated(conv, x, kernel)
@@ -245,42 +138,174 @@ _accumulated.defjvp(_accumulated_jvp, symbolic_zeros=True)
 
 
 def wide_bias(bias: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The bias in the dtype of `wide_conv`'s result, to which it is added."""
+    """The bias in the dtype of the result of `wide_conv`, to which Flax adds it."""
     return bias.astype(dtypes.wide(kernel.dtype))
 
 
-def split(
-    z: jax.Array,
-    inputs: jax.Array,
+# ---- the call
+
+
+class Points(NamedTuple):
+    """Where a call reads, and how much each tap counts."""
+
+    offset: jax.Array  # (*batch, *out_spatial, OG * K * n)
+    mask: jax.Array | None  # (*batch, *out_spatial, OG * K)
+    bound: float | None = None  # the op's `max_offset`, for the TPU kernels
+
+
+def check_input(layer: Any, inputs: jax.Array, channels: int | None = None) -> Window:
+    """The window over `inputs`; raise if they are not `(*batch, *spatial, channels)`."""
+    if not hasattr(inputs, "shape"):
+        raise TypeError(f"inputs is a {type(inputs).__name__}; wanted an array (wrap it in jnp.asarray)")
+    size = window_size(layer.kernel_size)
+    rank = len(size)
+    if len(inputs.shape) < rank + 1 or channels not in (None, inputs.shape[-1]):
+        raise ValueError(
+            f"inputs has shape {inputs.shape}; wanted (*batch, *spatial, {channels or 'C'}) with {rank} spatial axes, "
+            f"as kernel_size={size} has"
+        )
+    # The op checks this too, but the branch runs first and would raise a message of Flax's.
+    return resolve_window(size, spatial=inputs.shape[-rank - 1 : -1], **geometry(layer))
+
+
+def place_points(
+    layer: Any,
+    branch: Callable[[jax.Array], jax.Array],
     window: Window,
-    *,
-    offset_groups: int,
-    modulated: bool,
-    mask_scale: float,
-    max_offset: Bound,
+    inputs: jax.Array,
+    offset: jax.Array | None,
+    mask: jax.Array | None,
+    offset_inputs: jax.Array | None,
     base_offset: jax.Array | None,
+    channels: int | None = None,
+) -> Points:
+    """The offset and mask that the caller gave, or else those that `branch` emits.
+
+    The branch sees `inputs`, or `offset_inputs` if that is given. It was made for `channels`
+    channels; None allows any number.
+    """
+    _check_arguments(layer, offset, mask, offset_inputs, base_offset)
+    if offset is not None:
+        return Points(offset, mask)
+    seen = _branch_input(layer, window, inputs, offset_inputs, channels)
+    offset, mask = _split(layer, window, inputs, branch(seen), base_offset)
+    return Points(offset, mask, _bound_for_op(layer, window.rank) if base_offset is None else None)
+
+
+def convolve(
+    layer: Any,
+    points: Points,
+    inputs: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    *,
+    preferred_element_type: Any = None,
+) -> jax.Array:
+    """The main convolution, reading at `points`."""
+    return deform_conv(
+        inputs,
+        kernel,
+        points.offset,
+        points.mask,
+        bias,
+        **geometry(layer),
+        feature_group_count=layer.feature_group_count,
+        precision=layer.precision,
+        preferred_element_type=preferred_element_type,
+        max_offset=points.bound,
+        implementation=layer.implementation,
+    )
+
+
+def _check_arguments(layer: Any, offset: Any, mask: Any, offset_inputs: Any, base_offset: Any) -> None:
+    """Raise if the arguments beside `inputs` do not go together."""
+    if offset is None:
+        if mask is not None:
+            raise ValueError("mask was given without offset; wanted both, or neither: then the branch emits both")
+        if not layer.offset_branch:
+            raise ValueError("offset is None, and offset_branch=False leaves no branch to emit it; give offset")
+        return
+    for name, value in (("offset_inputs", offset_inputs), ("base_offset", base_offset)):
+        if value is not None:
+            raise ValueError(
+                f"{name} was given beside offset, but only the branch takes {name}, and it does not run if offset "
+                "is given; leave one of the two out"
+            )
+    checks.array("offset", offset, jnp.floating)
+    if mask is not None:
+        checks.array("mask", mask, jnp.floating)
+
+
+def _branch_input(
+    layer: Any, window: Window, inputs: jax.Array, offset_inputs: jax.Array | None, channels: int | None
+) -> jax.Array:
+    """The map that the branch sees, checked. For the default branch it is padded."""
+    name, seen = ("inputs", inputs) if offset_inputs is None else ("offset_inputs", offset_inputs)
+    if not hasattr(seen, "shape"):
+        raise TypeError(f"{name} is a {type(seen).__name__}; wanted an array (wrap it in jnp.asarray)")
+    if channels not in (None, seen.shape[-1]):
+        raise ValueError(
+            f"{name} has shape {seen.shape}; the branch was made for offset_in_features={channels}: give offset_inputs "
+            f"of {channels} channels, or make the layer with another offset_in_features"
+        )
+    if layer.offset_conv_cls is not None:
+        return seen
+    _check_map(name, seen.shape, inputs, window.spatial, "channels", "the pixels of inputs", fits=True)
+    batch = seen.ndim - window.rank - 1
+    return on_any_mesh(_extend, window, (seen,), batched=(seen,), batch=batch, whole=window.rank + 1)(seen)
+
+
+def _extend(window: Window, x: jax.Array) -> jax.Array:
+    """The map `(*batch, *spatial, C)`, padded as `padding_mode` says as far as the regular taps reach."""
+    if set(window.padding_mode) == {"zeros"}:
+        return x  # the convolution pads with zeros by itself
+    # Not by jnp.pad: it refuses negative pads, and in modes that repeat the map symbolic sizes.
+    axes = zip(window.spatial, window.pads, window.padding_mode, strict=True)
+    for axis, (size, (low, high), mode) in enumerate(axes):
+        index = jnp.arange(low + size + high, dtype=jnp.int32) - int32(low)
+        x = _read_along(x, x.ndim - 1 - window.rank + axis, index, size, mode)
+    return x
+
+
+def _read_along(x: jax.Array, axis: int, index: jax.Array, size: Size, mode: str) -> jax.Array:
+    """The pixels at `index` along an axis of `size` pixels; `mode` says what lies outside."""
+    if mode == "zeros":
+        outside = (index < 0) | (index >= int32(size))
+        return jnp.take(x, jnp.where(outside, int32(size), index), axis=axis, mode="fill", fill_value=0)
+    return jnp.take(x, INTO_MAP[mode](index, int32(size)), axis=axis, mode="clip")
+
+
+def _check_map(
+    name: str, shape: Any, inputs: jax.Array, positions: Any, channels: str, meaning: str, fits: bool
+) -> None:
+    """`checks.map_axes` with the batch axes of `inputs`."""
+    wanted: Any = {"positions": positions, "channels": channels, "meaning": f"{meaning}, then channels", "fits": fits}
+    checks.map_axes(name, shape, other="inputs", batch=inputs.shape[: -len(positions) - 1], **wanted)
+
+
+def _split(
+    layer: Any, window: Window, inputs: jax.Array, z: jax.Array, base_offset: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
     """Offset `(…, OG * K * n)` and mask `(…, OG * K)` from the branch's output z.
 
-    offset = max_offset · tanh(z / max_offset), or z itself, + base_offset;  mask = mask_scale · sigmoid(logits), or None
+    offset = max_offset · tanh(z / max_offset) + base_offset, without a bound z + base_offset
+    mask = mask_scale · sigmoid(logits), or None
     """
-    emitted = features(window.size, offset_groups, modulated)
-    offsets = offset_groups * window.taps * window.rank
-    meaning = f"the output positions, with {offsets} offsets and {emitted - offsets} logits each"
-    _check_axes("the output of the branch, offset_conv,", z.shape, inputs.shape, window.out_spatial, meaning, [emitted])
+    offsets, logits = branch_channels(layer)
+    name, emitted = "the output of the branch, offset_conv,", offsets + logits
+    meaning = f"the output positions, with {offsets} offsets and {logits} logits each"
+    _check_map(name, z.shape, inputs, window.out_spatial, str(emitted), meaning, z.shape[-1:] == (emitted,))
     z = z.astype(dtypes.wide(z.dtype))
-    offset = _bound(z[..., :offsets], bounds_of(max_offset, window.rank))
+    offset = _bound(z[..., :offsets], bounds_of(layer.max_offset, window.rank))
     if base_offset is not None:
         offset = _add_base(offset, base_offset, inputs, window)
-    return offset, float(mask_scale) * jax.nn.sigmoid(z[..., offsets:]) if modulated else None
+    return offset, float(layer.mask_scale) * jax.nn.sigmoid(z[..., offsets:]) if logits else None
 
 
-def bound_for(implementation: str | None, max_offset: Bound, rank: int, *, bounded: bool) -> float | None:
-    """The op's `max_offset` for offsets that are `bounded` by the layer's, where the op cannot do without: else it would clip."""
-    bounds = bounds_of(max_offset, rank)
-    if implementation != "pallas_tpu" or not bounded or None in bounds:
-        return None
-    return max(bound for bound in bounds if bound is not None)
+def _bound_for_op(layer: Any, rank: int) -> float | None:
+    """The op's `max_offset`, for the TPU kernels alone. The layer has applied it already."""
+    bounds = [bound for bound in bounds_of(layer.max_offset, rank) if bound is not None]
+    return max(bounds) if layer.implementation == "pallas_tpu" and len(bounds) == rank else None
 
 
 def _bound(z: jax.Array, bounds: tuple[float | None, ...]) -> jax.Array:
@@ -294,15 +319,15 @@ def _bound(z: jax.Array, bounds: tuple[float | None, ...]) -> jax.Array:
 def _bound_axis(z: jax.Array, bound: float | None) -> jax.Array:
     if bound is None:
         return z
-    return bound * jnp.tanh(z / bound) if bound else jnp.zeros_like(z)  # a Python float leaves the dtype alone
+    return bound * jnp.tanh(z / bound) if bound else jnp.zeros_like(z)  # a Python float keeps z's dtype
 
 
 def _add_base(offset: jax.Array, base: jax.Array, inputs: jax.Array, window: Window) -> jax.Array:
-    """`offset` `(…, OG * K * n)` + `base`, as many channels or n: one displacement for all taps."""
+    """`offset` `(…, OG * K * n)` + `base` of as many channels, or of n: one vector for all taps."""
     base = checks.array("base_offset", base, jnp.floating)
-    channels = [window.rank, offset.shape[-1]]
-    meaning = "the output positions"
-    _check_axes("base_offset", base.shape, inputs.shape, window.out_spatial, meaning, channels)
+    channels = dict.fromkeys([window.rank, offset.shape[-1]])
+    wanted, fits = " or ".join(map(str, channels)), any(base.shape[-1:] == (n,) for n in channels)
+    _check_map("base_offset", base.shape, inputs, window.out_spatial, wanted, "the output positions", fits)
     if base.shape[-1] != offset.shape[-1]:
         base = jnp.tile(base, offset.shape[-1] // window.rank)  # ordered [offset group, tap, axis], axis last
     axes, dtype = max(offset.ndim, base.ndim), dtypes.wide(offset.dtype, base.dtype)

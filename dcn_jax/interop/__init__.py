@@ -1,4 +1,4 @@
-"""To and from other libraries: PyTorch's weights, linen's parameters, checkpoints, orders of channels, ONNX."""
+"""Exchange with PyTorch, linen and ONNX; checkpoints and orders of channels."""
 
 from dcn_jax._core import extras
 from dcn_jax.interop._files import read_checkpoint

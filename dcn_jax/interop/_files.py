@@ -1,4 +1,4 @@
-"""Reading checkpoints, without running anything that stands in them."""
+"""Reading checkpoints, without running code that a file contains."""
 
 import importlib
 from collections.abc import Mapping
@@ -11,27 +11,28 @@ import numpy as np
 
 from dcn_jax._core import extras
 
-# torch.load(…, weights_only=True) of older versions could be made to run code: CVE-2025-32434 and CVE-2026-24747.
+# Older versions run code of some files despite weights_only: CVE-2025-32434, CVE-2026-24747.
 _SAFE_TORCH = (2, 10)
 
 
 def read_checkpoint(path: str | PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint by name, for `from_torch`.
 
-    `.safetensors` is read by the safetensors library. `.pth` and `.pt` are pickles, which may hold any program: they are
-    read by torch, if it is installed, with `weights_only=True` and never otherwise, so that none is run. Of a file that
-    keeps its arrays under "state_dict" (mmdetection's) or "model", beside an optimizer and the like, these are returned.
+    `.safetensors` files are read by the safetensors library. `.pth` and `.pt` files are pickles,
+    which may contain code. They are read by torch, if it is installed, and always with
+    `weights_only=True`, so that no code runs. If a file keeps its arrays under "state_dict"
+    (mmdetection) or "model", beside an optimizer for example, only these arrays are returned.
 
     Args:
         path: of a file that ends in `.safetensors`, `.pth` or `.pt`.
 
     Returns:
-        NumPy arrays by name, in the dtypes of the file (bfloat16 by ml_dtypes).
+        NumPy arrays by name, in the dtypes of the file (bfloat16 is that of ml_dtypes).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is of another kind, damaged, hostile, or holds something else than arrays by name.
-        ImportError: safetensors is not installed (the extra "interop"), or torch is not, or is too old to be safe.
+        ValueError: the file is of another kind, damaged or hostile, or has no arrays by name.
+        ImportError: safetensors (the extra "interop") or a safe version of torch is missing.
 
     Source: https://github.com/huggingface/safetensors and torch's `torch.load`.
 
@@ -49,11 +50,11 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, np.ndarray]:
     readers = {".safetensors": _read_safetensors, ".pth": _read_torch, ".pt": _read_torch}
     if path.suffix not in readers:
         raise ValueError(
-            f"path={str(path)!r} ends in {path.suffix!r}; wanted {', '.join(readers)}. Other kinds are saved as .safetensors "
-            "where they come from"
+            f"path={str(path)!r} ends in {path.suffix!r}; wanted {', '.join(readers)}. Save files of other kinds as "
+            ".safetensors with the library that wrote them"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"path={str(path)!r} is no file")
+        raise FileNotFoundError(f"path={str(path)!r} is not a file")
     return readers[path.suffix](path)
 
 
@@ -64,8 +65,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise extras.missing("read_checkpoint", "interop") from error
     try:
         return load_file(path)
-    except Exception as error:  # whatever a hostile file brings about
-        raise ValueError(f"path={str(path)!r} is damaged, or is no .safetensors file: {error}") from error
+    except Exception as error:  # a hostile file may raise anything
+        raise ValueError(f"path={str(path)!r} is damaged, or is not a .safetensors file: {error}") from error
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
@@ -74,15 +75,14 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"path={str(path)!r} is damaged, or holds more than torch reads with weights_only=True, which runs nothing "
-            f"that stands in a file. Where it can be trusted, save its state_dict as .safetensors. torch says: {error}"
+            f"path={str(path)!r} is damaged, or holds objects that torch does not read with weights_only=True, which "
+            f"runs no code of the file. If you trust the file, save its state_dict as .safetensors. torch says: {error}"
         ) from error
-    state = next((state for state in _candidates(loaded) if _is_state(state, torch)), None)
+    inner = [loaded[key] for key in ("state_dict", "model") if isinstance(loaded, Mapping) and key in loaded]
+    state = next((state for state in (loaded, *inner) if _is_state(state, torch)), None)
     if state is None:
         held = list(loaded) if isinstance(loaded, Mapping) else type(loaded).__name__
-        raise ValueError(
-            f'path={str(path)!r} holds no arrays by name, nor has any under "state_dict" or "model": {held}'
-        )
+        raise ValueError(f'path={str(path)!r} holds no arrays by name, and none under "state_dict" or "model": {held}')
     return {name: _to_numpy(tensor, torch) for name, tensor in state.items()}
 
 
@@ -91,21 +91,17 @@ def _safe_torch(path: Path) -> Any:
         torch = importlib.import_module("torch")
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"path={str(path)!r} is read by torch, which is not installed: pip install torch; or save the state_dict as "
-            ".safetensors where torch is (safetensors.torch.save_file)"
+            f"path={str(path)!r} is read by torch, which is not installed: pip install torch; or, on a machine with "
+            "torch, save the state_dict as .safetensors (safetensors.torch.save_file)"
         ) from error
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < _SAFE_TORCH:
         wanted = ".".join(map(str, _SAFE_TORCH))
         raise ImportError(
-            f"torch {torch.__version__} can be made to run code by a file, even with weights_only=True (CVE-2025-32434, "
+            f"torch {torch.__version__} may run code of a file even with weights_only=True (CVE-2025-32434, "
             f"CVE-2026-24747); wanted {wanted} or newer: pip install 'torch>={wanted}'"
         )
     return torch
-
-
-def _candidates(loaded: Any) -> list[Any]:
-    return [loaded] + [loaded[key] for key in ("state_dict", "model") if isinstance(loaded, Mapping) and key in loaded]
 
 
 def _is_state(state: Any, torch: Any) -> bool:
@@ -116,6 +112,6 @@ def _is_state(state: Any, torch: Any) -> bool:
 
 def _to_numpy(tensor: Any, torch: Any) -> np.ndarray:
     tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:  # which NumPy itself does not know
+    if tensor.dtype == torch.bfloat16:  # a dtype that torch cannot give to NumPy
         return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()

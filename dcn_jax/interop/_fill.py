@@ -1,4 +1,4 @@
-"""Variables of a model under the names that others give them; comparing them with a state, and filling them from it."""
+"""Filling a model's variables from a state with the names of another library."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,9 +10,9 @@ from flax import nnx
 
 
 class Slot(NamedTuple):
-    """A variable, and the arrays of another library that hold what it holds.
+    """A variable, and the arrays of another library that hold the same numbers.
 
-    The variable with its axes permuted is these arrays, one after the other along the first axis.
+    `variable` transposed by `axes` is the concatenation of these arrays along the first axis.
     """
 
     variable: Any
@@ -28,16 +28,16 @@ class Slot(NamedTuple):
 
 
 def slot(variable: Any, *names: str, axes: Sequence[int] | None = None, sizes: Sequence[int] | None = None) -> Slot:
-    """A `Slot`; by default of one array with the variable's own axes."""
+    """A `Slot`; by default the array has the variable's axes."""
     axes = tuple(range(len(variable.shape)) if axes is None else axes)
     return Slot(variable, axes, names, tuple(sizes or (variable.shape[axes[0]],)))
 
 
 def variables(model: Any) -> Iterator[tuple[tuple, Any]]:
-    """The path and the variable of all that a model has learnt; not its random keys, nor what it sowed."""
+    """Path and variable of all that a model has learnt: no random keys, no sown values."""
     if not isinstance(model, nnx.Module):
         raise TypeError(
-            f"model is a {type(model).__name__}; wanted an nnx.Module (of linen, fill the parameters' dictionary)"
+            f"model is a {type(model).__name__}; wanted an nnx.Module (for linen, fill the dictionary of parameters)"
         )
     for path, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState | nnx.Intermediate):
@@ -45,7 +45,7 @@ def variables(model: Any) -> Iterator[tuple[tuple, Any]]:
 
 
 def read(slots: Sequence[Slot]) -> dict[str, np.ndarray]:
-    """The arrays of `slots`, each contiguous and a copy."""
+    """The arrays of `slots`, as contiguous copies."""
     state = {}
     for variable, axes, names, sizes in slots:
         value = variable.get_value()
@@ -59,19 +59,19 @@ def read(slots: Sequence[Slot]) -> dict[str, np.ndarray]:
 def fill(
     slots: Sequence[Slot], state: Mapping[str, Any], *, unexpected: Sequence[str], problems: Sequence[str]
 ) -> None:
-    """Fill the variables of `slots` from `state`; where anything does not fit, list all of it and change nothing.
+    """Fill the variables of `slots` from `state`; if anything does not fit, change nothing.
 
     Args:
-        slots: what the model wants.
+        slots: of all variables of the model.
         state: the arrays by name.
         unexpected: names of `state` that belong to no slot.
-        problems: sentences on what else is wrong.
+        problems: further sentences for the error.
 
     Raises:
-        ValueError: anything does not fit.
+        ValueError: something does not fit; the message lists everything that does not.
     """
     wanted = {name: shape for each in slots for name, shape in each.shapes.items()}
-    arrays = {name: _as_array(state[name]) for name in wanted if name in state}
+    arrays = {name: np.asarray(state[name]) for name in wanted if name in state}
     missing = [f"{name} {shape}" for name, shape in wanted.items() if name not in state]
     misfits = [misfit for name, array in arrays.items() if (misfit := _misfit(name, array, wanted[name]))]
     found = {
@@ -81,27 +81,14 @@ def fill(
         "other": problems,
     }
     if any(found.values()):
-        lines = [
-            line
-            for kind, entries in found.items()
-            if entries
-            for line in (f"  {kind} ({len(entries)}):", *_indented(entries))
-        ]
+        lines = ["\n    ".join([f"  {kind} ({len(each)}):", *each]) for kind, each in found.items() if each]
         hint = _prefix_hint(wanted, state) if missing else []
         raise ValueError("\n".join(["the state does not fit the model, which was left as it was:", *lines, *hint]))
     for variable, axes, names, _ in slots:
         whole = np.concatenate([arrays[name] for name in names]).transpose(np.argsort(axes))
-        value = jnp.asarray(whole.astype(variable.dtype))  # astype copies: who changes `state` later changes no model
+        value = jnp.asarray(whole.astype(variable.dtype))  # a copy: the model does not share memory with `state`
         old = variable.get_value()
         variable.set_value(jax.device_put(value, old.sharding) if isinstance(old, jax.Array) else value)
-
-
-def _indented(entries: Sequence[str]) -> list[str]:
-    return [f"    {entry}" for entry in entries]
-
-
-def _as_array(value: Any) -> np.ndarray:
-    return value if isinstance(value, np.ndarray) else np.asarray(value)
 
 
 def _misfit(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | None:
@@ -113,8 +100,8 @@ def _misfit(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | None:
 
 
 def _prefix_hint(wanted: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
-    """Where every wanted name is there behind one and the same prefix: that prefix."""
+    """A line naming the prefix, if all wanted names are in `state` behind the same prefix."""
     first = next(iter(wanted))
     prefixes = [name.removesuffix(first) for name in state if name.endswith(first)]
     fitting = [prefix for prefix in prefixes if prefix and all(prefix + name in state for name in wanted)]
-    return [f"  all of it is there behind a prefix: prefix={prefix!r}" for prefix in fitting[:1]]
+    return [f"  all of these names are there with a prefix: prefix={prefix!r}" for prefix in fitting[:1]]

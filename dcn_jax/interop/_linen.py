@@ -1,4 +1,4 @@
-"""Parameters between the nnx and the linen layers, which call them by the same names."""
+"""Parameters from nnx layers to linen layers and back; both have the same names."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
@@ -11,19 +11,20 @@ Layer = TypeVar("Layer", bound=nnx.Module)
 
 
 def to_linen(layer: nnx.Module) -> dict[str, Any]:
-    """The parameters of an nnx layer as the linen layer of the same name has them: nested dictionaries of NumPy arrays.
+    """The parameters of an nnx layer, as nested dictionaries for the linen layer of the same name.
 
         params["offset_conv"]["kernel"] = layer.offset_conv.kernel
 
     Args:
-        layer: an nnx layer. Of modules in a list, `layers[0]` is called `layers_0`, as linen does.
+        layer: an nnx layer. In a list of modules, `layers[0]` becomes `layers_0`, as in linen.
 
     Returns:
-        What stands under "params" in linen's variables.
+        NumPy arrays: the value of "params" in linen's variables.
 
     Raises:
-        ValueError: the layer has variables that are no parameters (a batch norm's statistics), which are named.
-        TypeError: `layer` is no `nnx.Module`.
+        ValueError: the layer has variables that are not parameters, such as a batch norm's
+            statistics; the message names them.
+        TypeError: `layer` is not an `nnx.Module`.
 
     Source: `flax.linen` and `flax.nnx`, whose layers share their parameters' names.
 
@@ -36,7 +37,7 @@ def to_linen(layer: nnx.Module) -> dict[str, Any]:
     """
     slots, problems = _slots(layer)
     if problems:
-        raise ValueError("\n  ".join(["the layer has more than parameters:", *problems]))
+        raise ValueError("\n  ".join(["the layer has variables that are not parameters:", *problems]))
     params: dict[str, Any] = {}
     for name, array in read(slots).items():
         *modules, own = name.split("/")
@@ -54,15 +55,15 @@ def from_linen(layer: Layer, params: Mapping[str, Any]) -> Layer:
 
     Args:
         layer: the nnx layer, made with the same options. It may be abstract (`nnx.eval_shape`).
-        params: linen's parameters, a dictionary or `FrozenDict`, with or without the outer "params".
+        params: linen's dictionary or `FrozenDict`, with or without the outer "params".
 
     Returns:
         `layer` itself.
 
     Raises:
-        ValueError: arrays are missing, unexpected or misshapen. The message lists all of it, and the layer is left as it
-            was.
-        TypeError: `layer` is no `nnx.Module`.
+        ValueError: arrays are missing, unexpected or misshapen. The message lists all of it; the
+            layer stays as it was.
+        TypeError: `layer` is not an `nnx.Module`.
 
     Source: `flax.linen` and `flax.nnx`, whose layers share their parameters' names.
 
@@ -84,14 +85,14 @@ def from_linen(layer: Layer, params: Mapping[str, Any]) -> Layer:
 
 
 def _slots(layer: Any) -> tuple[list[Slot], list[str]]:
-    """The slots of a layer's parameters, and what else it has."""
+    """The slots of a layer's parameters, and a sentence for each other variable."""
     found = [("/".join(_linen_path(path)), variable) for path, variable in variables(layer)]
     problems = [f"{name} is a {type(v).__name__}" for name, v in found if not isinstance(v, nnx.Param)]
     return [slot(variable, name) for name, variable in found if isinstance(variable, nnx.Param)], problems
 
 
 def _linen_path(path: tuple) -> list[str]:
-    """A path with each number joined to the name before it."""
+    """The path in linen: a number is joined to the name before it."""
     names: list[str] = []
     for key in path:
         if isinstance(key, int) and names:

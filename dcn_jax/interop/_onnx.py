@@ -1,11 +1,11 @@
-"""Models taken to ONNX."""
+"""Export of models to ONNX."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dcn_jax._core import checks, extras
-from dcn_jax.interop._onnx_graph import Graph, Size, Value
+from dcn_jax.interop._onnx_graph import AxisSize, Graph, Value
 from dcn_jax.interop._onnx_parts import CONVERTERS, nnx
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _OLDEST_OPSET = 19  # the first with DeformConv
 
-# What sizes of None are called, by the rank of input_shape.
+# The names of sizes that are None, by the rank of input_shape.
 _NAMES = {
     2: ("batch", "channels"),
     3: ("batch", "length", "channels"),
@@ -24,46 +24,46 @@ _NAMES = {
 
 def to_onnx(
     layer: Any,
-    input_shape: Sequence[Size],
+    input_shape: Sequence[AxisSize],
     *,
     opset: int = 22,
     converters: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
 ) -> "onnx.ModelProto":
-    """Write an nnx layer or model as an ONNX model, channels last on the outside.
+    """Write an nnx layer or model as an ONNX model, whose input and output are channels last.
 
         input (batch, *spatial, C)  ->  output (batch, *out_spatial, features), or (batch, features)
 
     Each DeformConv becomes its branch and one standard `DeformConv` node.
 
-    Known are DeformConv, the ResNets of `dcn_jax.models`, and of Flax Conv, Linear, BatchNorm, Dropout
-    and Sequential; as functions relu, relu6, leaky_relu, sigmoid, silu, gelu and tanh; and by
-    `functools.partial`, with named options, max_pool, avg_pool and `jnp.mean` over all positions. The
-    rest is refused by name; `converters` adds to it.
+    It knows DeformConv, the ResNets of `dcn_jax.models`, and of Flax Conv, Linear, BatchNorm,
+    Dropout and Sequential; the functions relu, relu6, leaky_relu, sigmoid, silu, gelu and tanh;
+    and, by `functools.partial` with named options, max_pool, avg_pool and `jnp.mean` over all
+    positions. Others raise an error with their name; `converters` adds them.
 
-    Batch norms use the statistics that they keep, and dropout drops nothing, as after `model.eval()`.
-    The graph computes in float32, whatever the dtypes of the layer and its parameters.
+    Batch norms use their own statistics and dropout does nothing, as after `model.eval()`. The
+    graph computes in float32, whatever the dtypes of the layer and its parameters.
 
-    ONNX's pads are numbers: "SAME" with a stride above 1 needs a known size (or padding as ints). What
-    has no form in ONNX: a `padding_mode` other than "zeros", negative padding, DeformConv over one or
-    three axes.
+    Pads are numbers in ONNX: "SAME" with a stride above 1 needs a size given as an int (or padding
+    as ints). A `padding_mode` other than "zeros", negative padding and DeformConv over one or
+    three axes have no form in ONNX.
 
     Args:
         layer: a `flax.nnx` module; it is not changed.
-        input_shape: `(batch, *spatial, channels)`. A size is an int, or it is known when the graph
-            runs: a name, or None for the usual one ("batch", "height", "width"). The channels are an
-            int.
+        input_shape: `(batch, *spatial, channels)`. The channels are an int. Another size is an
+            int, or a name if it is known only when the graph runs; None is the usual name, such as
+            "batch" or "height".
         opset: the version of ONNX's operators, 19 or later.
-        converters: what adds the nodes of modules of your own, by class, or of functions. Each is
-            called as `converter(graph, module, x)`, for a function as `converter(graph, x)`, and
-            returns the result of `graph.add(part, x)`, for a layer or function that is known, or of
-            `graph.node(op_type, x, y, …)`.
+        converters: functions that add the nodes of your own modules, by class, or of functions.
+            Each is called as `converter(graph, module, x)`, or `converter(graph, x)` for a
+            function. It returns the result of `graph.add(part, x)`, for a known layer or function,
+            or of `graph.node(op_type, x, y, …)`.
 
     Returns:
         The `onnx.ModelProto`: `onnx.save(model, path)`.
 
     Raises:
-        ValueError: something has no form in ONNX, or does not fit; the message names it, and the way out.
-        TypeError: `layer` is no nnx module, or a size is no int.
+        ValueError: something has no form in ONNX or does not fit; the message names it.
+        TypeError: `layer` is not an nnx module, or a size is not an int.
         ImportError: onnx is not installed.
 
     Source: https://onnx.ai/onnx/operators/onnx__DeformConv.html
@@ -86,7 +86,7 @@ def to_onnx(
         raise ValueError(f"opset={opset!r}; wanted an int from {_OLDEST_OPSET}, the first with DeformConv, to {newest}")
     if not isinstance(layer, nnx.Module):
         raise TypeError(
-            f"layer is a {type(layer).__name__}; wanted a flax.nnx module (from_linen makes one of linen's)"
+            f"layer is a {type(layer).__name__}; wanted a flax.nnx module (from_linen fills one from linen)"
         )
     sizes = _sizes(input_shape)
     batch, *spatial, channels = sizes
@@ -105,7 +105,7 @@ def to_onnx(
 
 
 def _sizes(input_shape: Any) -> tuple[Any, ...]:
-    """`input_shape`, checked: an int or a name for each axis."""
+    """`input_shape`, checked, as an int or a name per axis."""
     wanted = "wanted (batch, *spatial, channels), at most three of them spatial, each an int, a name, or None"
     if not isinstance(input_shape, Sequence) or isinstance(input_shape, str) or len(input_shape) not in _NAMES:
         raise ValueError(f"input_shape={input_shape!r} is not understood; {wanted}")
@@ -115,13 +115,15 @@ def _sizes(input_shape: Any) -> tuple[Any, ...]:
             checks.count("a size of input_shape", size)
     if isinstance(sizes[-1], str):
         raise ValueError(
-            f"input_shape={input_shape!r} leaves the channels open; {wanted}, but for the channels, an int"
+            f"input_shape={input_shape!r} has no number of channels; {wanted}; the channels must be an int"
         )
     return tuple(sizes)
 
 
-def _model(graph: Graph, sizes: Sequence[Size], out_sizes: Sequence[Size], opset: int, name: str) -> "onnx.ModelProto":
-    """The graph in ONNX's own words, of the oldest format that has the opset."""
+def _model(
+    graph: Graph, sizes: Sequence[AxisSize], out_sizes: Sequence[AxisSize], opset: int, name: str
+) -> "onnx.ModelProto":
+    """The graph as an ONNX model, in the oldest format that has the opset."""
     from onnx import TensorProto, helper, numpy_helper
 
     nodes = [

@@ -1,6 +1,6 @@
-"""For each layer and function that has a form in ONNX, what adds its nodes to a graph.
+"""The converters: one function for each layer and function, which adds its nodes to an ONNX graph.
 
-Batch norms and dropout are those of inference.
+Batch norms and dropout behave as in inference.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,14 +25,14 @@ from dcn_jax.nnx import DeformConv
 
 
 def _array(parameter: Any) -> np.ndarray | None:
-    """The values of a parameter in float32; None where there is none."""
+    """A parameter as a float32 array; None stays None."""
     return None if parameter is None else np.asarray(parameter[...]).astype(np.float32)
 
 
 def _check_channels(graph: Graph, x: Value, wanted: int) -> None:
     if x.channels != wanted:
         graph.refuse(
-            f"it is given {x.channels} channels and wants {wanted}; the last size of input_shape says how many"
+            f"its input has {x.channels} channels; wanted {wanted}: the last size of input_shape says how many"
         )
 
 
@@ -40,7 +40,7 @@ def _check_channels(graph: Graph, x: Value, wanted: int) -> None:
 
 
 def _kernel(layer: Any) -> np.ndarray:
-    """`(features, C // groups, *window)`, as ONNX has it, from `(*window, C // groups, features)`."""
+    """The kernel in ONNX's order: `(features, C // groups, *window)`."""
     kernel: Any = _array(layer.kernel)
     return np.moveaxis(kernel, (-1, -2), (0, 1))
 
@@ -48,26 +48,19 @@ def _kernel(layer: Any) -> np.ndarray:
 def _deform_conv(
     graph: Graph, layer: DeformConv, x: Value, offset: Value | None = None, mask: Value | None = None
 ) -> Value:
-    """The branch, what the layer makes of it, and one DeformConv; this alone for an `offset` given."""
+    """The branch, its split, and one DeformConv; if `offset` is given, the DeformConv alone."""
     if len(layer.kernel_size) != 2:
         graph.refuse(
-            f"kernel_size={layer.kernel_size} has {len(layer.kernel_size)} spatial axes, and the DeformConv of ONNX's runtimes "
-            f"has 2; {USE_JAX_EXPORT}"
+            f"kernel_size={layer.kernel_size} has {len(layer.kernel_size)} spatial axes, and ONNX's runtimes have "
+            f"DeformConv for 2 alone: use 2, {USE_JAX_EXPORT}"
         )
     _check_channels(graph, x, layer.in_features)
-    attributes, spatial = graph.window(
-        x,
-        layer.kernel_size,
-        strides=layer.strides,
-        padding=layer.padding,
-        kernel_dilation=layer.kernel_dilation,
-        padding_mode=layer.padding_mode,
-    )
+    attributes, spatial = graph.window(x, layer.kernel_size, **offset_conv.geometry(layer))
     if offset is None:
         if not layer.offset_branch:
             graph.refuse(
-                "offset_branch=False leaves it without offsets; add it with them, graph.add(layer, x, offset, mask), in the "
-                "converter of the model that makes them"
+                "offset_branch=False leaves it without offsets; in the converter of the model that makes them, add it "
+                "by graph.add(layer, x, offset, mask)"
             )
         offset, mask = _split(graph, layer, graph.add(layer.offset_conv, x))
     return graph.node(
@@ -82,29 +75,26 @@ def _deform_conv(
 
 
 def _split(graph: Graph, layer: DeformConv, z: Value) -> tuple[Value, Value | None]:
-    """What `offset_conv.split` makes of the branch's output.
-
-    Offset `(batch, OG * K * 2, …)` and mask `(batch, OG * K, …)`.
-    """
-    points = layer.offset_groups * int(np.prod(layer.kernel_size))
-    if z.channels != points * (2 + layer.modulated):
-        graph.refuse(f"its branch emits {z.channels} channels; wanted {points * (2 + layer.modulated)}")
-    offset = _bound(graph, _channels(graph, z, 0, 2 * points), offset_conv.bounds_of(layer.max_offset, 2))
+    """Offset `(batch, OG * K * 2, …)` and mask `(batch, OG * K, …)` from the branch's output."""
+    offsets, logits = offset_conv.branch_channels(layer)
+    if z.channels != offsets + logits:
+        graph.refuse(f"its branch emits {z.channels} channels; wanted {offsets + logits}")
+    offset = _bound(graph, _channels(graph, z, 0, offsets), offset_conv.bounds_of(layer.max_offset, 2))
     if not layer.modulated:
         return offset, None
-    mask = graph.node("Sigmoid", _channels(graph, z, 2 * points, z.channels))
+    mask = graph.node("Sigmoid", _channels(graph, z, offsets, z.channels))
     return offset, mask if layer.mask_scale == 1 else graph.node("Mul", mask, np.float32(layer.mask_scale))
 
 
 def _channels(graph: Graph, z: Value, start: int, stop: int) -> Value:
-    """Some of the channels."""
+    """The channels from `start` to `stop`."""
     if (start, stop) == (0, z.channels):
         return z
     return graph.node("Slice", z, *(np.array([i]) for i in (start, stop, 1)), channels=stop - start)
 
 
 def _bound(graph: Graph, z: Value, bounds: tuple[float | None, ...]) -> Value:
-    """max_offset · tanh(z / max_offset), axis by axis: channels are ordered [offset group, tap, axis]."""
+    """max_offset · tanh(z / max_offset); channels are ordered [offset group, tap, axis]."""
     if set(bounds) == {None}:
         return z
 
@@ -121,16 +111,18 @@ def _bound(graph: Graph, z: Value, bounds: tuple[float | None, ...]) -> Value:
 
 
 def _without_trailing_nones(*inputs: Any) -> list[Any]:
-    """ONNX leaves an input out by an empty name, and the last ones by their absence."""
+    """`inputs` up to the last that is given: ONNX omits the last inputs by leaving them off."""
     given = [i for i, value in enumerate(inputs) if value is not None]
     return list(inputs[: given[-1] + 1])
 
 
 def _conv(graph: Graph, layer: nnx.Conv, x: Value) -> Value:
     if not np.all(np.equal(1 if layer.input_dilation is None else layer.input_dilation, 1)):
-        graph.refuse(f"input_dilation={layer.input_dilation} has no form in ONNX's Conv; {USE_JAX_EXPORT}")
+        graph.refuse(
+            f"input_dilation={layer.input_dilation} has no form in ONNX's Conv: leave it out, {USE_JAX_EXPORT}"
+        )
     if layer.conv_general_dilated not in (lax.conv_general_dilated, offset_conv.wide_conv):
-        graph.refuse(f"a conv_general_dilated of its own cannot be looked into; {USE_JAX_EXPORT}")
+        graph.refuse(f"a conv_general_dilated of its own has no known nodes: leave it out, {USE_JAX_EXPORT}")
     _check_channels(graph, x, layer.in_features)
     kernel = _kernel(layer)
     if layer.mask is not None:
@@ -144,7 +136,7 @@ def _conv(graph: Graph, layer: nnx.Conv, x: Value) -> Value:
 
 
 def _linear(graph: Graph, layer: nnx.Linear, x: Value) -> Value:
-    """A product for vectors, a convolution of one tap for maps."""
+    """A matrix product for vectors; for maps a convolution with one tap."""
     _check_channels(graph, x, layer.in_features)
     kernel, bias, features = _kernel(layer), _array(layer.bias), layer.out_features
     if not x.spatial:
@@ -156,7 +148,7 @@ def _linear(graph: Graph, layer: nnx.Linear, x: Value) -> Value:
 def _batch_norm(graph: Graph, layer: nnx.BatchNorm, x: Value) -> Value:
     if layer.axis not in (-1, 1 + len(x.spatial)):
         graph.refuse(
-            f"axis={layer.axis} is not that of the channels, the only one that ONNX's BatchNormalization knows"
+            f"axis={layer.axis} is not the axis of channels, which ONNX's BatchNormalization needs: make it -1"
         )
     _check_channels(graph, x, layer.num_features)
     absent = np.ones(x.channels, np.float32), np.zeros(x.channels, np.float32)
@@ -179,7 +171,7 @@ def _sequential(graph: Graph, model: nnx.Sequential, x: Value) -> Value:
 
 
 def _shortcut(graph: Graph, block: Any, x: Value, y: Value) -> Value:
-    """relu(y + downsample(x)), the end of a block."""
+    """The end of a block: relu(y + downsample(x))."""
     for layer in block.downsample:
         x = graph.add(layer, x)
     return graph.node("Relu", graph.node("Add", y, x))
@@ -212,7 +204,7 @@ def _resnet(graph: Graph, model: ResNet, x: Value) -> Value:
 
 
 def _operator(op_type: str) -> Callable[[Graph, Value], Value]:
-    """The converter of a function that is one operator of ONNX."""
+    """The converter of a function that is one ONNX operator."""
     return lambda graph, x: graph.node(op_type, x)
 
 
@@ -229,9 +221,9 @@ def _silu(graph: Graph, x: Value) -> Value:
 
 
 def _gelu(graph: Graph, x: Value, approximate: bool = True) -> Value:
-    """Gelu is x · Φ(x), Φ by the error function or as sigmoid(2 √(2 / π) (x + 0.044715 x³)).
+    """Gelu, x · Φ(x), with Φ from the error function or as sigmoid(2 √(2 / π) (x + 0.044715 x³)).
 
-    ONNX's own begins at opset 20.
+    ONNX has an operator Gelu only from opset 20.
     """
     if approximate:
         cube = graph.node("Mul", graph.node("Mul", x, x), x)
@@ -263,9 +255,7 @@ def _mean(graph: Graph, x: Value, axis: int | Sequence[int]) -> Value:
     rank = 2 + len(x.spatial)
     axes = sorted(a % rank for a in np.atleast_1d(axis).tolist())
     if axes != list(range(1, rank - 1)):
-        graph.refuse(
-            f"the mean over axis={axis} is not known, only that over all spatial axes, {tuple(range(1, rank - 1))}"
-        )
+        graph.refuse(f"the mean over axis={axis} is not known; wanted all spatial axes, {tuple(range(1, rank - 1))}")
     return graph.node("ReduceMean", x, np.arange(2, rank), spatial=(), keepdims=0)
 
 

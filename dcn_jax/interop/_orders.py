@@ -1,4 +1,4 @@
-"""Channel orders: how libraries lay offsets and masks out along one axis, and the way to ours and back."""
+"""The orders of offset and mask channels in other libraries; conversion to ours and back."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,8 +8,7 @@ import numpy as np
 
 from dcn_jax._core import checks
 
-# From ours, offset (OG, kh, kw, 2) with (y, x) last and mask (OG, kh, kw), to theirs. The channels of an array that has
-# both are those of the offset, then those of the mask.
+# From our offset (OG, kh, kw, 2), with (y, x) last, and mask (OG, kh, kw) to theirs.
 ORDERS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
     "torchvision": lambda offset, mask: (offset, mask),
     "all_y_all_x": lambda offset, mask: (np.moveaxis(offset, -1, 0), mask),
@@ -20,21 +19,15 @@ ORDERS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarra
 
 
 def reorder_offsets(
-    array: Any,
-    order: str,
-    *,
-    window: Sequence[int],
-    offset_groups: int = 1,
-    axis: int = -1,
-    inverse: bool = False,
+    array: Any, order: str, *, window: Sequence[int], offset_groups: int = 1, axis: int = -1, inverse: bool = False
 ) -> np.ndarray:
-    """Bring channels of offsets, of masks or of both from another library's order into ours, or back.
+    """Reorder channels of offsets, masks or both, from another library's order to ours or back.
 
         ours[i] = array[theirs(i)]  along `axis`
 
-    Ours is [offset group, tap, axis] with the taps row by row and (y, x) for each, and [offset group, tap] for a mask;
-    an array of both holds the offsets, then the masks. Besides offsets and masks themselves, this brings the weights and
-    the bias of a convolution that emits them into order, along its output channels (in PyTorch, `axis=0`).
+    Ours is [offset group, tap, axis] with taps row by row and (y, x) for each, and [offset group,
+    tap] for a mask; an array of both has the offsets first. It also takes the weights
+    and bias of a convolution that emits them (in PyTorch along `axis=0`).
 
     | order | channels | used by |
     |---|---|---|
@@ -42,26 +35,26 @@ def reorder_offsets(
     | "all_y_all_x" | [y or x, group, tap], then [group, tap] | 4uiiurz1's pytorch-deform-conv-v2 |
     | "all_x_all_y" | [x or y, group, tap], then [group, tap] | MindSpore, Ascend's operators |
     | "dcnv3" | as ours, but (x, y) for each tap, and the taps column by column | DCNv3 |
-    | "dcnv4" | as "dcnv3", but each group's offsets followed by its masks, all padded to a multiple of 8 | DCNv4 |
+    | "dcnv4" | as "dcnv3", each group's masks after its offsets, padded to a multiple of 8 | DCNv4 |
 
-    This is about the order alone. DCNv3 and DCNv4 also stretch the window by their `offset_scale`, 1.0 by default.
+    Only the order changes: the `offset_scale` of DCNv3 and DCNv4 (1.0 by default) is not applied.
 
     Args:
         array: OG·K·2 channels of offsets, OG·K of masks, or OG·K·3 of both, along `axis`.
-        order: the other library's, of the table above.
+        order: that of the other library, from the table above.
         window: the kernel's (height, width); K is their product.
-        offset_groups: OG, groups of channels that each read at points of their own.
+        offset_groups: OG, groups of channels; each group has offsets of its own.
         axis: which axis of `array` holds the channels.
-        inverse: from our order into the other library's. For "dcnv4" the padding channels are then zero.
+        inverse: go from our order to theirs. The padding channels of "dcnv4" are then zero.
 
     Returns:
-        A NumPy array of the same values, exactly; without DCNv4's padding channels, whose contents have no meaning.
+        A NumPy array of exactly these values, without the padding channels of DCNv4.
 
     Raises:
         ValueError: `order` is not known, or the channels do not fit `window` and `offset_groups`.
         TypeError: `window` or `offset_groups` is not made of ints.
 
-    Source: the modules named, as published.
+    Source: the published code of these libraries.
 
     Example:
         >>> import numpy as np
@@ -81,8 +74,8 @@ def reorder_offsets(
     channels = array.shape[axis] if array.ndim else 0
     if channels not in (masks, 2 * masks, 3 * masks) and (channels != padded or inverse):
         raise ValueError(
-            f"array has {channels} channels along axis {axis} of its shape {array.shape}; wanted, for window={window} and "
-            f"offset_groups={offset_groups}, {2 * masks} (offsets), {masks} (masks) or {3 * masks} (both)"
+            f"array has {channels} channels along axis {axis} of its shape {array.shape}; wanted, for window={window} "
+            f"and offset_groups={offset_groups}, {2 * masks} (offsets), {masks} (masks) or {3 * masks} (both)"
         )
     theirs = _theirs(order, (offset_groups, *window), min(channels, 3 * masks))
     if not inverse:
@@ -96,7 +89,7 @@ def reorder_offsets(
 
 
 def _theirs(order: str, shape: tuple[int, ...], channels: int) -> np.ndarray:
-    """Which of our channels each of theirs is, of arrays that hold offsets, masks or both."""
+    """For each of their channels the index of ours; the array holds offsets, masks or both."""
     masks = math.prod(shape)
     first_mask = 0 if channels == masks else 2 * masks
     offset, mask = ORDERS[order](

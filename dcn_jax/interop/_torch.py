@@ -1,4 +1,4 @@
-"""Whole models and layers, from PyTorch's names and axes and back."""
+"""Whole models and layers, from PyTorch's names and axes to ours and back."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -30,42 +30,45 @@ def from_torch(model: Model, state: Mapping[str, np.ndarray], *, prefix: str = "
 
         kernel (*window, in, out) = weight (out, in, *window), transposed
 
-    Arrays go by name, and the attributes of the model say which: `model.layer3[4].conv2` gets `layer3.4.conv2.weight`
-    and `layer3.4.conv2.bias`. The modules of an `nnx.Sequential` are numbered as those of PyTorch's. Batch norms get
-    their statistics too; `num_batches_tracked` is not needed. For `DeformConv` these layouts are known, told apart for
-    each layer by the names that are there:
+    The attributes of the model give the names: `model.layer3[4].conv2` gets
+    `layer3.4.conv2.weight` and `layer3.4.conv2.bias`. The modules of an `nnx.Sequential` are
+    numbered as in PyTorch. Batch norms get their statistics too; `num_batches_tracked` is ignored.
+    A `DeformConv` may have any of these layouts. Each layer's is told by the names in `state`:
 
     | layout | arrays |
     |---|---|
-    | "mmcv" (and detectron2's) | `weight`, `bias`, and `conv_offset.*`, which emits offsets, then the mask's logits |
+    | "mmcv" (and detectron2's) | `weight`, `bias`, and `conv_offset.*`: offsets, then logits |
     | "torchvision" | `weight`, `bias`, and `offset_conv.*` and `mask_conv.*` apart |
     | "paddle" | `conv_dcn.weight`, `conv_dcn.bias` and `conv_offset.*` |
     | "charlesshang" | as "mmcv", the branch called `conv_offset_mask.*` |
     | "legacy" | as "mmcv", the branch of `conv2` being its neighbour `conv2_offset.*` |
 
-    `DCNv3`, `DCNv4` and `MSDeformAttn` have the published names (`dw_conv.0` and `dw_conv.1.1` for `dw_conv.conv` and
-    `dw_conv.norm`); HF's, mmcv's and RT-DETRv2's attention have the same.
+    `DCNv3`, `DCNv4` and `MSDeformAttn` have the published names, with `dw_conv.0` and
+    `dw_conv.1.1` for `dw_conv.conv` and `dw_conv.norm`. The attention
+    of HF, mmcv and RT-DETRv2 has them too.
 
-    The names say nothing of padding, of `mask_scale` or `max_offset`: make the layer with what it had. PyTorch has no
-    "SAME" at a stride above 1, and pads less on the left than XLA would, so such a layer is refused.
+    The names do not tell the padding, `mask_scale` or `max_offset`: make the layer with the values
+    of the other one. A layer with "SAME" at a stride above 1 is refused: PyTorch
+    pads both sides alike, and XLA then may not.
 
     Args:
-        model: an `nnx.Module` of `nnx.Conv`, `nnx.Linear`, `nnx.Embed`, `nnx.BatchNorm`, `nnx.LayerNorm`, `nnx.GroupNorm`
-            and the layers of `dcn_jax.nnx`, or one of them. It may be abstract (`nnx.eval_shape`), which saves initializing it.
-        state: a PyTorch module's state, by name, as NumPy arrays (`{k: v.numpy() for k, v in module.state_dict().items()}`,
-            or `read_checkpoint`). They are brought to the dtypes of the model.
-        prefix: the name of the module in `state` that `model` stands for ("backbone."); names without it are left to
-            somebody else.
+        model: an `nnx.Module` of `nnx.Conv`, `nnx.Linear`, `nnx.Embed`, `nnx.BatchNorm`,
+            `nnx.LayerNorm`, `nnx.GroupNorm` and the layers of `dcn_jax.nnx`, or one of them. It
+            may be abstract (`nnx.eval_shape`), which saves initializing it.
+        state: the state of a PyTorch module as NumPy arrays by name (`{k: v.numpy() for k, v in
+            module.state_dict().items()}`, or `read_checkpoint`). They get the dtypes of the model.
+        prefix: the name in `state` of the module that `model` stands for, such as "backbone.";
+            names without it are ignored.
 
     Returns:
         `model` itself.
 
     Raises:
-        ValueError: arrays are missing, unexpected or misshapen, the model holds what has no counterpart, or a padding
-            that PyTorch does not have. The message lists all of it, and the model is left as it was.
-        TypeError: `model` is no `nnx.Module`.
+        ValueError: arrays are missing, unexpected or misshapen, or PyTorch has no counterpart for
+            a module or a padding of the model. The message lists all; the model is unchanged.
+        TypeError: `model` is not an `nnx.Module`.
 
-    Source: torchvision's and mmcv's modules, and the published ones, for names and orders.
+    Source: the published code of torchvision, mmcv and the layers, for names and orders.
 
     Example:
         >>> import numpy as np
@@ -90,22 +93,23 @@ def from_torch(model: Model, state: Mapping[str, np.ndarray], *, prefix: str = "
 
 
 def to_torch(model: nnx.Module, *, layout: str = "mmcv") -> dict[str, np.ndarray]:
-    """The arrays of an nnx layer or model by PyTorch's names, in its axes: the inverse of `from_torch`.
+    """The arrays of an nnx layer or model in PyTorch's names and axes: `from_torch` reversed.
 
         weight (out, in, *window) = kernel (*window, in, out), transposed
 
     Args:
         model: what `from_torch` takes.
-        layout: how the arrays of deformable layers are called and shared out, one of the table at `from_torch`.
+        layout: that of deformable layers, one of the table at `from_torch`.
 
     Returns:
-        NumPy arrays of the model's dtypes, each a contiguous copy: `torch.from_numpy` makes a `state_dict` of them.
+        Contiguous NumPy copies in the dtypes of the model; `torch.from_numpy` takes them.
 
     Raises:
-        ValueError: `layout` is not known, or PyTorch has no counterpart for something in the model, which is named.
-        TypeError: `model` is no `nnx.Module`.
+        ValueError: `layout` is not known, or PyTorch has no counterpart for something in the
+            model; the message names it.
+        TypeError: `model` is not an `nnx.Module`.
 
-    Source: torchvision's and mmcv's modules, and the published ones, for names and orders.
+    Source: the published code of torchvision, mmcv and the layers, for names and orders.
 
     Example:
         >>> from flax import nnx
@@ -128,7 +132,7 @@ def to_torch(model: nnx.Module, *, layout: str = "mmcv") -> dict[str, np.ndarray
 
 
 def _slots(model: Any, prefix: str, layout_of: Callable[[str], Layout]) -> tuple[list[Slot], list[str], set[str]]:
-    """The slots of a model, what of it has no counterpart in PyTorch, and names in PyTorch that are not needed."""
+    """The slots of a model, problems as sentences, and names in PyTorch that may be ignored."""
     learnt = dict(variables(model))
     nodes = dict(nnx.iter_graph(model))
     names = {path: _module_name(path, nodes, prefix) for path in nodes}
@@ -141,13 +145,13 @@ def _slots(model: Any, prefix: str, layout_of: Callable[[str], Layout]) -> tuple
         if theirs is None:
             owner = type(nodes.get(path[:-1], model)).__name__
             problems.append(
-                f"{joined(names[path[:-1]], str(own))} {variable.shape}: of {owner}, PyTorch's name is not known"
+                f"{joined(names[path[:-1]], str(own))} {variable.shape}: PyTorch's name for it in {owner} is not known"
             )
             continue
         axes = torch_axes(own, len(variable.shape))
         modules, sizes = _modules(path, variable.shape[axes[0]], nodes, names, layouts)
         slots.append(slot(variable, *(joined(module, theirs) for module in modules), axes=axes, sizes=sizes))
-    # The default branch has the layer's own geometry: it would only say the same again.
+    # A default branch has the padding of its layer, so its problems would be listed twice.
     branches = {(*path, "offset_conv") for path in layouts if nodes[path].offset_conv_cls is None}
     for path, node in nodes.items():
         if isinstance(node, nnx.Conv | DeformConv) and path not in branches:
@@ -165,7 +169,7 @@ def _module_name(path: tuple, nodes: Mapping[tuple, Any], prefix: str) -> str:
 def _modules(
     path: tuple, channels: int, nodes: Mapping, names: Mapping, layouts: Mapping
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The PyTorch modules that a variable belongs to, and its channels in each."""
+    """The PyTorch modules that share a variable, and how many of its channels each has."""
     owner = path[:-1]
     if owner in layouts:
         return (layouts[owner].main,), (channels,)
@@ -174,6 +178,6 @@ def _modules(
         return (names[owner],), (channels,)
     branch = layouts[layer].branch
     inside = names[owner].removeprefix(joined(names[layer], "offset_conv")).lstrip(".")
-    # Only the branch's own output is offsets and logits; the layers inside of it are one module's.
+    # A branch of one convolution may be two in PyTorch; one of several modules is not divided.
     sizes = (channels,) if inside else branch_sizes(nodes[layer], layouts[layer], channels)
     return tuple(joined(module, inside) for module in branch[: len(sizes)]), sizes

@@ -1,4 +1,4 @@
-"""The layers for `flax.linen`: thin shells that own the parameters, over the ops."""
+"""The layers for `flax.linen`. They make the parameters; the ops do the arithmetic."""
 
 from dcn_jax.linen._dcn import DCNv3, DCNv4
 from dcn_jax.linen._deform_conv import DeformConv

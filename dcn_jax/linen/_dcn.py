@@ -1,4 +1,4 @@
-"""`DCNv3` and `DCNv4` for `flax.linen`: own the parameters, and leave the rest to `dcn_jax.dcnv3` and `dcn_jax.dcnv4`."""
+"""`DCNv3` and `DCNv4` for `flax.linen`: they make the parameters, the ops do the rest."""
 
 from typing import Any
 
@@ -18,34 +18,38 @@ except ModuleNotFoundError as error:
 
 
 class DCNv3(nn.Module):
-    """InternImage's layer: offsets and weights from a depthwise convolution, one softmax over the taps of each group.
+    """InternImage's layer: a depthwise convolution makes offsets and weights.
 
         z = act(norm(dw_conv(x)));  Δp = offset(z);  m = softmax(mask(z));  v = input_proj(x)
         y = output_proj(Σ_k  m_k · v(p0 + s · (p_k + Δp_k)))
 
-    The sum is `dcn_jax.dcnv3`. With `center_feature_scale` v itself is mixed into it before `output_proj`, by a share
-    σ = sigmoid(weight · z + bias) for each group. Offsets and mask start at zero: each tap counts 1 / K.
+    The sum is `dcn_jax.dcnv3`; the softmax is over the taps of each group. With
+    `center_feature_scale` the sum becomes (1 - σ) · sum + σ · v before `output_proj`, where σ =
+    sigmoid(weight · z + bias) is one share for each group. Offsets and logits start at zero: all
+    taps count 1 / K.
 
-    Parameters, by the published layer's names: `dw_conv/conv`, `dw_conv/norm`, `offset`, `mask`, `input_proj`,
-    `output_proj`, and with `center_feature_scale` `center_feature_scale_proj_weight` `(group, channels)` and
-    `center_feature_scale_proj_bias` `(group,)`. Offsets and weights are computed in float32 or wider.
+    Parameters, by the published layer's names: `dw_conv/conv`, `dw_conv/norm`, `offset`, `mask`,
+    `input_proj`, `output_proj`, and with `center_feature_scale` also
+    `center_feature_scale_proj_weight` `(group, channels)` and `center_feature_scale_proj_bias`
+    `(group,)`. Offsets and weights are computed in float32 or wider.
 
-    Any stride, padding and window will do. Where they do not keep the size of the map, which the published layer does
-    not allow, the depthwise convolution takes the stride too, and its outputs are centred where the op's are.
+    Every stride, padding and window is allowed. The published layer allows only those that keep
+    the size of the map. For others the depthwise convolution has the stride of the op, and its
+    windows have the same centres as the op's.
 
     Attributes:
         channels: C, of the input and of the result.
-        kernel_size: the window; an int is a square, here and below.
-        dw_kernel_size: the window of the depthwise convolution; by default `kernel_size`.
+        kernel_size: the taps along each axis; an int is a square, here and below.
+        dw_kernel_size: the taps of the depthwise convolution; by default `kernel_size`.
         stride: pixels between neighbouring outputs.
-        pad: pixels of zeros around the map: an int, one per axis, or one (low, high) pair per axis.
+        pad: zeros around the map: an int, one per axis, or one (low, high) pair per axis.
         dilation: pixels between neighbouring taps.
-        group: G, groups of channels that each read at points of their own.
-        offset_scale: s, how far the grid of taps is stretched, their offsets included.
+        group: G, groups of channels; each group has offsets and weights of its own.
+        offset_scale: s, by which the grid of taps and the offsets are stretched.
         act_layer: "GELU", "ReLU", "SiLU" or a function.
-        norm_layer: "LN", or what makes the norm, called as `norm_layer(name="norm")`.
-        center_feature_scale: whether the projected input is mixed into the result.
-        remove_center: leaves out the tap in the middle of the window, whose sizes have to be odd.
+        norm_layer: "LN", or a function that makes the norm, called as `norm_layer(name="norm")`.
+        center_feature_scale: whether v is mixed into the sum.
+        remove_center: leaves out the middle tap of the window, whose sizes must be odd.
         dtype: of the computation; by default that of the input and parameters, promoted.
         param_dtype: of the parameters.
         precision: of the products of `input_proj`, `output_proj` and the depthwise convolution.
@@ -92,12 +96,12 @@ class DCNv3(nn.Module):
         inputs, grid = dcn.check_input(self, inputs)
         size = dcn.square("dw_kernel_size", self.kernel_size if self.dw_kernel_size is None else self.dw_kernel_size)
         x = _projection(self, "input_proj")(inputs)
-        z = _Branch(self.norm_layer, self.act_layer, size, grid.window.strides, **_dtypes(self), name="dw_conv")(
-            dcn.around_centres(inputs, grid.window, size)
-        )
-        weights = dcn.weights(self)
-        offset = _zero_dense(self, 2 * weights, "offset")(dcn.wide(z))
-        mask = dcn.softmax(_zero_dense(self, weights, "mask")(dcn.wide(z)), self.group)
+        z = _DepthwiseBlock(
+            self.norm_layer, self.act_layer, size, grid.window.strides, **dcn.dtype_options(self), name="dw_conv"
+        )(dcn.around_centres(inputs, grid.window, size))
+        weights = dcn.weight_count(self)
+        offset = _zero_dense(self, 2 * weights, "offset")(dcn.widen(z))
+        mask = dcn.softmax(_zero_dense(self, weights, "mask")(dcn.widen(z)), self.group)
         y = dcnv3(x, offset, mask, **dcn.op_options(self))
         if self.center_feature_scale:
             y = dcn.blend(y, x, z, *_center_feature_scale(self), grid.window)
@@ -105,35 +109,37 @@ class DCNv3(nn.Module):
 
 
 class DCNv4(nn.Module):
-    """FlashInternImage's layer: DCNv3's without the softmax, its offsets and weights from one projection.
+    """FlashInternImage's layer: one projection makes offsets and weights, without a softmax.
 
         Δp, m = offset_mask(x);  v = value_proj(x)
         y = output_proj(Σ_k  m_k · v(p0 + s · (p_k + Δp_k)))
 
-    The sum is `dcn_jax.dcnv4`. With `dw_kernel_size` a depthwise convolution, `offset_mask_dw`, goes before `offset_mask`.
-    With `center_feature_scale` v itself is mixed into the sum before `output_proj`, by a share
-    σ = sigmoid(weight · sum + bias) for each group. `offset_mask` starts at zero, so that the sum of a fresh layer is zero.
+    The sum is `dcn_jax.dcnv4`. With `dw_kernel_size` a depthwise convolution, `offset_mask_dw`,
+    comes before `offset_mask`. With `center_feature_scale` the sum becomes (1 - σ) · sum + σ · v
+    before `output_proj`, where σ = sigmoid(weight · sum + bias) is one share for each group.
+    `offset_mask` starts at zero, so the sum of a new layer is zero.
 
-    Parameters, by the published layer's names: `offset_mask` of ⌈3 G K / 8⌉ · 8 features, the last ones unused,
-    `value_proj` and `output_proj` unless `without_pointwise`, `offset_mask_dw` with `dw_kernel_size`, and with
-    `center_feature_scale` `center_feature_scale_proj_weight` `(group, channels)` and `center_feature_scale_proj_bias`
-    `(group,)`. Offsets and weights are computed in float32 or wider.
+    Parameters, by the published layer's names: `offset_mask` of ⌈3 G K / 8⌉ · 8 features, the last
+    ones unused; `value_proj` and `output_proj` unless `without_pointwise`; `offset_mask_dw` with
+    `dw_kernel_size`; and with `center_feature_scale` also `center_feature_scale_proj_weight`
+    `(group, channels)` and `center_feature_scale_proj_bias` `(group,)`. Offsets and weights are
+    computed in float32 or wider.
 
-    Any stride, padding, window and number of channels will do, and the input is a map, where the published layer wants a
-    sequence and a shape. Where these options do not keep the size of the map, offsets and weights are made at the points
-    that the op's outputs stand for.
+    Every stride, padding, window and number of channels is allowed. The input is a map; the
+    published layer takes a sequence and a shape. If the size of the map changes, offsets and
+    weights are made from the pixels at the centres of the op's windows.
 
     Attributes:
         channels: C, of the input and of the result.
-        kernel_size: the window; an int is a square, here and below.
+        kernel_size: the taps along each axis; an int is a square, here and below.
         stride: pixels between neighbouring outputs.
-        pad: pixels of zeros around the map: an int, one per axis, or one (low, high) pair per axis.
+        pad: zeros around the map: an int, one per axis, or one (low, high) pair per axis.
         dilation: pixels between neighbouring taps.
-        group: G, groups of channels that each read at points of their own.
-        offset_scale: s, how far the grid of taps is stretched, their offsets included.
-        dw_kernel_size: the window of the depthwise convolution, or None for none.
-        center_feature_scale: whether the projected input is mixed into the result.
-        remove_center: leaves out the tap in the middle of the window, whose sizes have to be odd.
+        group: G, groups of channels; each group has offsets and weights of its own.
+        offset_scale: s, by which the grid of taps and the offsets are stretched.
+        dw_kernel_size: the taps of the depthwise convolution; None for no such convolution.
+        center_feature_scale: whether v is mixed into the sum.
+        remove_center: leaves out the middle tap of the window, whose sizes must be odd.
         output_bias: whether `output_proj` has a bias.
         without_pointwise: leaves out `value_proj` and `output_proj`.
         dtype: of the computation; by default that of the input and parameters, promoted.
@@ -185,18 +191,18 @@ class DCNv4(nn.Module):
             seen = dcn.at_centres(inputs, grid.window)
         else:
             size = dcn.square("dw_kernel_size", self.dw_kernel_size)
-            seen = _depthwise(inputs.shape[-1], size, grid.window.strides, **_dtypes(self), name="offset_mask_dw")(
-                dcn.around_centres(inputs, grid.window, size)
-            )
-        offset_mask = _zero_dense(self, dcn.packed_features(self), "offset_mask")(dcn.wide(seen))
+            seen = _depthwise(
+                inputs.shape[-1], size, grid.window.strides, **dcn.dtype_options(self), name="offset_mask_dw"
+            )(dcn.around_centres(inputs, grid.window, size))
+        offset_mask = _zero_dense(self, dcn.packed_features(self), "offset_mask")(dcn.widen(seen))
         y = dcnv4(x, offset_mask, groups=self.group, **dcn.op_options(self))
         if self.center_feature_scale:
             y = dcn.blend(y, x, y, *_center_feature_scale(self), grid.window)
         return y if self.without_pointwise else _projection(self, "output_proj", use_bias=self.output_bias)(y)
 
 
-class _Branch(nn.Module):
-    """What DCNv3 makes offsets and weights of: a depthwise convolution, a norm and an activation."""
+class _DepthwiseBlock(nn.Module):
+    """DCNv3's `dw_conv`: a depthwise convolution, a norm and an activation."""
 
     norm_layer: Any
     act_layer: Any
@@ -210,14 +216,10 @@ class _Branch(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         act = dcn.activation(self.act_layer)
         dcn.check_norm(self.norm_layer, 'norm_layer(name="norm")')
-        x = _depthwise(x.shape[-1], self.size, self.strides, **_dtypes(self), name="conv")(x)
+        x = _depthwise(x.shape[-1], self.size, self.strides, **dcn.dtype_options(self), name="conv")(x)
         if self.norm_layer == "LN":
             return act(nn.LayerNorm(dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(x))
         return act(self.norm_layer(name="norm")(x))
-
-
-def _dtypes(layer: Any) -> dict[str, Any]:
-    return {"dtype": layer.dtype, "param_dtype": layer.param_dtype, "precision": layer.precision}
 
 
 def _depthwise(channels: int, size: tuple[int, ...], strides: tuple[int, ...], **options: Any) -> nn.Conv:
@@ -235,7 +237,7 @@ def _depthwise(channels: int, size: tuple[int, ...], strides: tuple[int, ...], *
 
 def _projection(layer: Any, name: str, *, use_bias: bool = True) -> nn.Dense:
     init = nn.initializers.xavier_uniform()
-    return nn.Dense(layer.channels, use_bias=use_bias, kernel_init=init, **_dtypes(layer), name=name)
+    return nn.Dense(layer.channels, use_bias=use_bias, kernel_init=init, **dcn.dtype_options(layer), name=name)
 
 
 def _zero_dense(layer: Any, features: int, name: str) -> nn.Dense:

@@ -1,4 +1,4 @@
-"""`DeformConv` for `flax.linen`: owns the parameters, and leaves the rest to `dcn_jax.deform_conv`."""
+"""`DeformConv` for `flax.linen`: it makes the parameters; `offset_conv` does the rest."""
 
 import functools
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from dcn_jax._core import checks, extras
 from dcn_jax._layers import offset_conv
-from dcn_jax.geometry import Padding, Window
-from dcn_jax.ops.deform_conv import deform_conv, kernel_shape
+from dcn_jax.geometry import Padding
+from dcn_jax.ops.deform_conv import kernel_shape
 
 try:
     import flax.linen as nn
@@ -20,53 +20,57 @@ except ModuleNotFoundError as error:
 
 
 class DeformConv(nn.Module):
-    """Deformable convolution that learns its own offsets and modulation; takes what `flax.linen.Conv` takes.
+    """Deformable convolution that learns offsets and modulation; takes what Flax's `Conv` takes.
 
         z = offset_conv(x);  Δp, logits = split(z);  Δm = mask_scale · sigmoid(logits)
         y(p0) = Σ_n  w_n · x(p0 + p_n + Δp_n) · Δm_n  +  b
 
-    The offset convolution has the geometry of the main one and emits first the OG·K·n offsets, then the OG·K logits,
-    the order of mmcv's layers. It starts at zero: a fresh layer is `mask_scale / 2` times the plain convolution.
+    The offset convolution, called the branch, has the geometry of the main one. It emits the
+    OG·K·n offsets first, then the OG·K logits, as mmcv's layers do. It starts at zero: a new layer
+    computes `mask_scale / 2` times the plain convolution.
 
-    Parameters: `kernel` `(*kernel_size, C // feature_group_count, features)`, `bias` `(features,)`, and
-    `offset_conv/kernel`, `offset_conv/bias`. The layer sows the `offset` and `mask` that it used into "intermediates".
+    Parameters: `kernel` `(*kernel_size, C // feature_group_count, features)`, `bias`
+    `(features,)`, `offset_conv/kernel` and `offset_conv/bias`. The layer sows the `offset` and
+    `mask` that it used into "intermediates".
 
-    The branch multiplies in the layer's dtype and sums in float32 or wider, in which its offsets and logits stay. Of what
-    `flax.linen.Conv` takes, `input_dilation` and `mask` are not taken: an offset has no meaning between pixels
-    that are not there, and a masked kernel is `kernel_init`'s and the optimizer's affair.
+    The branch multiplies in the layer's dtype and sums in float32 or wider; offsets and logits
+    keep that wider dtype. Two options of `flax.linen.Conv` are missing: `input_dilation`, since an
+    offset between pixels that do not exist means nothing, and `mask`, since `kernel_init` and the
+    optimizer can mask a kernel.
 
     Attributes:
         features: channels of the result.
-        kernel_size: the window, one int per spatial axis; an int is a one-dimensional window, as in `flax.linen.Conv`.
+        kernel_size: taps along each spatial axis; an int means one axis, as in Flax's Conv.
         strides: pixels between neighbouring outputs; one for all axes, or one per axis.
-        padding: "SAME", "VALID", an int, one int per axis, or one (low, high) pair per axis; "CIRCULAR" and "REFLECT" pad
-            as Flax does and set `padding_mode`.
+        padding: "SAME", "VALID", an int, one int per axis, or one (low, high) pair per axis.
+            "CIRCULAR" and "REFLECT" pad as Flax does and set `padding_mode`.
         kernel_dilation: pixels between neighbouring taps; one for all axes, or one per axis.
-        feature_group_count: groups of channels that the main kernel convolves apart (the offsets see all channels).
-        use_bias: whether the result gets a bias (the offset convolution always has one).
+        feature_group_count: groups of channels of the main kernel; the branch sees all channels.
+        use_bias: whether the result gets a bias. The branch always has one.
         dtype: of the computation; by default that of the input and parameters, promoted.
         param_dtype: of the parameters.
-        precision: of the matrix products and of the offset convolution.
+        precision: of the matrix products and of the branch.
         kernel_init: initializer of `kernel`.
         bias_init: initializer of `bias`.
-        promote_dtype: brings input, kernel and bias to the dtype of the computation.
-        conv_general_dilated: computes the offset convolution, as in `flax.linen.Conv`, which deprecates it.
-        conv_general_dilated_cls: makes `conv_general_dilated`, likewise.
-        offset_groups: OG, groups of channels that each read at points of their own.
+        promote_dtype: converts input, kernel and bias to the dtype of the computation.
+        conv_general_dilated: computes the default branch; deprecated, as in Flax's Conv.
+        conv_general_dilated_cls: makes `conv_general_dilated`; deprecated too.
+        offset_groups: OG, groups of channels; each group has offsets of its own.
         modulated: whether there is a modulation (DCNv2) or not (DCNv1).
-        mask_scale: the modulation's upper bound: 1.0 is the paper's, with 2.0 a fresh layer equals the plain convolution.
-        max_offset: bounds each offset smoothly to ±max_offset pixels, by max_offset · tanh(z / max_offset); one number, or
-            one per axis, where None leaves an axis unbounded and 0 undeformed.
+        mask_scale: the modulation's upper bound; 2.0 makes a new layer a plain convolution.
+        max_offset: bounds each offset smoothly to ±max_offset pixels, by max_offset · tanh(z /
+            max_offset). One number, or one per axis: None leaves an axis unbounded, 0 undeformed.
         offset_kernel_init: initializer of `offset_conv/kernel`.
         offset_bias_init: initializer of `offset_conv/bias`.
-        implementation: of the op: "xla", "pallas_gpu", "pallas_tpu" (on a TPU, where `max_offset` bounds the branch's offsets) or
-            None for the fastest that is sound.
-        padding_mode: what the map is beyond its border: "zeros", "edge", "wrap", "reflect" or "symmetric", for all axes
-            or one per axis. The default branch reads the map so too.
-        offset_conv_cls: makes the branch in the place of that convolution, called as
-            `offset_conv_cls(features, name="offset_conv")`: `functools.partial(Conv, kernel_size=(1, 1))`, or a module's class.
-            It maps `(…, *spatial, channels)`, not padded, to `(…, *out_spatial, OG * K * n [+ OG * K])`.
-        offset_branch: False makes a layer without a branch, to which `offset` must be given.
+        implementation: of the op: "xla", "pallas_gpu", "pallas_tpu" (on a TPU, where `max_offset`
+            bounds the branch's offsets), or None for the fastest that is sound.
+        padding_mode: what lies beyond the border of the map: "zeros", "edge", "wrap", "reflect" or
+            "symmetric", for all axes or one per axis. The default branch pads its input so too.
+        offset_conv_cls: makes another branch instead of the default one, called as
+            `offset_conv_cls(features, name="offset_conv")`: a module's class, or
+            `functools.partial(Conv, kernel_size=(1, 1))`. The branch maps
+            `(…, *spatial, channels)`, not padded, to `(…, *out_spatial, OG * K * n [+ OG * K])`.
+        offset_branch: False makes a layer without a branch; each call must then give `offset`.
 
     Source: arXiv 1703.06211 (DCNv1), arXiv 1811.11168 (DCNv2).
 
@@ -125,109 +129,61 @@ class DeformConv(nn.Module):
 
         Args:
             inputs: `(*batch, *spatial, C)`.
-            offset: `(*batch, *out_spatial, OG * K * n)`, used as it is in the place of the branch's, which is neither run nor, in `init`, made;
-                its batch axes may be missing or 1, as may those of the arrays below.
-            mask: `(*batch, *out_spatial, OG * K)`, used as it is beside `offset`; by default 1 everywhere.
+            offset: `(*batch, *out_spatial, OG * K * n)`, used unchanged instead of the branch's.
+                The branch does not run and, in `init`, is not made. Its batch axes may be missing
+                or 1, and those of the arrays below too.
+            mask: `(*batch, *out_spatial, OG * K)`, used unchanged with `offset`; by default 1.
             offset_inputs: what the branch sees instead of `inputs`, of any number of channels.
-            base_offset: `(*batch, *out_spatial, n)`, one displacement for all taps (optical flow, as dy, dx), or
-                `(*batch, *out_spatial, OG * K * n)`; added to the branch's offsets after their bound.
+            base_offset: added to the branch's offsets after they are bounded:
+                `(*batch, *out_spatial, n)`, one displacement for all taps (optical flow, as dy,
+                dx), or `(*batch, *out_spatial, OG * K * n)`.
 
         Raises:
             ValueError: an option or argument does not fit the input; the message names it.
             TypeError: an option or argument is of the wrong kind.
         """
-        geometry: Any = {
-            "strides": self.strides,
-            "padding": self.padding,
-            "kernel_dilation": self.kernel_dilation,
-            "padding_mode": self.padding_mode,
-        }
-        window = offset_conv.check_input(inputs, offset_conv.window_of(self.kernel_size), **geometry)
-        channels = inputs.shape[-1]
-        self._check_options(channels, window.rank)
-        offset_conv.check_call(offset, mask, offset_inputs, base_offset, offset_branch=self.offset_branch)
-        bounded = offset is None and base_offset is None  # by max_offset, and nothing is added after it
-        if offset is None:
-            seen = offset_conv.view(inputs, offset_inputs, window, own=self.offset_conv_cls is not None)
-            offset, mask = offset_conv.split(
-                self._make_branch(window)(seen),
-                inputs,
-                window,
-                offset_groups=self.offset_groups,
-                modulated=self.modulated,
-                mask_scale=self.mask_scale,
-                max_offset=self.max_offset,
-                base_offset=base_offset,
-            )
-        self.sow("intermediates", "offset", offset)
-        if mask is not None:
-            self.sow("intermediates", "mask", mask)
+        checks.count("features", self.features)
+        window = offset_conv.check_input(self, inputs)
+        channels, call = inputs.shape[-1], 'offset_conv_cls(features, name="offset_conv")'
+        offset_conv.check_options(self, channels, module=nn.Module, call=call)
+        points = offset_conv.place_points(
+            self, self._run_branch, window, inputs, offset, mask, offset_inputs, base_offset
+        )
+        self.sow("intermediates", "offset", points.offset)
+        if points.mask is not None:
+            self.sow("intermediates", "mask", points.mask)
 
         shape = kernel_shape(window.size, channels, self.features, self.feature_group_count)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        return deform_conv(
-            inputs,
-            kernel,
-            offset,
-            mask,
-            bias,
-            **geometry,
-            feature_group_count=self.feature_group_count,
-            precision=self.precision,
-            max_offset=offset_conv.bound_for(self.implementation, self.max_offset, window.rank, bounded=bounded),
-            implementation=self.implementation,
-        )
+        return offset_conv.convolve(self, points, inputs, kernel, bias)
 
     @nn.nowrap
-    def _check_options(self, channels: int, rank: int) -> None:
-        checks.count("features", self.features)
-        offset_conv.check_options(
-            channels,
-            rank,
-            offset_groups=self.offset_groups,
-            modulated=self.modulated,
-            mask_scale=self.mask_scale,
-            max_offset=self.max_offset,
-            offset_branch=self.offset_branch,
-        )
-        call = 'offset_conv_cls(features, name="offset_conv")'
-        offset_conv.check_maker(self.offset_conv_cls, nn.Module, call, offset_branch=self.offset_branch)
-
-    @nn.nowrap
-    def _make_branch(self, window: Window) -> Any:
-        """The module that emits offsets and logits: the user's own, or a convolution like the main one."""
-        features = offset_conv.features(window.size, self.offset_groups, self.modulated)
+    def _run_branch(self, seen: jax.Array) -> jax.Array:
+        """Run the branch on what it sees: the user's own, or a convolution like the main one."""
+        features = sum(offset_conv.branch_channels(self))
         if self.offset_conv_cls is not None:
-            return self.offset_conv_cls(features, name="offset_conv")
-        given = {
-            "conv_general_dilated": self.conv_general_dilated,
-            "conv_general_dilated_cls": self.conv_general_dilated_cls,
-        }
-        injected: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+            return self.offset_conv_cls(features, name="offset_conv")(seen)
+        convolutions = ("conv_general_dilated", "conv_general_dilated_cls")
+        options: Any = {name: own for name in convolutions if (own := getattr(self, name)) is not None}
         promote: Any = self.promote_dtype
-        if not injected:
-            injected = {"conv_general_dilated": offset_conv.wide_conv}
-            promote = functools.partial(_promote, self.promote_dtype)
+        if not options:
+            options = {"conv_general_dilated": offset_conv.wide_conv}
+            promote = functools.partial(_promote, promote)
         return nn.Conv(
             features,
-            window.size,
-            strides=self.strides,
-            padding=offset_conv.conv_padding(self.padding, self.padding_mode, window.rank),
-            kernel_dilation=self.kernel_dilation,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
+            offset_conv.window_size(self.kernel_size),
             kernel_init=self.offset_kernel_init,
             bias_init=self.offset_bias_init,
             promote_dtype=promote,
             name="offset_conv",
-            **injected,
-        )
+            **offset_conv.branch_options(self),
+            **options,
+        )(seen)
 
 
 def _promote(promote_dtype: Any, inputs: jax.Array, kernel: jax.Array, bias: jax.Array, *, dtype: Any) -> tuple:
-    """`promote_dtype`, but for the bias, which stays as wide as the sums that it is added to."""
+    """`promote_dtype`, except that the bias gets the dtype of the sums to which it is added."""
     inputs, kernel, _ = promote_dtype(inputs, kernel, bias, dtype=dtype)
     return inputs, kernel, offset_conv.wide_bias(bias, kernel)

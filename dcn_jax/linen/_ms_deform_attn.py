@@ -1,4 +1,4 @@
-"""`MSDeformAttn` for `flax.linen`: owns the parameters, and leaves the rest to the op."""
+"""`MSDeformAttn` for `flax.linen`: it makes the parameters; `ms_deform_attn` does the rest."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,28 +21,26 @@ class MSDeformAttn(nn.Module):
         Δ = sampling_offsets(query);  a = softmax(attention_weights(query));  v = value_proj(value)
         out = output_proj(Σ_l Σ_p  a_lp · v_l(reference_l + Δ_lp · step_l))
 
-    The sum is `dcn_jax.ms_deform_attn`, by each of M heads at points of its own; the softmax is
-    over all L · P points of a head. Where a reference is a point, step is 1 / (width_l, height_l):
-    Δ is in pixels of the level. Where it is a box, (x, y, width, height), step is (width, height)
-    / (2 P). At the start each head looks along a direction of its own, its p-th point p steps away
-    (the last one at the edge of a box), and all points count alike.
+    The sum is `dcn_jax.ms_deform_attn`; each of M heads has points of its own. The softmax is over
+    all L · P points of a head. If the reference of a query is a point, step is 1 / (width_l,
+    height_l), so that Δ counts pixels of the level. If it is a box (x, y, width, height), step is
+    (width, height) / (2 P). In a new layer each head looks in one direction, its p-th point lies p
+    steps away (the last one at the edge of a box), and all points have equal weights.
 
-    It adds nothing: neither position embeddings to `query`, nor the residual and dropout that
-    mmcv's layer has inside.
+    The layer adds no position embeddings to `query`. Unlike mmcv's it has no residual or dropout.
 
     Parameters, by the published layer's names: `sampling_offsets`, `attention_weights`,
     `value_proj`, `output_proj`, each with `kernel` and `bias`. Locations and weights are computed
-    in float32 or wider. The layer sows them into "intermediates", as `sampling_locations` `(*batch,
-    Q, M, L, P, 2)`, in [0, 1] inside a map, and `sampling_weights` `(*batch, Q, M, L, P)`: the name
-    `attention_weights` is the projection's.
+    in float32 or wider. The layer sows them into "intermediates", as `sampling_locations`
+    `(*batch, Q, M, L, P, 2)`, in [0, 1] inside a map, and `sampling_weights`
+    `(*batch, Q, M, L, P)`; the name `attention_weights` is that of the projection.
 
     Attributes:
         embed_dim: E, channels of `query`, `value` and the result.
-        num_heads: M, groups of channels that each look at points of their own.
+        num_heads: M, groups of channels; each group has points of its own.
         num_levels: L, how many maps there are.
-        num_points: P, points of a head on each level. One for each level, `(P1, …)`, where they
-            differ (RT-DETRv2); the points then lie one after another, and what is sown is
-            `(*batch, Q, M, P1 + P2 + …[, 2])`.
+        num_points: P, points of a head on each level. For levels that differ (RT-DETRv2) a tuple,
+            `(P1, …)`; the sown arrays are then `(*batch, Q, M, P1 + P2 + …[, 2])`.
         method: how a map is read, "linear", "nearest" or "discrete", as in the op.
         dtype: of the computation; by default that of the input and parameters, promoted.
         param_dtype: of the parameters.
@@ -50,7 +48,7 @@ class MSDeformAttn(nn.Module):
         kernel_init: initializer of the kernels of `value_proj` and `output_proj`.
         bias_init: initializer of their biases.
         offset_kernel_init: initializer of `sampling_offsets/kernel`.
-        offset_bias_init: initializer of `sampling_offsets/bias`; by default the directions.
+        offset_bias_init: initializer of `sampling_offsets/bias`; by default the directions above.
         attention_kernel_init: initializer of `attention_weights/kernel`.
         attention_bias_init: initializer of `attention_weights/bias`.
         implementation: of the op: "xla", or None for the fastest that is sound.
@@ -102,33 +100,31 @@ class MSDeformAttn(nn.Module):
         Args:
             query: `(*batch, Q, embed_dim)`, position embeddings already added.
             reference_points: `(*batch, Q, num_levels, 2)`, points (x, y), or
-                `(*batch, Q, num_levels, 4)`, boxes (x, y, width, height) by their centres; in
-                [0, 1] inside a map. The axis of levels may be 1, batch axes 1 or missing.
+                `(*batch, Q, num_levels, 4)`, boxes (x, y, width, height) with (x, y) the centre;
+                in [0, 1] inside a map. The axis of levels may be 1, batch axes 1 or missing.
             value: `(*batch, S, embed_dim)`, the pixels of all levels one after another.
-            spatial_shapes: the maps' sizes, `((H1, W1), …)`, known when the function is traced; S
-                is the sum of their products.
-            padding_mask: `(*batch, S)` of bools, True where a pixel is padding: its projected value
-                is zero.
+            spatial_shapes: the sizes of the maps, `((H1, W1), …)`, as ints; S is the sum of H · W.
+            padding_mask: `(*batch, S)` of bools; where it is True, the projected value is 0.
 
         Raises:
             ValueError: an option or argument does not fit; the message names it.
             TypeError: an option or argument is of the wrong kind.
         """
         ms_deform_attn.check_options(self)
-        call = ms_deform_attn.check_call(self, query, reference_points, value, spatial_shapes, padding_mask)
-        points, wide = ms_deform_attn.points(self), ms_deform_attn.branch_dtype(self)
-        offset_inits = self.offset_kernel_init, self.offset_bias_init or ms_deform_attn.directions(self)
+        arguments = ms_deform_attn.check_arguments(self, query, reference_points, value, spatial_shapes, padding_mask)
+        points, wide = ms_deform_attn.point_count(self), ms_deform_attn.wide_dtype(self)
+        offset_inits = self.offset_kernel_init, self.offset_bias_init or ms_deform_attn.directions_init(self)
         attention_inits = self.attention_kernel_init, self.attention_bias_init
-        offset = self._dense("sampling_offsets", 2 * points, wide, *offset_inits)(call.query)
-        logits = self._dense("attention_weights", points, wide, *attention_inits)(call.query)
-        locations = ms_deform_attn.locations(self, offset, call)
-        weights = ms_deform_attn.weights(self, logits)
+        offset = self._dense("sampling_offsets", 2 * points, wide, *offset_inits)(arguments.query)
+        logits = self._dense("attention_weights", points, wide, *attention_inits)(arguments.query)
+        locations = ms_deform_attn.place_points(self, offset, arguments)
+        weights = ms_deform_attn.softmax(self, logits)
         self.sow("intermediates", "sampling_locations", locations)
         self.sow("intermediates", "sampling_weights", weights)
 
         inits = self.kernel_init, self.bias_init
-        projected = self._dense("value_proj", self.embed_dim, self.dtype, *inits)(call.value)
-        y = ms_deform_attn.attend(self, projected, call, locations, weights)
+        projected = self._dense("value_proj", self.embed_dim, self.dtype, *inits)(arguments.value)
+        y = ms_deform_attn.attend(self, projected, arguments, locations, weights)
         return self._dense("output_proj", self.embed_dim, self.dtype, *inits)(y)
 
     @nn.nowrap

@@ -1,12 +1,12 @@
-"""ResNets with deformable stages; with torchvision's weights they give torchvision's numbers.
+"""ResNets with deformable stages. With torchvision's weights they compute what torchvision's do.
 
     stem                 conv1 7×7 stride 2, bn1, relu, max-pool 3×3 stride 2
     layer1 … layer4      lists of blocks, the papers' conv2 … conv5, of strides 4, 8, 16 and 32
     fc                   mean over positions, then the classifier
 
-Parameters have torchvision's names: its `layer2.0.downsample.1.weight` is
-`model.layer2[0].downsample[1].scale`. Linear and convolution weights are called `kernel`, those of
-batch norms `scale`, `running_mean` and `running_var` `mean` and `var`.
+Modules have torchvision's names: its `layer2.0.downsample.1.weight` is
+`model.layer2[0].downsample[1].scale`. A weight is `kernel` in a linear layer or convolution and
+`scale` in a batch norm; `running_mean` is `mean`, `running_var` is `var`.
 """
 
 import functools
@@ -32,7 +32,7 @@ _he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")  # arXi
 
 
 class BasicBlock(nnx.Module):
-    """Two 3×3 convolutions beside a shortcut.
+    """Two 3×3 convolutions and a shortcut.
 
     y = relu(bn2(conv2(relu(bn1(conv1(x))))) + downsample(x))
     """
@@ -56,7 +56,7 @@ class BasicBlock(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-    """A 3×3 convolution, which has the stride ("v1.5"), between two of 1×1, beside a shortcut.
+    """Convolutions 1×1, 3×3 with the stride ("v1.5") and 1×1, and a shortcut.
 
     y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + downsample(x))
     """
@@ -83,48 +83,43 @@ class Bottleneck(nnx.Module):
 
 
 def _shortcut(in_features: int, features: int, strides: int, *, conv: Any, norm: Any) -> tuple:
-    """The layers that bring a block's input to the shape of its output; none, where it has it."""
-    # A tuple: nnx.capture breaks transformations, such as remat, of modules that hold an nnx.List.
+    """The layers that bring a block's input to the shape of its output, if it differs."""
+    # A tuple: under nnx.capture, remat and the like fail on a module that holds an nnx.List.
     if strides == 1 and in_features == features:
         return nnx.data(())
     return nnx.data((conv(in_features, features, (1, 1), strides), norm(features)))
 
 
 class ResNet(nnx.Module):
-    """A residual network, some of whose stages are deformable; see `resnet18` to `resnet101`.
+    """A residual network with deformable stages; see `resnet18` to `resnet101`.
 
         y = fc(mean over positions of conv5(conv4(conv3(conv2(stem(x))))))
 
-    Every 3×3 convolution of a deformed stage is a `dcn_jax.nnx.DeformConv`, the first of the stage
-    and its stride included. For ResNet-50 the DCNv2 paper's network has 13 layers, by
-    `deform_stages=("conv3", "conv4", "conv5")`; DCNv1's has 3, by `deform_stages=("conv5",)` and
-    `modulated=False`.
+    Every 3×3 convolution of a deformable stage is a `dcn_jax.nnx.DeformConv`, also the first,
+    which has the stage's stride. The ResNet-50 of the DCNv2 paper has 13 such layers:
+    `deform_stages=("conv3", "conv4", "conv5")`. That of DCNv1 has 3: `deform_stages=("conv5",)`
+    and `modulated=False`.
 
-    Batch norms use the batch's statistics after `model.train()`, as in a new model, and their own
-    after `model.eval()`. The running variance is of the batch's own variance, as Flax has it, where
-    torch's is n / (n - 1) times that, with n positions.
+    Batch norms use the statistics of the batch in a new model and after `model.train()`, and their
+    running statistics after `model.eval()`. As in Flax, the running variance averages the variance
+    of each batch; torch multiplies that by n / (n - 1), with n positions.
 
     Args:
         block: the class of the blocks, `BasicBlock` or `Bottleneck`.
         depths: blocks in each of the four stages.
-        num_classes: logits of the classifier; None for a model without one, which returns the mean
-            features.
+        num_classes: logits of the classifier; None for none: the model returns mean features.
         deform_stages: which of "conv2", "conv3", "conv4" and "conv5" are deformable.
         modulated: whether deformable layers have a modulation (DCNv2) or not (DCNv1).
-        offset_groups: groups of channels that each read at points of their own, in a deformable
-            layer.
-        mask_scale: the modulation's upper bound: 1.0 is the papers' and mmdetection's; with 2.0 a
-            network that is given the weights of a plain one computes what that one does.
-        max_offset: bounds each offset smoothly to ±max_offset pixels, one number or one per axis;
-            None for no bound.
+        offset_groups: groups of channels of a deformable layer; each has offsets of its own.
+        mask_scale: the modulation's upper bound. The papers and mmdetection have 1.0; with 2.0 a
+            network with the weights of a plain one computes what that one does.
+        max_offset: pixels, one bound for all offsets or one per axis; None for no bound.
         implementation: of the op: "xla", "pallas_gpu" or None for the fastest that is sound.
-        remat: whether the backward pass computes the inside of each block anew, instead of keeping
-            it in memory.
+        remat: whether the backward pass recomputes the inside of each block to save memory.
         in_features: channels of the images.
-        width: features of the stem; those of the stages are 1, 2, 4 and 8 times as many (times 4
-            for `Bottleneck`).
+        width: features of the stem; stages have 1, 2, 4, 8 times as many (times 4: `Bottleneck`).
         dtype: of the computation; by default that of the input and parameters, promoted.
-        param_dtype: of the parameters. The batch norms' statistics are float32 whatever it is.
+        param_dtype: of the parameters. The statistics of batch norms are always float32.
         precision: of the convolutions and the classifier.
         rngs: where the initializers' random keys come from.
 
@@ -206,10 +201,10 @@ class ResNet(nnx.Module):
             self.fc = nnx.Linear(width * 8 * block.expansion, num_classes, precision=precision, **common)
 
     def stages(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """The features of conv2 to conv5.
+        """The features of the stages conv2 to conv5.
 
         Args:
-            x: images `(*batch, H, W, in_features)`, normalised as the weights want it.
+            x: images `(*batch, H, W, in_features)`, normalised as for the weights.
 
         Returns:
             Four arrays `(*batch, ⌈H / s⌉, ⌈W / s⌉, features)` of strides s = 4, 8, 16 and 32.
@@ -230,14 +225,13 @@ class ResNet(nnx.Module):
         return tuple(features)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The logits of images.
+        """The logits of the images.
 
         Args:
-            x: images `(*batch, H, W, in_features)`, normalised as the weights want it.
+            x: images `(*batch, H, W, in_features)`, normalised as for the weights.
 
         Returns:
-            `(*batch, num_classes)`; where `num_classes` is None, conv5's features, averaged over
-            positions.
+            `(*batch, num_classes)`; if `num_classes` is None, conv5's features, averaged.
 
         Raises:
             ValueError: x is not of that shape.
@@ -247,7 +241,7 @@ class ResNet(nnx.Module):
 
 
 def _max_pool(x: jax.Array) -> jax.Array:
-    """The largest of 3×3 at every second position; of any batch axes, unlike a padded nnx.max_pool."""
+    """Max-pool 3×3, stride 2, padding 1, for any batch axes; nnx.max_pool takes at most one."""
     batch = x.ndim - 3
     window, strides = (1,) * batch + (3, 3, 1), (1,) * batch + (2, 2, 1)
     return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, [(0, 0)] * batch + [(1, 1), (1, 1), (0, 0)])
@@ -264,29 +258,27 @@ def _check_options(num_classes: Any, deform_stages: Any, in_features: Any, width
     checks.count("width", width)
     if isinstance(deform_stages, str) or not isinstance(deform_stages, Collection):
         raise TypeError(
-            f"deform_stages={deform_stages!r} is a {type(deform_stages).__name__}; wanted a tuple of names, of {STAGES}"
+            f"deform_stages={deform_stages!r} is a {type(deform_stages).__name__}; wanted a tuple of names from {STAGES}"
         )
     if unknown := [stage for stage in deform_stages if stage not in STAGES]:
-        raise ValueError(
-            f"deform_stages has {unknown[0]!r}, which is no stage; wanted names of {STAGES}, torchvision's layer1 to layer4"
-        )
+        raise ValueError(f"deform_stages has {unknown[0]!r}, which is not a stage; wanted names from {STAGES}")
 
 
 def resnet18(num_classes: int | None = 1000, *, rngs: nnx.Rngs, **options: Any) -> ResNet:
-    """ResNet-18, of basic blocks: 11,689,512 parameters. Its options are those of `ResNet`."""
+    """ResNet-18: basic blocks, 11,689,512 parameters. Its options are those of `ResNet`."""
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, rngs=rngs, **options)
 
 
 def resnet34(num_classes: int | None = 1000, *, rngs: nnx.Rngs, **options: Any) -> ResNet:
-    """ResNet-34, of basic blocks: 21,797,672 parameters. Its options are those of `ResNet`."""
+    """ResNet-34: basic blocks, 21,797,672 parameters. Its options are those of `ResNet`."""
     return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, rngs=rngs, **options)
 
 
 def resnet50(num_classes: int | None = 1000, *, rngs: nnx.Rngs, **options: Any) -> ResNet:
-    """ResNet-50, of bottlenecks: 25,557,032 parameters. Its options are those of `ResNet`."""
+    """ResNet-50: bottlenecks, 25,557,032 parameters. Its options are those of `ResNet`."""
     return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, rngs=rngs, **options)
 
 
 def resnet101(num_classes: int | None = 1000, *, rngs: nnx.Rngs, **options: Any) -> ResNet:
-    """ResNet-101, of bottlenecks: 44,549,160 parameters. Its options are those of `ResNet`."""
+    """ResNet-101: bottlenecks, 44,549,160 parameters. Its options are those of `ResNet`."""
     return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, rngs=rngs, **options)

@@ -1,9 +1,9 @@
-"""`DeformConv` for `flax.nnx`: owns the parameters, and leaves the rest to `dcn_jax.deform_conv`."""
+"""`DeformConv` for `flax.nnx`: it makes the parameters; `offset_conv` does the rest."""
 
-import functools
+import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax import lax
 from dcn_jax._core import checks, extras
 from dcn_jax._layers import offset_conv
 from dcn_jax.geometry import Padding
-from dcn_jax.ops.deform_conv import deform_conv, kernel_shape
+from dcn_jax.ops.deform_conv import kernel_shape
 
 try:
     from flax import nnx
@@ -22,59 +22,62 @@ except ModuleNotFoundError as error:
 
 
 class DeformConv(nnx.Module):
-    """Deformable convolution that learns its own offsets and modulation; takes what `flax.nnx.Conv` takes.
+    """Deformable convolution that learns offsets and modulation; takes what Flax's `Conv` takes.
 
         z = offset_conv(x);  Δp, logits = split(z);  Δm = mask_scale · sigmoid(logits)
         y(p0) = Σ_n  w_n · x(p0 + p_n + Δp_n) · Δm_n  +  b
 
-    The offset convolution has the geometry of the main one and emits first the OG·K·n offsets, then the OG·K logits,
-    the order of mmcv's layers. It starts at zero: a fresh layer is `mask_scale / 2` times the plain convolution.
+    The offset convolution, called the branch, has the geometry of the main one. It emits the
+    OG·K·n offsets first, then the OG·K logits, as mmcv's layers do. It starts at zero: a new layer
+    computes `mask_scale / 2` times the plain convolution.
 
-    Parameters: `kernel` `(*kernel_size, C // feature_group_count, features)`, `bias` `(features,)`, and
-    `offset_conv.kernel`, `offset_conv.bias` (`offset_conv` is None where `offset_branch=False`). Under
-    `flax.nnx.capture(…, nnx.Intermediate)` the layer sows the `offset` and `mask` that it used; outside of it, it keeps
-    nothing, so that calling it never changes the model (and `nnx.pop` finds nothing).
+    Parameters: `kernel` `(*kernel_size, C // feature_group_count, features)`, `bias`
+    `(features,)`, `offset_conv.kernel` and `offset_conv.bias`; `offset_conv` is None if
+    `offset_branch=False`. Under `nnx.capture(layer, nnx.Intermediate)` the layer sows the `offset`
+    and `mask` that it used. Elsewhere it sows nothing, so that a call never changes the model.
 
-    The branch multiplies in the layer's dtype and sums in float32 or wider, in which its offsets and logits stay. Of what
-    `flax.nnx.Conv` takes, `input_dilation` and `mask` are not taken: an offset has no meaning between pixels
-    that are not there, and a masked kernel is `kernel_init`'s and the optimizer's affair.
+    The branch multiplies in the layer's dtype and sums in float32 or wider; offsets and logits
+    keep that wider dtype. Two options of `flax.nnx.Conv` are missing: `input_dilation`, since an
+    offset between pixels that do not exist means nothing, and `mask`, since `kernel_init` and the
+    optimizer can mask a kernel.
 
     Args:
         in_features: channels of the input, C.
         out_features: channels of the result, features.
-        kernel_size: the window, one int per spatial axis; an int is a one-dimensional window, as in `flax.nnx.Conv`.
+        kernel_size: taps along each spatial axis; an int means one axis, as in Flax's Conv.
         strides: pixels between neighbouring outputs; one for all axes, or one per axis.
-        padding: "SAME", "VALID", an int, one int per axis, or one (low, high) pair per axis; "CIRCULAR" and "REFLECT" pad
-            as Flax does and set `padding_mode`.
+        padding: "SAME", "VALID", an int, one int per axis, or one (low, high) pair per axis.
+            "CIRCULAR" and "REFLECT" pad as Flax does and set `padding_mode`.
         kernel_dilation: pixels between neighbouring taps; one for all axes, or one per axis.
-        feature_group_count: groups of channels that the main kernel convolves apart (the offsets see all channels).
-        use_bias: whether the result gets a bias (the offset convolution always has one).
+        feature_group_count: groups of channels of the main kernel; the branch sees all channels.
+        use_bias: whether the result gets a bias. The branch always has one.
         dtype: of the computation; by default that of the input and parameters, promoted.
         param_dtype: of the parameters.
-        precision: of the matrix products and of the offset convolution.
+        precision: of the matrix products and of the branch.
         kernel_init: initializer of `kernel`.
         bias_init: initializer of `bias`.
-        promote_dtype: brings input, kernel and bias to the dtype of the computation.
-        conv_general_dilated: computes the offset convolution, as in `flax.nnx.Conv`.
+        promote_dtype: converts input, kernel and bias to the dtype of the computation.
+        conv_general_dilated: computes the default branch, as in `flax.nnx.Conv`.
         preferred_element_type: dtype of the result; by default that of the computation.
         rngs: where the initializers' random keys come from.
         kernel_metadata: metadata of the parameter `kernel`.
         bias_metadata: metadata of the parameter `bias`.
-        offset_groups: OG, groups of channels that each read at points of their own.
+        offset_groups: OG, groups of channels; each group has offsets of its own.
         modulated: whether there is a modulation (DCNv2) or not (DCNv1).
-        mask_scale: the modulation's upper bound: 1.0 is the paper's, with 2.0 a fresh layer equals the plain convolution.
-        max_offset: bounds each offset smoothly to ±max_offset pixels, by max_offset · tanh(z / max_offset); one number, or
-            one per axis, where None leaves an axis unbounded and 0 undeformed.
+        mask_scale: the modulation's upper bound; 2.0 makes a new layer a plain convolution.
+        max_offset: bounds each offset smoothly to ±max_offset pixels, by max_offset · tanh(z /
+            max_offset). One number, or one per axis: None leaves an axis unbounded, 0 undeformed.
         offset_kernel_init: initializer of `offset_conv/kernel`.
         offset_bias_init: initializer of `offset_conv/bias`.
-        implementation: of the op: "xla", "pallas_gpu", "pallas_tpu" (on a TPU, where `max_offset` bounds the branch's offsets) or
-            None for the fastest that is sound.
-        padding_mode: what the map is beyond its border: "zeros", "edge", "wrap", "reflect" or "symmetric", for all axes
-            or one per axis. The default branch reads the map so too.
-        offset_conv_cls: makes the branch in the place of that convolution, called as
-            `offset_conv_cls(in_features, features, rngs=rngs)`: `functools.partial(Conv, kernel_size=(1, 1))`, or a module's class.
-            It maps `(…, *spatial, channels)`, not padded, to `(…, *out_spatial, OG * K * n [+ OG * K])`.
-        offset_branch: False makes a layer without a branch, to which `offset` must be given.
+        implementation: of the op: "xla", "pallas_gpu", "pallas_tpu" (on a TPU, where `max_offset`
+            bounds the branch's offsets), or None for the fastest that is sound.
+        padding_mode: what lies beyond the border of the map: "zeros", "edge", "wrap", "reflect" or
+            "symmetric", for all axes or one per axis. The default branch pads its input so too.
+        offset_conv_cls: makes another branch instead of the default one, called as
+            `offset_conv_cls(in_features, features, rngs=rngs)`: a module's class, or
+            `functools.partial(Conv, kernel_size=(1, 1))`. The branch maps
+            `(…, *spatial, channels)`, not padded, to `(…, *out_spatial, OG * K * n [+ OG * K])`.
+        offset_branch: False makes a layer without a branch; each call must then give `offset`.
         offset_in_features: channels that the branch sees; by default `in_features`.
 
     Raises:
@@ -131,28 +134,12 @@ class DeformConv(nnx.Module):
         offset_branch: bool = True,
         offset_in_features: int | None = None,
     ):
-        window = offset_conv.window_of(kernel_size)
+        window = offset_conv.window_size(kernel_size)
         checks.count("in_features", in_features)
         checks.count("out_features", out_features)
         if offset_in_features is None:
             offset_in_features = in_features
         checks.count("offset_in_features", offset_in_features)
-        offset_conv.check_options(
-            in_features,
-            len(window),
-            offset_groups=offset_groups,
-            modulated=modulated,
-            mask_scale=mask_scale,
-            max_offset=max_offset,
-            offset_branch=offset_branch,
-        )
-        call = "offset_conv_cls(in_features, features, rngs=rngs)"
-        offset_conv.check_maker(offset_conv_cls, nnx.Module, call, offset_branch=offset_branch)
-        shape = kernel_shape(window, in_features, out_features, feature_group_count)
-        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype), **kernel_metadata)
-        self.bias = nnx.data(None)
-        if use_bias:
-            self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata)
         self.in_features = in_features
         self.out_features = out_features
         self.kernel_size = window
@@ -175,6 +162,13 @@ class DeformConv(nnx.Module):
         self.offset_conv_cls = offset_conv_cls
         self.offset_branch = offset_branch
         self.offset_in_features = offset_in_features
+        call = "offset_conv_cls(in_features, features, rngs=rngs)"
+        offset_conv.check_options(self, in_features, module=nnx.Module, call=call)
+        shape = kernel_shape(window, in_features, out_features, feature_group_count)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype), **kernel_metadata)
+        self.bias = nnx.data(None)
+        if use_bias:
+            self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata)
         self.offset_conv: Any = nnx.data(None)
         if offset_branch:
             self.offset_conv = self._make_branch(offset_kernel_init, offset_bias_init, conv_general_dilated, rngs)
@@ -193,95 +187,62 @@ class DeformConv(nnx.Module):
 
         Args:
             inputs: `(*batch, *spatial, in_features)`.
-            offset: `(*batch, *out_spatial, OG * K * n)`, used as it is in the place of the branch's, which is not run;
-                its batch axes may be missing or 1, as may those of the arrays below.
-            mask: `(*batch, *out_spatial, OG * K)`, used as it is beside `offset`; by default 1 everywhere.
-            offset_inputs: what the branch sees instead of `inputs`, of `offset_in_features` channels.
-            base_offset: `(*batch, *out_spatial, n)`, one displacement for all taps (optical flow, as dy, dx), or
-                `(*batch, *out_spatial, OG * K * n)`; added to the branch's offsets after their bound.
-            out_sharding: of the result, as in `flax.nnx.Conv`: under a mesh of explicit axes, a `PartitionSpec` or
-                `NamedSharding`; by default that of `inputs`.
+            offset: `(*batch, *out_spatial, OG * K * n)`, used unchanged instead of the branch's,
+                which does not run. Batch axes may be missing or 1, here and below.
+            mask: `(*batch, *out_spatial, OG * K)`, used unchanged with `offset`; by default 1.
+            offset_inputs: the branch's input instead of `inputs`, with `offset_in_features`
+                channels.
+            base_offset: added to the branch's offsets after they are bounded:
+                `(*batch, *out_spatial, n)`, one displacement for all taps (optical flow, as dy,
+                dx), or `(*batch, *out_spatial, OG * K * n)`.
+            out_sharding: of the result, as in `flax.nnx.Conv`: under a mesh of explicit axes, a
+                `PartitionSpec` or `NamedSharding`; by default that of `inputs`.
 
         Raises:
             ValueError: an option or argument does not fit the input; the message names it.
             TypeError: an option or argument is of the wrong kind.
         """
-        geometry: Any = {
-            "strides": self.strides,
-            "padding": self.padding,
-            "kernel_dilation": self.kernel_dilation,
-            "padding_mode": self.padding_mode,
-        }
-        window = offset_conv.check_input(inputs, self.kernel_size, self.in_features, **geometry)
-        offset_conv.check_call(offset, mask, offset_inputs, base_offset, offset_branch=self.offset_branch)
-        bounded = offset is None and base_offset is None  # by max_offset, and nothing is added after it
-        if offset is None:
-            own = self.offset_conv_cls is not None
-            seen = offset_conv.view(inputs, offset_inputs, window, channels=self.offset_in_features, own=own)
-            offset, mask = offset_conv.split(
-                self.offset_conv(seen),
-                inputs,
-                window,
-                offset_groups=self.offset_groups,
-                modulated=self.modulated,
-                mask_scale=self.mask_scale,
-                max_offset=self.max_offset,
-                base_offset=base_offset,
-            )
-        # Only under nnx.capture. Elsewhere sow would store into the model, growing with each call, and raise in any model
-        # that jax.jit, grad or vmap closes over. (What newer versions of Flax call capture_noop.)
+        window = offset_conv.check_input(self, inputs, self.in_features)
+        points = offset_conv.place_points(
+            self, self.offset_conv, window, inputs, offset, mask, offset_inputs, base_offset, self.offset_in_features
+        )
+        # Only under nnx.capture (newer versions of Flax: `capture_noop`). Otherwise sow stores into
+        # the model, which grows with each call and raises if jax.jit, grad or vmap closes over it.
         if hasattr(self, "__captures__"):
-            self.sow(nnx.Intermediate, "offset", offset)
-            if mask is not None:
-                self.sow(nnx.Intermediate, "mask", mask)
+            self.sow(nnx.Intermediate, "offset", points.offset)
+            if points.mask is not None:
+                self.sow(nnx.Intermediate, "mask", points.mask)
 
         bias = None if self.bias is None else self.bias[...]
-        inputs, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
-        y = deform_conv(
-            inputs,
-            kernel,
-            offset,
-            mask,
-            bias,
-            **geometry,
-            feature_group_count=self.feature_group_count,
-            precision=self.precision,
-            preferred_element_type=self.preferred_element_type,
-            max_offset=offset_conv.bound_for(self.implementation, self.max_offset, window.rank, bounded=bounded),
-            implementation=self.implementation,
-        )
+        arrays = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
+        y = offset_conv.convolve(self, points, *arrays, preferred_element_type=self.preferred_element_type)
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
     def _make_branch(self, kernel_init: Any, bias_init: Any, conv_general_dilated: Any, rngs: nnx.Rngs) -> Any:
-        """The module that emits offsets and logits: the user's own, or a convolution like the main one."""
-        features = offset_conv.features(self.kernel_size, self.offset_groups, self.modulated)
+        """The branch: the user's own, or a convolution like the main one."""
+        features = sum(offset_conv.branch_channels(self))
         if self.offset_conv_cls is not None:
             return self.offset_conv_cls(self.offset_in_features, features, rngs=rngs)
-        injected = conv_general_dilated is not lax.conv_general_dilated
+        default = conv_general_dilated is lax.conv_general_dilated
         return nnx.Conv(
             self.offset_in_features,
             features,
             self.kernel_size,
-            self.strides,
-            padding=offset_conv.conv_padding(self.padding, self.padding_mode, len(self.kernel_size)),
-            kernel_dilation=self.kernel_dilation,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
             kernel_init=kernel_init,
             bias_init=bias_init,
-            conv_general_dilated=conv_general_dilated if injected else offset_conv.wide_conv,
-            promote_dtype=self.promote_dtype if injected else _promoting(self.promote_dtype),
+            conv_general_dilated=offset_conv.wide_conv if default else conv_general_dilated,
+            promote_dtype=cast(Any, _Promote(self.promote_dtype)) if default else self.promote_dtype,
             rngs=rngs,
+            **offset_conv.branch_options(self),
         )
 
 
-@functools.cache  # so that layers with the same options are the same to nnx.jit, which compares their functions
-def _promoting(promote_dtype: Any) -> Any:
-    """`promote_dtype`, but for the bias, which stays as wide as the sums that it is added to."""
+@dataclasses.dataclass(frozen=True)  # compared by value, as nnx.jit compares functions; and it can be pickled
+class _Promote:
+    """`promote_dtype`, except that the bias gets the dtype of the sums to which it is added."""
 
-    def promote(arrays: tuple, /, *, dtype: Any = None) -> tuple:
-        inputs, kernel, _ = promote_dtype(arrays, dtype=dtype)
+    promote_dtype: Any
+
+    def __call__(self, arrays: tuple, /, *, dtype: Any = None) -> tuple:
+        inputs, kernel, _ = self.promote_dtype(arrays, dtype=dtype)
         return inputs, kernel, offset_conv.wide_bias(arrays[2], kernel)
-
-    return promote

@@ -1,4 +1,4 @@
-"""`deformify`: puts DeformConv in the place of chosen convolutions of a model that exists."""
+"""`deformify`: replaces chosen convolutions of an existing model by DeformConv."""
 
 import inspect
 from collections.abc import Callable
@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
 
 Model = TypeVar("Model")
 
-# What a deformable layer takes over from a convolution, beside its sizes and its variables.
+# The options that a deformable layer keeps from a convolution.
 _KEPT = (
     "strides",
     "padding",
@@ -30,7 +30,7 @@ _KEPT = (
     "promote_dtype",
     "preferred_element_type",
 )
-# What only a deformable layer has.
+# The options that only a deformable layer has.
 _CONV = inspect.signature(nnx.Conv.__init__).parameters
 _OWN = [name for name in inspect.signature(DeformConv.__init__).parameters if name not in _CONV]
 
@@ -43,45 +43,40 @@ def deformify(
     rngs: nnx.Rngs | None = None,
     **options: Any,
 ) -> Model:
-    """A copy of a model with chosen `flax.nnx.Conv` layers deformable, which computes the same.
+    """Copy a model with chosen `flax.nnx.Conv` layers made deformable; the copy computes the same.
 
         y(p0) = Σ_n  w_n · x(p0 + p_n + Δp_n) · Δm_n  +  b,  at first with Δp = 0 and Δm = 1
 
-    w and b are the model's own, the new branches start at zero, and `mask_scale=2.0` makes the
-    modulation 2 · sigmoid(0) = 1. So a pretrained network becomes deformable in one line, and
-    training goes on from where it was.
+    w and b are the model's own. The new branches start at zero, and with `mask_scale=2.0` the
+    modulation starts at 2 · sigmoid(0) = 1. So a pretrained network becomes deformable in one
+    line, and training continues from where it was.
 
-    The model is copied, arrays included, and stays as it was; in the copy, modules and variables
-    that were shared still are. Kernels and biases keep their variables' kinds and metadata. An
-    optimizer of the old model knows nothing of the new branches: make a new one, in which they
-    learn slowly (`dcn_jax.optim.offset_labels`).
+    The original model is unchanged; the copy has arrays of its own. Modules and variables that
+    were shared in the model are shared in the copy. Kernels and biases keep the types and metadata
+    of their variables. Make a new optimizer: an old one does not know the new branches, which
+    should learn slowly (`dcn_jax.optim.offset_labels`).
 
     Args:
         model: any nnx model, or a container of models.
-        where: `where(path, module)` is asked about each `nnx.Conv`, and says whether it becomes
-            deformable. The path is that of `nnx.iter_graph`: attributes' names, and whole numbers
-            in lists, as in `("layer4", 0, "conv2")`. A module that is used in several places is
-            asked about once, by the first path to it. An `nnx` filter, such as
-            `nnx.PathContains("layer4")`, does as well. The branches of layers that are deformable
-            already are not asked about.
-        mask_scale: the modulation's upper bound. Only 2.0 leaves the result as it was; 1.0, the
-            papers', halves it.
-        rngs: where the keys come from for branches that start at random; by default `nnx.Rngs(0)`.
-        options: what only `DeformConv` takes, for all layers alike: `modulated`, `offset_groups`,
-            `max_offset`, …
+        where: `where(path, module)` is called for each `nnx.Conv`; True makes it deformable. The
+            path is that of `nnx.iter_graph`, with names of attributes and indices of lists:
+            `("layer4", 0, "conv2")`. A module that is used in several places has its first path.
+            An `nnx` filter works too, such as `nnx.PathContains("layer4")`. `where` is not called
+            for the branches of layers that are deformable already.
+        mask_scale: the modulation's upper bound. Only 2.0 keeps the result; 1.0 halves it.
+        rngs: keys for branches with random initializers; by default `nnx.Rngs(0)`.
+        options: for all new layers, what only `DeformConv` takes: `modulated`, `offset_groups`, …
 
     Returns:
-        The copy, of the model's type (of `DeformConv`, where the model itself is a chosen
-        `nnx.Conv`).
+        The copy, of the model's type; a `DeformConv` if the model itself is a chosen `nnx.Conv`.
 
     Raises:
-        ValueError: a chosen layer cannot become deformable, since it has an `input_dilation`, a
-            `mask`, causal padding or a `conv_general_dilated` of its own, or is of a class derived
-            from `nnx.Conv`; or an option does not fit it. The message names the layer's path.
+        ValueError: an option does not fit, or a chosen layer cannot become deformable: it has an
+            `input_dilation`, a `mask`, causal padding or its own `conv_general_dilated`, or its
+            class is derived from `nnx.Conv`. The message names the path of the layer.
         TypeError: an argument or option is of the wrong kind.
 
-    Source: arXiv 1703.06211, section 2.3: deformable layers in the place of their plain
-        counterparts.
+    Source: arXiv 1703.06211, section 2.3: deformable layers replace plain ones.
 
     Example:
         >>> import jax.numpy as jnp
@@ -100,11 +95,11 @@ def deformify(
         raise TypeError(f"where is a {type(where).__name__}; wanted a function of (path, module)")
     if unknown := [name for name in options if name not in _OWN]:
         raise TypeError(
-            f"deformify() takes no option {unknown[0]}; wanted those of DeformConv alone: {', '.join(_OWN)}"
+            f"deformify() takes no option {unknown[0]}; wanted one that only DeformConv has: {', '.join(_OWN)}"
         )
     if not any(isinstance(node, nnx.Pytree) for _, node in nnx.iter_graph(model, graph=True)):
         raise TypeError(
-            f"model is a {type(model).__name__} without nnx modules; wanted an nnx.Module, or a container of some"
+            f"model is a {type(model).__name__} without nnx modules; wanted an nnx.Module, or a container of them"
         )
     rngs = nnx.Rngs(0) if rngs is None else rngs
     copy = nnx.clone(model, arrays=True, graph=True)
@@ -123,7 +118,7 @@ def deformify(
 
 
 def _replaced(value: Any, layers: dict[int, DeformConv]) -> Any:
-    """`value` with its layers replaced, but not those inside of modules; itself where it has none."""
+    """`value` with its layers replaced, except inside modules; `value` itself if it has none."""
     leaves, structure = jax.tree.flatten(value, is_leaf=lambda node: isinstance(node, nnx.Pytree | nnx.Variable))
     if not any(id(leaf) in layers for leaf in leaves):
         return value
@@ -153,15 +148,15 @@ def _deformable(path: tuple, conv: Any, rngs: nnx.Rngs, options: dict[str, Any])
 
 
 def _refusal(conv: Any) -> str | None:
-    """Why a convolution has no deformable counterpart that computes the same, or None."""
+    """Why no deformable layer computes what a convolution does, or None."""
     if type(conv) is not nnx.Conv:
-        return f"it is a {type(conv).__name__}, and what that does beyond nnx.Conv would be lost"
+        return f"it is a {type(conv).__name__}, and what it does beyond nnx.Conv would be lost"
     if not jax.tree.all(jax.tree.map(lambda dilation: dilation == 1, conv.input_dilation)):  # None has no leaves
-        return f"input_dilation={conv.input_dilation!r}, and an offset has no meaning between pixels that are not there"
+        return f"input_dilation={conv.input_dilation!r}, and an offset between pixels that do not exist means nothing"
     if conv.mask is not None:
         return "it has a mask; multiply it into the kernel, and set the layer's mask to None"
     if conv.padding == "CAUSAL":
-        return 'padding="CAUSAL", and an offset may look ahead'
+        return 'padding="CAUSAL", and an offset may read later positions'
     if conv.conv_general_dilated is not lax.conv_general_dilated:
-        return "it has a conv_general_dilated of its own, which knows no offsets"
+        return "it has its own conv_general_dilated, which takes no offsets"
     return None

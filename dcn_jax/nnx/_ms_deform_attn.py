@@ -1,5 +1,6 @@
-"""`MSDeformAttn` for `flax.nnx`: owns the parameters, and leaves the rest to the op."""
+"""`MSDeformAttn` for `flax.nnx`: it makes the parameters; `ms_deform_attn` does the rest."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,28 +22,26 @@ class MSDeformAttn(nnx.Module):
         Δ = sampling_offsets(query);  a = softmax(attention_weights(query));  v = value_proj(value)
         out = output_proj(Σ_l Σ_p  a_lp · v_l(reference_l + Δ_lp · step_l))
 
-    The sum is `dcn_jax.ms_deform_attn`, by each of M heads at points of its own; the softmax is
-    over all L · P points of a head. Where a reference is a point, step is 1 / (width_l, height_l):
-    Δ is in pixels of the level. Where it is a box, (x, y, width, height), step is (width, height)
-    / (2 P). At the start each head looks along a direction of its own, its p-th point p steps away
-    (the last one at the edge of a box), and all points count alike.
+    The sum is `dcn_jax.ms_deform_attn`; each of M heads has points of its own. The softmax is over
+    all L · P points of a head. If the reference of a query is a point, step is 1 / (width_l,
+    height_l), so that Δ counts pixels of the level. If it is a box (x, y, width, height), step is
+    (width, height) / (2 P). In a new layer each head looks in one direction, its p-th point lies p
+    steps away (the last one at the edge of a box), and all points have equal weights.
 
-    It adds nothing: neither position embeddings to `query`, nor the residual and dropout that
-    mmcv's layer has inside.
+    The layer adds no position embeddings to `query`. Unlike mmcv's it has no residual or dropout.
 
     Parameters, by the published layer's names: `sampling_offsets`, `attention_weights`,
     `value_proj`, `output_proj`, each with `kernel` and `bias`. Locations and weights are computed
     in float32 or wider. Under `nnx.capture(layer, nnx.Intermediate)` the layer sows them, as
     `sampling_locations` `(*batch, Q, M, L, P, 2)`, in [0, 1] inside a map, and `sampling_weights`
-    `(*batch, Q, M, L, P)`: the name `attention_weights` is the projection's.
+    `(*batch, Q, M, L, P)`; the name `attention_weights` is that of the projection.
 
     Args:
         embed_dim: E, channels of `query`, `value` and the result.
-        num_heads: M, groups of channels that each look at points of their own.
+        num_heads: M, groups of channels; each group has points of its own.
         num_levels: L, how many maps there are.
-        num_points: P, points of a head on each level. One for each level, `(P1, …)`, where they
-            differ (RT-DETRv2); the points then lie one after another, and what is sown is
-            `(*batch, Q, M, P1 + P2 + …[, 2])`.
+        num_points: P, points of a head on each level. For levels that differ (RT-DETRv2) a tuple,
+            `(P1, …)`; the sown arrays are then `(*batch, Q, M, P1 + P2 + …[, 2])`.
         method: how a map is read, "linear", "nearest" or "discrete", as in the op.
         dtype: of the computation; by default that of the input and parameters, promoted.
         param_dtype: of the parameters.
@@ -50,7 +49,7 @@ class MSDeformAttn(nnx.Module):
         kernel_init: initializer of the kernels of `value_proj` and `output_proj`.
         bias_init: initializer of their biases.
         offset_kernel_init: initializer of `sampling_offsets.kernel`.
-        offset_bias_init: initializer of `sampling_offsets.bias`; by default the directions.
+        offset_bias_init: initializer of `sampling_offsets.bias`; by default the directions above.
         attention_kernel_init: initializer of `attention_weights.kernel`.
         attention_bias_init: initializer of `attention_weights.bias`.
         implementation: of the op: "xla", or None for the fastest that is sound.
@@ -106,12 +105,15 @@ class MSDeformAttn(nnx.Module):
         self.precision = precision
         self.implementation = implementation
         ms_deform_attn.check_options(self)
-        points, wide = ms_deform_attn.points(self), ms_deform_attn.branch_dtype(self)
-        offset_bias_init = offset_bias_init or ms_deform_attn.directions(self)
-        self.sampling_offsets = self._linear(2 * points, wide, offset_kernel_init, offset_bias_init, rngs)
-        self.attention_weights = self._linear(points, wide, attention_kernel_init, attention_bias_init, rngs)
-        self.value_proj = self._linear(embed_dim, dtype, kernel_init, bias_init, rngs)
-        self.output_proj = self._linear(embed_dim, dtype, kernel_init, bias_init, rngs)
+        points, wide = ms_deform_attn.point_count(self), ms_deform_attn.wide_dtype(self)
+        linear: Any = functools.partial(nnx.Linear, embed_dim, param_dtype=param_dtype, precision=precision, rngs=rngs)
+        offset_bias_init = offset_bias_init or ms_deform_attn.directions_init(self)
+        offset_inits = {"kernel_init": offset_kernel_init, "bias_init": offset_bias_init}
+        attention_inits = {"kernel_init": attention_kernel_init, "bias_init": attention_bias_init}
+        self.sampling_offsets = linear(2 * points, dtype=wide, **offset_inits)
+        self.attention_weights = linear(points, dtype=wide, **attention_inits)
+        self.value_proj = linear(embed_dim, dtype=dtype, kernel_init=kernel_init, bias_init=bias_init)
+        self.output_proj = linear(embed_dim, dtype=dtype, kernel_init=kernel_init, bias_init=bias_init)
 
     def __call__(
         self,
@@ -126,35 +128,22 @@ class MSDeformAttn(nnx.Module):
         Args:
             query: `(*batch, Q, embed_dim)`, position embeddings already added.
             reference_points: `(*batch, Q, num_levels, 2)`, points (x, y), or
-                `(*batch, Q, num_levels, 4)`, boxes (x, y, width, height) by their centres; in
-                [0, 1] inside a map. The axis of levels may be 1, batch axes 1 or missing.
+                `(*batch, Q, num_levels, 4)`, boxes (x, y, width, height) with (x, y) the centre;
+                in [0, 1] inside a map. The axis of levels may be 1, batch axes 1 or missing.
             value: `(*batch, S, embed_dim)`, the pixels of all levels one after another.
-            spatial_shapes: the maps' sizes, `((H1, W1), …)`, known when the function is traced; S
-                is the sum of their products.
-            padding_mask: `(*batch, S)` of bools, True where a pixel is padding: its projected value
-                is zero.
+            spatial_shapes: the sizes of the maps, `((H1, W1), …)`, as ints; S is the sum of H · W.
+            padding_mask: `(*batch, S)` of bools; where it is True, the projected value is 0.
 
         Raises:
             ValueError: an option or argument does not fit; the message names it.
             TypeError: an option or argument is of the wrong kind.
         """
-        call = ms_deform_attn.check_call(self, query, reference_points, value, spatial_shapes, padding_mask)
-        locations = ms_deform_attn.locations(self, self.sampling_offsets(call.query), call)
-        weights = ms_deform_attn.weights(self, self.attention_weights(call.query))
-        # Only under nnx.capture, for the reasons that DeformConv gives.
+        arguments = ms_deform_attn.check_arguments(self, query, reference_points, value, spatial_shapes, padding_mask)
+        locations = ms_deform_attn.place_points(self, self.sampling_offsets(arguments.query), arguments)
+        weights = ms_deform_attn.softmax(self, self.attention_weights(arguments.query))
+        # Only under nnx.capture: see DeformConv.
         if hasattr(self, "__captures__"):
             self.sow(nnx.Intermediate, "sampling_locations", locations)
             self.sow(nnx.Intermediate, "sampling_weights", weights)
-        return self.output_proj(ms_deform_attn.attend(self, self.value_proj(call.value), call, locations, weights))
-
-    def _linear(self, features: int, dtype: Any, kernel_init: Any, bias_init: Any, rngs: nnx.Rngs) -> nnx.Linear:
-        return nnx.Linear(
-            self.embed_dim,
-            features,
-            dtype=dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            kernel_init=kernel_init,
-            bias_init=bias_init,
-            rngs=rngs,
-        )
+        y = ms_deform_attn.attend(self, self.value_proj(arguments.value), arguments, locations, weights)
+        return self.output_proj(y)

@@ -1,10 +1,9 @@
-"""DCNv3: each channel summed apart over taps whose offsets and weights are given.
+"""DCNv3: each channel is summed over taps of given offsets and weights; channels are not mixed.
 
-It is `deform_conv` with a kernel of ones, a group for each channel, and the offsets in another order;
-`run` says so. DCNv4 shares all but how its arguments are packed.
+It is `deform_conv` with a kernel of ones, one feature group per channel, and offsets in another
+order. `run` shows it. DCNv4 differs only in how its arguments are packed.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from numbers import Real
@@ -33,39 +32,42 @@ def dcnv3(
     offset_scale: float = 1.0,
     remove_center: bool = False,
 ) -> jax.Array:
-    """Sum each channel over taps that read at learned, fractional offsets, with learned weights: DCNv3.
+    """Sum each channel over taps with learned, fractional offsets and learned weights: DCNv3.
 
-        y(p0, c) = Σ_k  m_k · x(p0 + s · (p_k + Δp_k), c)        p0 = output · stride - padding + centre
+        y(p0, c) = Σ_k  m_k · x(p0 + s · (p_k + Δp_k), c)    p0 = output · stride - padding + centre
 
-    p_k is the tap's place, `kernel_dilation · index - centre`, centre is `kernel_dilation · (window - 1) // 2` along each
-    axis, and s is `offset_scale`, which stretches the whole grid. Channels go in G groups, each with offsets Δp and
-    weights m of its own. There is no kernel, and no softmax over the taps: DCNv3's layer takes it before (`DCNv3`).
+    p_k is the tap's place, `kernel_dilation · index - centre`, with
+    `centre = kernel_dilation · (window - 1) // 2` along each axis. s is `offset_scale`. Channels
+    form G groups; each has offsets Δp and weights m of its own. There is no kernel and no softmax:
+    the layer `DCNv3` applies the softmax.
 
-    The taps run down the columns of the window, column after column, and an offset is (x, y): both the reverse of
-    `deform_conv`. K is the number of taps, `window[0] * window[1]`, less 1 with `remove_center`.
+    The taps run down the first column of the window, then down the next, and an offset is (x, y).
+    Both orders are the reverse of `deform_conv`'s. K is the number of taps,
+    `window[0] * window[1]`, less 1 with `remove_center`.
 
     Args:
         x: `(*batch, H, W, C)`; any number of leading batch axes, none included.
-        offset: `(*batch, Ho, Wo, G * K * 2)`, ordered [group, tap, (x, y)], in pixels of x before they are scaled; any
-            float dtype. Its batch axes broadcast to those of x: missing or 1, one set of offsets serves all images.
-        mask: `(*batch, Ho, Wo, G * K)`, ordered [group, tap], of any sign; its batch axes broadcast likewise.
+        offset: `(*batch, Ho, Wo, G * K * 2)`, ordered [group, tap, (x, y)], in pixels of x before
+            they are scaled; any float dtype. Batch axes may be 1 or missing: then images
+            share the offsets.
+        mask: `(*batch, Ho, Wo, G * K)`, ordered [group, tap], any sign; batch axes as for offset.
         window: taps along (height, width); an int is a square.
         strides: pixels between neighbouring outputs; one for both axes, or one per axis.
-        padding: an int, one int per axis, one (low, high) pair per axis, or a name as in `deform_conv`.
+        padding: an int, one int or (low, high) pair per axis, or a name as in `deform_conv`.
         kernel_dilation: pixels between neighbouring taps; one for both axes, or one per axis.
-        offset_scale: s, how far the grid of taps is stretched about its centre, their offsets included.
-        remove_center: leaves out the tap in the middle of the window, whose sizes have to be odd.
+        offset_scale: s, by which taps and offsets are stretched about the centre of the window.
+        remove_center: leaves out the middle tap of the window, whose sizes must be odd.
 
     Returns:
-        `(*batch, Ho, Wo, C)`, in the dtype of x. Positions and sums are computed in float32 or wider.
+        `(*batch, Ho, Wo, C)`, in the dtype of x; positions and sums are float32 or wider.
 
     Raises:
-        ValueError: a shape or an option does not fit; the message names it, what was given and what was wanted.
+        ValueError: a shape or an option does not fit; the message names it.
         TypeError: an argument is of the wrong kind.
 
-    Derivatives, wild offsets and symbolic sizes are as in `deform_conv`.
+    Derivatives, infinite and NaN offsets, and symbolic sizes are as in `deform_conv`.
 
-    Source: Wang et al., InternImage (arXiv 2211.05778), equation 2; the order of its published code.
+    Source: Wang et al., InternImage (arXiv 2211.05778), equation 2, and its code.
 
     Example:
         >>> import jax
@@ -90,20 +92,22 @@ def dcnv3(
     mask = checks.array("mask", mask, jnp.floating)
     values, groups = 2 * grid.taps, offset.shape[-1] // (2 * grid.taps) if offset.ndim else 0
     fits = groups > 0 and offset.shape[-1] == groups * values
-    check_axes("offset", offset, x, grid, f"G * {values}", f"K * 2 = {grid.taps} * 2 values for each group", fits=fits)
+    check_points(
+        "offset", offset, x, grid, f"G * {values}", f"K * 2 = {grid.taps} * 2 values for each group", fits=fits
+    )
     if x.shape[-1] % groups:
         raise ValueError(
-            f"offset has shape {offset.shape}, that is {groups} groups of {grid.taps} taps; wanted a number of groups that "
-            f"divides the {x.shape[-1]} channels of x"
+            f"offset has shape {offset.shape}, that is {groups} groups of {grid.taps} taps; wanted a number of groups "
+            f"that divides the {x.shape[-1]} channels of x"
         )
     wanted = groups * grid.taps
     meaning = f"one value for each tap ({grid.taps}) of each group ({groups}, as in offset)"
-    check_axes("mask", mask, x, grid, str(wanted), meaning, fits=mask.shape[-1:] == (wanted,))
+    check_points("mask", mask, x, grid, str(wanted), meaning, fits=mask.shape[-1:] == (wanted,))
     return run(grid, x, offset, mask)
 
 
 class Grid(NamedTuple):
-    """The taps of a call: a window, and how it is stretched and holed."""
+    """The taps of a call: a window, its stretch, and whether it lacks its middle tap."""
 
     window: Window
     scale: float
@@ -116,12 +120,12 @@ class Grid(NamedTuple):
 
 
 def centre(window: Window) -> tuple[int, ...]:
-    """How far the point that an output stands for lies from its first regular tap, in pixels along each axis."""
+    """From a window's first regular tap to its centre, in pixels along each axis."""
     return tuple(dilation * (size - 1) // 2 for size, dilation in zip(window.size, window.dilation, strict=True))
 
 
 def check_map(x: Any) -> jax.Array:
-    """`x` as an array, once it is known to be `(*batch, H, W, C)` with at least one pixel."""
+    """`x` as an array; raise if it is not `(*batch, H, W, C)` with at least one pixel and channel."""
     x = checks.array("x", x, jnp.inexact)
     if x.ndim < 3 or 0 in x.shape[-3:]:
         raise ValueError(f"x has shape {x.shape}; wanted (*batch, H, W, C), with at least one pixel and one channel")
@@ -138,55 +142,50 @@ def make_grid(
     offset_scale: Any,
     remove_center: Any,
 ) -> Grid:
-    """The taps over a map of `shape` `(*batch, H, W, C)`, all options checked."""
+    """The taps over a map of `shape` `(*batch, H, W, C)`; checks all options."""
     size = checks.per_axis("window", window, 2, minimum=1)
     resolved = resolve_window(
         size, spatial=shape[-3:-1], strides=strides, padding=padding, kernel_dilation=kernel_dilation
     )
     if not isinstance(offset_scale, Real) or isinstance(offset_scale, bool):
-        raise TypeError(f"offset_scale={offset_scale!r} is a {type(offset_scale).__name__}; wanted a number, 1.0 or so")
+        raise TypeError(
+            f"offset_scale={offset_scale!r} is a {type(offset_scale).__name__}; wanted a number such as 1.0"
+        )
     if not math.isfinite(offset_scale):
-        raise ValueError(f"offset_scale={offset_scale!r} is not finite; wanted a number, 1.0 or so")
+        raise ValueError(f"offset_scale={offset_scale!r} is not finite; wanted a number such as 1.0")
     if remove_center not in (False, True):
         raise TypeError(f"remove_center={remove_center!r} is not known; wanted True or False")
     if remove_center and (not all(k % 2 for k in size) or size == (1, 1)):
         raise ValueError(
-            f"remove_center=True with window={size} leaves out a middle that is not there or all there is; wanted odd sizes, "
-            "of more than one tap together"
+            f"remove_center=True, but window={size} has no middle tap, or no other tap; wanted odd sizes, not all 1"
         )
     return Grid(resolved, float(offset_scale), bool(remove_center))
 
 
-def check_axes(
-    name: str, array: jax.Array, x: jax.Array, grid: Grid, channels: str, meaning: str, *, fits: bool
+def check_points(
+    name: str, array: jax.Array, x: jax.Array, grid: Grid, channels: str, each: str, *, fits: bool
 ) -> None:
-    """Raise where `array` is not (batch axes that broadcast to those of x, *positions, channels that `fits`)."""
-    given, batch, positions = array.shape[:-3], x.shape[:-3], grid.window.out_spatial
-    broadcasts = len(given) <= len(batch) and all(
-        n in (1, wanted) for n, wanted in zip(given, batch[len(batch) - len(given) :], strict=True)
-    )
-    if array.ndim < 3 or array.shape[-3:-1] != positions or not broadcasts or not fits:
-        raise ValueError(
-            f"{name} has shape {array.shape}; wanted (*batch, {positions[0]}, {positions[1]}, {channels}): batch axes that "
-            f"broadcast to those of x, {batch}, the output positions, then {meaning}"
-        )
+    """Raise if `array` is not `(*batch, Ho, Wo, channels)`; `each` says what a position has."""
+    wanted = {"channels": channels, "meaning": f"the output positions, then {each}", "fits": fits}
+    batch, positions = x.shape[:-3], grid.window.out_spatial
+    checks.map_axes(name, array.shape, other="x", batch=batch, positions=positions, **wanted)
 
 
 def run(grid: Grid, x: jax.Array, offset: jax.Array, mask: jax.Array) -> jax.Array:
     """The op of checked arguments, in DCNv3's orders."""
-    compute = functools.partial(_convolve, grid)
-    return on_any_mesh(compute, batched=(x,), batch=x.ndim - 3, whole=3)(x, offset, mask)
+    arrays = x, offset, mask
+    return on_any_mesh(_convolve, grid, arrays, batched=(x,), batch=x.ndim - 3, whole=3)(*arrays)
 
 
 def _convolve(grid: Grid, x: jax.Array, offset: jax.Array, mask: jax.Array) -> jax.Array:
     window, channels, groups = grid.window, x.shape[-1], mask.shape[-1] // grid.taps
     offset = offset.reshape(*offset.shape[:-1], groups, grid.taps, 2)
     mask = mask.reshape(*mask.shape[:-1], groups, grid.taps, 1)
-    wide = x.astype(dtypes.wide(x.dtype))  # where the products with ones are not rounded
+    wide = x.astype(dtypes.wide(x.dtype))  # in half precision the products with ones would be rounded
     return deform_conv(
         wide,
         jnp.ones((*window.size, 1, channels), wide.dtype),
-        # A tap that is left out reads infinitely far away: nothing, not even of infinite pixels.
+        # A tap that is left out reads at infinity. That is zero even if pixels of x are infinite.
         _row_by_row(grid, _stretch(grid, offset)[..., ::-1], jnp.inf),
         _row_by_row(grid, mask, 0),
         strides=window.strides,
@@ -200,7 +199,7 @@ def _convolve(grid: Grid, x: jax.Array, offset: jax.Array, mask: jax.Array) -> j
 
 
 def _stretch(grid: Grid, offset: jax.Array) -> jax.Array:
-    """Offsets `(…, G, K, (x, y))` from the regular taps, in pixels: s · (p_k + Δp_k) - p_k."""
+    """Offsets `(…, G, K, (x, y))` from the unstretched taps: s · (p_k + Δp_k) - p_k."""
     if grid.scale == 1:
         return offset
     middle = centre(grid.window)
@@ -214,7 +213,7 @@ def _stretch(grid: Grid, offset: jax.Array) -> jax.Array:
 
 
 def _row_by_row(grid: Grid, taps: jax.Array, absent: float) -> jax.Array:
-    """`(…, G, K, v)`, taps column by column -> `(…, G * kh * kw * v)`, row by row, a tap that is left out being `absent`."""
+    """`(…, G, K, v)` by columns -> `(…, G * kh * kw * v)` by rows; a missing tap is `absent`."""
     height, width = grid.window.size
     *front, groups, _, values = taps.shape
     if grid.remove_center:

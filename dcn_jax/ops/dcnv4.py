@@ -1,4 +1,4 @@
-"""DCNv4: DCNv3's op, its offsets and weights packed into one array."""
+"""DCNv4: DCNv3's op, with offsets and weights packed into one array."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from dcn_jax._core import checks
 from dcn_jax.geometry import Padding
-from dcn_jax.ops.dcnv3 import check_axes, check_map, make_grid, run
+from dcn_jax.ops.dcnv3 import check_map, check_points, make_grid, run
 
 
 def dcnv4(
@@ -22,37 +22,38 @@ def dcnv4(
     offset_scale: float = 1.0,
     remove_center: bool = False,
 ) -> jax.Array:
-    """Sum each channel over taps that read at learned, fractional offsets, with learned weights: DCNv4.
+    """Sum each channel over taps with learned, fractional offsets and learned weights: DCNv4.
 
-        y(p0, c) = Σ_k  m_k · x(p0 + s · (p_k + Δp_k), c)        p0 = output · stride - padding + centre
+        y(p0, c) = Σ_k  m_k · x(p0 + s · (p_k + Δp_k), c)    p0 = output · stride - padding + centre
 
-    The same as `dcnv3`, whose page explains the letters, with Δp and m in one array. No softmax is taken of the weights,
-    in DCNv4's layer neither.
+    The same as `dcnv3`, which explains the letters, with Δp and m packed into one array. Neither
+    the op nor DCNv4's layer takes a softmax.
 
     Args:
         x: `(*batch, H, W, C)`; any number of leading batch axes, none included.
-        offset_mask: `(*batch, Ho, Wo, at least G * K * 3)`, any float dtype: for each group K offsets (x, y), in pixels of x
-            before they are scaled, then K weights of any sign; the taps run down the columns of the window. What comes
-            after the last group is ignored (the published layer pads to a multiple of 8 channels). Its batch axes
-            broadcast to those of x: missing or 1, one set of offsets serves all images.
-        groups: G, groups of channels that each read at points of their own; it divides C.
+        offset_mask: `(*batch, Ho, Wo, at least G * K * 3)`, any float dtype. Each group has K
+            offsets (x, y), in pixels of x before they are scaled, then K weights of any sign; taps
+            run down the columns of the window. Channels after the last group are ignored (the
+            published layer pads to a multiple of 8). Batch axes may be 1 or missing: then images
+            share the offsets.
+        groups: G, groups of channels; each has offsets and weights of its own. It divides C.
         window: taps along (height, width); an int is a square.
         strides: pixels between neighbouring outputs; one for both axes, or one per axis.
-        padding: an int, one int per axis, one (low, high) pair per axis, or a name as in `deform_conv`.
+        padding: an int, one int or (low, high) pair per axis, or a name as in `deform_conv`.
         kernel_dilation: pixels between neighbouring taps; one for both axes, or one per axis.
-        offset_scale: s, how far the grid of taps is stretched about its centre, their offsets included.
-        remove_center: leaves out the tap in the middle of the window, whose sizes have to be odd.
+        offset_scale: s, by which taps and offsets are stretched about the centre of the window.
+        remove_center: leaves out the middle tap of the window, whose sizes must be odd.
 
     Returns:
-        `(*batch, Ho, Wo, C)`, in the dtype of x. Positions and sums are computed in float32 or wider.
+        `(*batch, Ho, Wo, C)`, in the dtype of x; positions and sums are float32 or wider.
 
     Raises:
-        ValueError: a shape or an option does not fit; the message names it, what was given and what was wanted.
+        ValueError: a shape or an option does not fit; the message names it.
         TypeError: an argument is of the wrong kind.
 
-    Derivatives, wild offsets and symbolic sizes are as in `deform_conv`.
+    Derivatives, infinite and NaN offsets, and symbolic sizes are as in `deform_conv`.
 
-    Source: Xiong et al., DCNv4 (arXiv 2401.06197); the order of its published code.
+    Source: Xiong et al., DCNv4 (arXiv 2401.06197); the orders of its published code.
 
     Example:
         >>> import jax
@@ -79,7 +80,7 @@ def dcnv4(
     used, taps = groups * grid.taps * 3, grid.taps
     meaning = f"K * 3 = {taps} * 3 values for each of the {groups} groups: {taps} offsets (x, y), then {taps} weights"
     fits = packed.ndim > 0 and packed.shape[-1] >= used
-    check_axes("offset_mask", packed, x, grid, f"at least {used}", meaning, fits=fits)
+    check_points("offset_mask", packed, x, grid, f"at least {used}", meaning, fits=fits)
 
     positions = packed.shape[:-1]
     packed = packed[..., :used].reshape(*positions, groups, taps * 3)

@@ -1,6 +1,5 @@
 """Reading a map at normalised positions, with the numbers of `torch.nn.functional.grid_sample`."""
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -82,8 +81,8 @@ def grid_sample(
     """
     spec, features, grid = _check_call(features, grid, method, padding_mode, align_corners)
     batch = features.ndim - len(spec.border.spatial) - 1
-    compute = functools.partial(_sample_flat, spec)
-    return on_any_mesh(compute, batched=(features, grid), batch=batch, whole=grid.ndim - batch)(features, grid)
+    arrays = features, grid
+    return on_any_mesh(_sample_flat, spec, arrays, batched=arrays, batch=batch, whole=grid.ndim - batch)(*arrays)
 
 
 class _Spec(NamedTuple):

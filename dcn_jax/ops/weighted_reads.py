@@ -50,14 +50,16 @@ class Operands(NamedTuple):
     weights: Any  # (B, Q, *M, T); None for ones
 
 
+@functools.partial(jax.jit, static_argnums=0)  # a call outside of jit compiles once, not each time
 def sum_readings(levels: tuple[Level, ...], operands: Operands) -> jax.Array:
     """The sum, `(B, Q, *M, D)`, in the dtype of the features."""
-    # Here, because platform_op imports `jax.extend`, which imports Pallas: `import dcn_jax` stays quick without.
-    from dcn_jax._core.platform_op import Op, platform_op
+    # Imported here: platform_op imports `jax.extend`, which imports Pallas, and `import dcn_jax` is to stay quick.
+    from dcn_jax._core.platform_op import Op, platform_op, type_of
 
     if not countable(operands.features.shape[1]):
         raise ValueError(f"maps of {operands.features.shape[1]} pixels; wanted fewer than 2**31")
-    return platform_op(Op(levels, _zeros_of_result, algorithms(levels, operands)), vary_alike(operands))
+    operands = vary_alike(operands)  # so that JAX sums each gradient over devices once, after the loops
+    return platform_op(Op(levels, type_of(_zeros, operands), algorithms(levels, operands)), operands)
 
 
 def algorithms(levels: tuple[Level, ...], operands: Operands) -> "tuple[Algorithms, Algorithms]":
@@ -72,8 +74,7 @@ def algorithms(levels: tuple[Level, ...], operands: Operands) -> "tuple[Algorith
     return (("default", at_once), ("tpu", in_blocks)), (("default", in_blocks),)
 
 
-def _zeros_of_result(levels: tuple[Level, ...], operands: Operands) -> jax.Array:
-    del levels
+def _zeros(operands: Operands) -> jax.Array:
     features, points, _ = operands
     return jnp.zeros_like(features, shape=(*points.shape[:-2], features.shape[-1]))
 
@@ -81,7 +82,7 @@ def _zeros_of_result(levels: tuple[Level, ...], operands: Operands) -> jax.Array
 def _sum_points(levels: tuple[Level, ...], blocks: "_Blocks", operands: Operands) -> jax.Array:
     """The sum, for one point of all queries after another."""
     del blocks
-    y = _zeros_of_result(levels, operands)
+    y = _zeros(operands)
     for level in levels:
 
         def add(y, point, level=level):
@@ -95,7 +96,7 @@ def _sum_points(levels: tuple[Level, ...], blocks: "_Blocks", operands: Operands
 
 def _sum_blocks(levels: tuple[Level, ...], blocks: "_Blocks", operands: Operands) -> jax.Array:
     """The sum, for all points of a level and of one block of queries after another."""
-    y = _zeros_of_result(levels, operands)
+    y = _zeros(operands)
     for level in levels:
 
         @functools.partial(jax.checkpoint, prevent_cse=False)  # a derivative of the loop keeps no rows

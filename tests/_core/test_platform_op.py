@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcn_jax._core.platform_op import Algorithm, Op, platform_op
+from dcn_jax._core.platform_op import Algorithm, Op, platform_op, type_of
 
 
 class Arrays(NamedTuple):
@@ -40,7 +40,7 @@ def make(traced, *orders, result=result, gradients=gradients, **options):
         tuple((platform, Algorithm(result, gradients, number, **options)) for platform, number in numbers.items())
         for numbers in orders
     )
-    return lambda x, y: platform_op(Op(traced, lambda _, arrays: arrays.x + arrays.y, made), Arrays(x, y))
+    return lambda x, y: platform_op(Op(traced, type_of(jnp.add, x, y), made), Arrays(x, y))
 
 
 @pytest.mark.parametrize(

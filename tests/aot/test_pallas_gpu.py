@@ -52,7 +52,7 @@ WINDOWS = {
 # Scratch memory as a share of the columns: rows and weights, 32 bytes a point; in the backward pass also the weights'
 # gradient, 16 bytes a point for each block of channels × features, and float32 sums for x and the kernel.
 LIMITS = {"forward": 0.30, "backward": 0.75}
-# Bytes that one tile spills, with which float32 was fastest all the same (pallas_gpu.md): 104 on jax 0.11.2, 208 on 0.12.
+# Bytes that one tile spills, with which float32 was fastest all the same (pallas_gpu/JOURNAL.md): 104 on jax 0.11.2, 208 on 0.12.
 MEASURED = {"deform_conv_backward_kernel": 640}
 
 

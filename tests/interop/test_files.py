@@ -65,7 +65,7 @@ HOSTILE = {
 def test_damaged_safetensors(tmp_path, kind):
     path = tmp_path / "x.safetensors"
     path.write_bytes(HOSTILE[kind])
-    with pytest.raises(ValueError, match=r"x.safetensors' is damaged, or is no .safetensors file: "):
+    with pytest.raises(ValueError, match=r"x.safetensors' is damaged, or is not a .safetensors file: "):
         read_checkpoint(path)
 
 
@@ -165,7 +165,7 @@ def test_pth_is_read_with_weights_only(monkeypatch, pth, above):
 def test_what_torch_refuses_is_not_tried_again(monkeypatch, pth, error):
     calls = fake_torch(monkeypatch, error)
     with pytest.raises(
-        ValueError, match=r"x.pth' is damaged, or holds more than torch reads with weights_only=True.*: no"
+        ValueError, match=r"x.pth' is damaged, or holds objects that torch does not read with weights_only=True.*: no"
     ):
         read_checkpoint(pth)
     assert calls == [{"map_location": "cpu", "weights_only": True}]
@@ -189,7 +189,7 @@ def test_a_torch_that_can_be_made_to_run_code_is_refused(monkeypatch, pth, versi
 def test_without_torch_the_error_says_what_to_do(monkeypatch, pth):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(
-        ImportError, match=r"x.pth' is read by torch, which is not installed: pip install torch; or save"
+        ImportError, match=r"x.pth' is read by torch, which is not installed: pip install torch; or, on a machine"
     ):
         read_checkpoint(pth)
 
@@ -211,8 +211,8 @@ def test_what_torch_itself_saves(tmp_path):
     ("name", "error", "message"),
     [
         ("x.pkl", ValueError, r"ends in '.pkl'; wanted .safetensors, .pth, .pt"),
-        ("x.safetensors", FileNotFoundError, "x.safetensors' is no file"),
-        ("x.pth", FileNotFoundError, "x.pth' is no file"),
+        ("x.safetensors", FileNotFoundError, "x.safetensors' is not a file"),
+        ("x.pth", FileNotFoundError, "x.pth' is not a file"),
     ],
 )
 def test_files_of_other_kinds(tmp_path, name, error, message):

@@ -74,5 +74,7 @@ def test_all_that_does_not_fit_is_listed_and_nothing_is_changed():
 
 
 def test_statistics_are_no_parameters():
-    with pytest.raises(ValueError, match="more than parameters:\n  mean is a BatchStat\n  var is a BatchStat"):
+    with pytest.raises(
+        ValueError, match="variables that are not parameters:\n  mean is a BatchStat\n  var is a BatchStat"
+    ):
         to_linen(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))

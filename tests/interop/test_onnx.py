@@ -302,13 +302,13 @@ def test_a_subclass_is_known_where_it_computes_the_same():
 # ---- what is refused
 
 REFUSED = {
-    "SAME, open": ((4, 3, (3, 3), 2), {}, "padding='SAME' at strides .2, 2. pads by the map's size.*'height'.*as ints"),
+    "SAME, open": ((4, 3, (3, 3), 2), {}, "padding='SAME' at strides .2, 2. depends on the size of the map.*'height'.*as ints"),
     "border": ((4, 3, (3, 3)), {"padding_mode": ("zeros", "wrap")}, r"padding='SAME' with padding_mode=\('zeros', 'wrap'\) has"),
     "circular": ((4, 3, (3, 3)), {"padding": "CIRCULAR"}, r"padding='CIRCULAR' with padding_mode=\('wrap', 'wrap'\) has"),
     "crop": ((4, 3, (3, 3)), {"padding": -1}, "padding=-1 crops.*jax.export"),
     "one axis": ((4, 3, (3,)), {}, "kernel_size=.3,. has 1 spatial axes.*jax.export"),
     "no branch": ((4, 3, (3, 3)), {"offset_branch": False}, "offset_branch=False.*graph.add"),
-    "channels": ((5, 3, (3, 3)), {}, "it is given 4 channels and wants 5"),
+    "channels": ((5, 3, (3, 3)), {}, "its input has 4 channels; wanted 5"),
 }  # fmt: skip
 
 
@@ -327,7 +327,7 @@ def injected(*args, **kwargs):
 
 
 PARTS = {
-    "a module": (lambda rngs: Net(rngs), "layers.0: Net is not known; known are BasicBlock, .*, tanh.*converters="),
+    "a module": (lambda rngs: Net(rngs), "layers.0: Net is not known; wanted one of BasicBlock, .*, tanh.*converters="),
     "a branch": (
         lambda rngs: DeformConv(4, 4, (3, 3), offset_conv_cls=branch_module, rngs=rngs),
         "layers.0.offset_conv: Net is not known",
@@ -337,7 +337,7 @@ PARTS = {
     "another mean": (lambda rngs: functools.partial(jnp.mean, axis=1), r"the mean over axis=1 is not known.*\(1, 2\)"),
     "dilated input": (lambda rngs: nnx.Conv(4, 4, (3, 3), input_dilation=2, rngs=rngs), "layers.0: input_dilation=2"),
     "injected": (lambda rngs: nnx.Conv(4, 4, (3, 3), conv_general_dilated=injected, rngs=rngs), "layers.0: a conv_general"),
-    "another axis": (lambda rngs: nnx.BatchNorm(4, axis=1, rngs=rngs), "layers.0: axis=1 is not that of the channels"),
+    "another axis": (lambda rngs: nnx.BatchNorm(4, axis=1, rngs=rngs), "layers.0: axis=1 is not the axis of channels"),
     "a map of fewer axes": (lambda rngs: nnx.Conv(4, 4, 3, rngs=rngs), r"layers.0: a window of \(3,\) does not fit a map"),
 }  # fmt: skip
 
@@ -355,7 +355,7 @@ def test_parts_that_are_not_known(make, message):
         ({"opset": 18}, ValueError, "opset=18; wanted an int from 19"),
         ({"opset": 22.0}, ValueError, "opset=22.0; wanted an int from 19"),
         ({"input_shape": (4,)}, ValueError, r"input_shape=\(4,\) is not understood"),
-        ({"input_shape": (None, None, None, None)}, ValueError, r"input_shape=\(None, .*\) leaves the channels open"),
+        ({"input_shape": (None, None, None, None)}, ValueError, r"input_shape=\(None, .*\) has no number of channels"),
         ({"input_shape": (None, 0, 8, 4)}, ValueError, "a size of input_shape=0 is too small"),
         ({"input_shape": (None, 8.0, 8, 4)}, TypeError, "a size of input_shape=8.0 is a float"),
     ],

@@ -242,7 +242,7 @@ def test_missing_names_are_those_of_the_layout_that_is_there():
 
 def test_an_own_name_for_the_prefix_is_told():
     state = {f"module.{name}": value for name, value in interop.state("mmcv").items()}
-    with pytest.raises(ValueError, match=r"all of it is there behind a prefix: prefix='module\.'"):
+    with pytest.raises(ValueError, match=r"all of these names are there with a prefix: prefix='module\.'"):
         from_torch(make("mmcv"), state)
 
 
@@ -275,7 +275,7 @@ def test_paddle_s_branch_has_no_dilation():
         return nnx.eval_shape(lambda: make_layer(rngs=nnx.Rngs(0)))
 
     with pytest.raises(
-        ValueError, match=r"has kernel_dilation \(2, 2\), and Paddle's branch never has.*offset_conv_cls="
+        ValueError, match=r"has kernel_dilation \(2, 2\), and Paddle's branch has none.*offset_conv_cls="
     ):
         from_torch(dilated(), interop.state("paddle"))
     branch = functools.partial(nnx.Conv, kernel_size=(3, 3), strides=2, padding=1)
@@ -305,7 +305,11 @@ def test_what_has_no_counterpart_is_named():
     model.kept = nnx.data({"scales": [nnx.Param(jnp.ones(2))]})
     with pytest.raises(ValueError, match="no counterpart in PyTorch") as caught:
         to_torch(model)
-    for line in (r"norm.scale \(3,\): of InstanceNorm", r"norm.bias \(3,\)", r"kept.scales.0 \(2,\): of list"):
+    for line in (
+        r"norm.scale \(3,\): PyTorch's name for it in InstanceNorm",
+        r"norm.bias \(3,\)",
+        r"kept.scales.0 \(2,\): PyTorch's name for it in list",
+    ):
         assert re.search(line, str(caught.value)), line
     with pytest.raises(ValueError, match=r"other \(3\)"):
         from_torch(model, {})

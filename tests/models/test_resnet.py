@@ -347,12 +347,12 @@ def test_a_fresh_process_calls_the_exported_network(tmp_path):
         (
             {"deform_stages": ("conv3", "layer4")},
             ValueError,
-            r"deform_stages has 'layer4', which is no stage; wanted .*conv5",
+            r"deform_stages has 'layer4', which is not a stage; wanted .*conv5",
         ),
         (
             {"deform_stages": "conv3"},
             TypeError,
-            r"deform_stages='conv3' is a str; wanted a tuple of names, of \('conv2'",
+            r"deform_stages='conv3' is a str; wanted a tuple of names from \('conv2'",
         ),
         ({"deform_stages": 3}, TypeError, "deform_stages=3 is a int"),
         ({"num_classes": 0}, ValueError, "num_classes=0 is too small"),

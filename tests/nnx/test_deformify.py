@@ -286,11 +286,11 @@ class Standardized(nnx.Conv):
 
 
 REFUSED = {
-    "input_dilation": ({"input_dilation": (1, 2)}, r"input_dilation=\(1, 2\), and an offset has no meaning"),
-    "input_dilation int": ({"input_dilation": 2}, "input_dilation=2, and an offset has no meaning"),
+    "input_dilation": ({"input_dilation": (1, 2)}, r"input_dilation=\(1, 2\), and an offset between pixels"),
+    "input_dilation int": ({"input_dilation": 2}, "input_dilation=2, and an offset between pixels"),
     "mask": ({"mask": np.ones((3, 3, 4, 4))}, "it has a mask; multiply it into the kernel"),
-    "CAUSAL": ({"padding": "CAUSAL", "window": (3,)}, 'padding="CAUSAL", and an offset may look ahead'),
-    "conv": ({"conv_general_dilated": lambda *a, **k: lax.conv_general_dilated(*a, **k)}, "it has a conv_general_dilated of its own"),
+    "CAUSAL": ({"padding": "CAUSAL", "window": (3,)}, 'padding="CAUSAL", and an offset may read later positions'),
+    "conv": ({"conv_general_dilated": lambda *a, **k: lax.conv_general_dilated(*a, **k)}, "it has its own conv_general_dilated"),
     "four axes": ({"window": (1, 1, 1, 1)}, r"kernel_size=\(1, 1, 1, 1\) has 4 entries; wanted 1, 2 or 3"),
 }  # fmt: skip
 
@@ -318,7 +318,7 @@ def test_arguments_that_make_no_sense():
     with pytest.raises(TypeError, match=r"where is a str; wanted a function of \(path, module\)"):
         deformify(conv(), "layer4")
     with pytest.raises(
-        TypeError, match=r"takes no option strides; wanted those of DeformConv alone: offset_groups, modulated, "
+        TypeError, match=r"takes no option strides; wanted one that only DeformConv has: offset_groups, modulated, "
     ):
         deformify(conv(), everywhere, strides=2)
     with pytest.raises(TypeError, match=r"model is a dict without nnx modules; wanted an nnx.Module"):

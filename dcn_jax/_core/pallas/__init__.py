@@ -1,1 +1,1 @@
-"""What GPU kernels of any op need."""
+"""What Pallas kernels of any op need."""

@@ -1,17 +1,13 @@
-"""Sums of products in the GPU's own instructions, two narrow numbers at a time.
+"""Arithmetic in the GPU's own instructions, for float32, or for pairs of 16-bit numbers.
 
-    weigh(pixels, weights)     Σ_i  weights_i · pixels_i      rounded to the dtype that is asked for
-    multiply(pixels, factor)   pixels · factor                in float32
-    split(values)              float32 as the sum of two bfloat16
+    weighted_sum(pixels, weights)      Σ_i  weights_i · pixels_i      rounded to a given dtype
+    multiply_pixels(pixels, factors)   pixels · factors               in float32
+    split_bfloat16(values)             float32 as the sum of two bfloat16
 
-Why not in `jax.numpy`: Triton multiplies and adds in two instructions where the GPU has one. And it
-converts all operands of such a sum to the layout of the matrix product behind it, through shared
-memory, where to convert the sum would do. Instructions that may have side effects it leaves where
-they are: so these are marked. The mark takes private parts of Pallas, in this file alone; where one
-is missing, the results are the same and slower.
-
-On a GPU alone, but for `weigh` and `multiply` with `interpret`: Pallas's interpreter knows no
-instructions.
+From `jax.numpy`, Triton compiles a product and a sum to two instructions where the GPU has one. It
+moves the terms of the sum, not the sum, through shared memory to the next matrix product. It leaves
+instructions with side effects in place, so those here are marked as having some. The mark needs
+private parts of Pallas; without them, results are the same.
 """
 
 import functools
@@ -37,14 +33,14 @@ else:
     _pinned_p.def_effectful_abstract_eval(_abstract_eval)
 
     def _lower_pinned(context, *operands, **options):
-        [made] = _lower(context, *operands, **options)  # one result, or, of several, one list of them
+        [made] = _lower(context, *operands, **options)  # the only result, or a list of all results
         results = [made] if len(context.avals_out) == 1 else list(made)
         results[0].owner.attributes["pure"] = ir.BoolAttr.get(False)
         return results
 
     triton_lowering_rules[_pinned_p] = _lower_pinned
 
-# Two numbers that share a register: taken from it, and put into it.
+# Instructions that unpack two 16-bit numbers from one register to float32, and pack them again.
 _UNPACK = {
     "bfloat16": "shl.b32 {low}, {packed}, 16; and.b32 {high}, {packed}, 0xffff0000;",
     "float16": "mov.b32 {{h0, h1}}, {packed}; cvt.f32.f16 {low}, h0; cvt.f32.f16 {high}, h1;",
@@ -55,52 +51,50 @@ _PACK = {
 }
 
 
-def weigh(pixels: Sequence[jax.Array], weights: Sequence[jax.Array], dtype, *, interpret: bool) -> jax.Array:
+def weighted_sum(pixels: Sequence[jax.Array], weights: Sequence[jax.Array], dtype, *, interpret: bool) -> jax.Array:
     """Σ_i weights_i · pixels_i, summed in float32: pixels `(N, C)` of one dtype, weights `(N,)` -> `(N, C)` of `dtype`."""
     shape, narrow, count = pixels[0].shape, pixels[0].dtype.name, len(pixels)
     weights = [jnp.broadcast_to(weight[:, None], shape) for weight in weights]
     if interpret:
         terms = [w * p.astype(jnp.float32) for w, p in zip(weights, pixels, strict=True)]
         return functools.reduce(operator.add, terms).astype(dtype)
-    if narrow not in _PACK or jnp.dtype(dtype).name != narrow:
-        pixels = [p.astype(jnp.float32) for p in pixels]
-        lines = [_add("low", f"${1 + i}", f"${1 + count + i}", first=i == 0) for i in range(count)]
-        [total] = _run([*lines, "mov.b32 $0, low;"], [*pixels, *weights], jnp.float32)
-        return total.astype(dtype)
+    packed = narrow in _PACK and jnp.dtype(dtype).name == narrow
+    sums = ["sum0", "sum1"] if packed else ["sum0"]
     lines = []
     for i in range(count):
-        weight = 1 + count + 2 * i  # a register for each of the two numbers
-        lines += [
-            _UNPACK[narrow].format(packed=f"${1 + i}", low="x0", high="x1"),
-            _add("low", "x0", f"${weight}", first=i == 0),
-            _add("high", "x1", f"${weight + 1}", first=i == 0),
-        ]
-    lines.append(_PACK[narrow].format(packed="$0", low="low", high="high"))
-    [total] = _run(lines, [*pixels, *weights], dtype)
-    return total
+        if packed:
+            lines.append(_UNPACK[narrow].format(packed=f"${1 + i}", low="x0", high="x1"))
+        for n, total in enumerate(sums):
+            pixel, weight = f"x{n}" if packed else f"${1 + i}", f"${1 + count + i * len(sums) + n}"
+            multiply, rest = ("mul", "") if i == 0 else ("fma", f", {total}")
+            lines.append(f"{multiply}.rn.f32 {total}, {pixel}, {weight}{rest};")
+    if not packed:
+        pixels = [p.astype(jnp.float32) for p in pixels]
+    lines.append(_PACK[narrow].format(packed="$0", low="sum0", high="sum1") if packed else "mov.b32 $0, sum0;")
+    [total] = _run_asm(lines, [*pixels, *weights], dtype if packed else jnp.float32)
+    return total.astype(dtype)
 
 
-def _add(total: str, a: str, b: str, *, first: bool) -> str:
-    return f"mul.rn.f32 {total}, {a}, {b};" if first else f"fma.rn.f32 {total}, {a}, {b}, {total};"
-
-
-def multiply(pixels: jax.Array, factor: jax.Array, *, interpret: bool) -> jax.Array:
-    """Pixels `(N, C)` times float32 numbers `(N, C)`, in float32."""
+def multiply_pixels(pixels: jax.Array, factors: jax.Array, *, interpret: bool) -> jax.Array:
+    """Pixels `(N, C)` times float32 factors `(N, C)`, in float32. `interpret`: in Pallas's interpreter."""
     narrow = pixels.dtype.name
     if interpret:
-        return pixels.astype(jnp.float32) * factor
+        return pixels.astype(jnp.float32) * factors
     if narrow not in _PACK:
         lines = ["mul.rn.f32 $0, $1, $2;"]
     else:
         unpack = _UNPACK[narrow].format(packed="$2", low="x0", high="x1")
         lines = [unpack, "mul.rn.f32 $0, x0, $3;", "mul.rn.f32 $1, x1, $4;"]
-    [product] = _run(lines, [pixels, factor], jnp.float32)
+    [product] = _run_asm(lines, [pixels, factors], jnp.float32)
     return product
 
 
-def split(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32 numbers `(N, C)` as the nearest bfloat16, and what is left, rounded to one; of inf, inf is left."""
-    if _pinned_p is None:  # Pallas's own instructions have one result
+def split_bfloat16(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 numbers `(N, C)` as the nearest bfloat16 and the rest, rounded. On a GPU alone.
+
+    Infinity becomes the largest finite bfloat16 and a rest of inf. (inf leaves inf - inf = NaN.)
+    """
+    if _pinned_p is None:  # Pallas's own primitive allows one result only
         largest = float(jnp.finfo(jnp.bfloat16).max)
         near = jnp.clip(values, -largest, largest).astype(jnp.bfloat16)
         return near, (values - near.astype(jnp.float32)).astype(jnp.bfloat16)
@@ -112,22 +106,23 @@ def split(values: jax.Array) -> tuple[jax.Array, jax.Array]:
         "sub.rn.f32 x1, $3, x1;",
         pack.format(packed="$1", low="x0", high="x1"),
     ]
-    near, left = _run(lines, [values], jnp.bfloat16, jnp.bfloat16)
-    return near, left
+    near, rest = _run_asm(lines, [values], jnp.bfloat16, jnp.bfloat16)
+    return near, rest
 
 
-def _run(lines: Sequence[str], arrays: Sequence[jax.Array], *dtypes) -> Sequence[jax.Array]:
-    """Run instructions on each number of arrays of one shape, or on two together where any are of 16 bits.
+def _run_asm(lines: Sequence[str], arrays: Sequence[jax.Array], *dtypes) -> Sequence[jax.Array]:
+    """Run instructions on arrays of one shape, element by element.
 
-    `dtypes` are those of the results. $0, $1, … are the registers of the results and then of the arrays: one for two
-    numbers of 16 bits, one for each number of 32.
+    If any dtype has 16 bits, the instructions run on two neighbouring elements at a time. $0, $1, …
+    are registers, those of the results (one result for each of `dtypes`) before those of the
+    arrays. Two 16-bit elements share one register; each 32-bit element has its own.
     """
     together = 4 // min(jnp.dtype(dtype).itemsize for dtype in (*dtypes, *(array.dtype for array in arrays)))
 
     def registers(dtype):
         return ["r"] if jnp.dtype(dtype).itemsize == 2 else ["f"] * together
 
-    # "&": written while operands are still to be read.
+    # "&": results are written before all arrays have been read, so they must not share registers.
     outputs = [f"=&{register}" for dtype in dtypes for register in registers(dtype)]
     inputs = [register for array in arrays for register in registers(array.dtype)]
     options = {

@@ -1,9 +1,9 @@
-"""Atomic adds that order no other access to memory: relaxed, in the words of CUDA.
+"""Atomic adds with relaxed memory order: an add does not order the program's other memory accesses.
 
-A sum that nobody reads before its kernel has ended needs no more. Pallas has one atomic add, which
-acquires and releases: a barrier before it, and after it one that empties the first-level cache.
-Here is its primitive once more, lowered as Pallas lowers it, and relaxed then. That takes private
-parts of Pallas, in this file alone; where one is missing, Pallas's own add serves.
+That is enough for a sum that is read only after its kernel has ended. Pallas's own atomic add
+acquires and releases: it puts a memory barrier before each add, and empties the first-level cache
+after it. Here the same primitive is lowered as Pallas lowers it, and then set to relaxed. This
+needs private parts of Pallas, as asm.py does. If one is missing, Pallas's own add is used.
 """
 
 import jax
@@ -23,7 +23,7 @@ try:
     _abstract_eval, _lower = atomic_rmw_p.abstract_eval, triton_lowering_rules[atomic_rmw_p]
 except (ImportError, AttributeError, KeyError):
 
-    def _add(ref, index, value, mask):
+    def _add(ref, index, value, *, mask):
         triton.atomic_add(ref, index, value, mask=mask)
 
 else:
@@ -37,14 +37,11 @@ else:
 
     triton_lowering_rules[_add_p] = _lower_relaxed
 
-    def _add(ref, index, value, mask):
+    def _add(ref, index, value, *, mask):
         operands, tree = jax.tree.flatten((*get_ref_and_transforms(ref, index, "add"), value, mask))
         _add_p.bind(*operands, tree=tree)
 
 
 def add(ref, index: tuple[jax.Array, ...], value: jax.Array, mask: jax.Array | None) -> None:
-    """Add to elements that other programs add to as well, where the mask holds (None: everywhere).
-
-    On a GPU alone: Pallas's interpreter does not know it.
-    """
-    _add(ref, index, value, None if mask is None else jnp.broadcast_to(mask, value.shape))
+    """Add to elements that other programs may add to too, where `mask` is True (None: everywhere). On a GPU alone."""
+    _add(ref, index, value, mask=None if mask is None else jnp.broadcast_to(mask, value.shape))

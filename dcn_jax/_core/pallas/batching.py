@@ -1,4 +1,4 @@
-"""`jax.vmap` of kernels: what it maps over becomes a stack, which one launch goes through."""
+"""`jax.vmap` of kernels: the mapped axis becomes the arrays' stack axis, and one launch runs all its members."""
 
 import functools
 from typing import Any
@@ -10,23 +10,27 @@ from jax.custom_batching import custom_vmap
 from dcn_jax._core.pallas.partitioning import Pass, keep_local
 
 
-def run_pass(direction: Pass, plan: Any, operands):
-    """Run a pass on operands without a stack axis: a stack of one, or of what `jax.vmap` maps over."""
-    call = custom_vmap(functools.partial(keep_local, direction, plan))
+def run_pass(which: Pass, call: Any, operands):
+    """Run a pass on arrays without a stack axis. Each `jax.vmap` around it multiplies the size of one stack axis."""
+    on_stack = custom_vmap(functools.partial(keep_local, which, call))
 
-    @call.def_vmap
-    def _(size, mapped, operands):
+    @on_stack.def_vmap
+    def map_stack(members, mapped, operands):
         (mapped,) = mapped
         stack = max(jax.tree.leaves(jax.tree.map(lambda a, m: a.shape[1 if m else 0], operands, mapped)))
+        launched = max(
+            members, 1
+        )  # a kernel cannot take arrays without elements: of no members, one is made and dropped
 
         def fold(a, mapped):
             if not mapped and a.shape[0] == 1:
-                return a  # one for the whole stack
+                return a  # shared by all members of the stack
             a = a if mapped else a[None]
-            return jnp.broadcast_to(a, (size, stack, *a.shape[2:])).reshape(size * stack, *a.shape[2:])
+            a = jnp.zeros((1, *a.shape[1:]), a.dtype) if mapped and not members else a
+            return jnp.broadcast_to(a, (launched, stack, *a.shape[2:])).reshape(launched * stack, *a.shape[2:])
 
-        results = call(jax.tree.map(fold, operands, mapped))
-        unfolded = jax.tree.map(lambda a: a.reshape(size, stack, *a.shape[1:]), results)
+        results = on_stack(jax.tree.map(fold, operands, mapped))
+        unfolded = jax.tree.map(lambda a: a.reshape(launched, stack, *a.shape[1:])[:members], results)
         return unfolded, jax.tree.map(lambda _: True, results)
 
-    return jax.tree.map(lambda a: a[0], call(jax.tree.map(lambda a: a[None], operands)))
+    return jax.tree.map(lambda a: a[0], on_stack(jax.tree.map(lambda a: a[None], operands)))

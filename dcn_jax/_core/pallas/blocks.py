@@ -1,7 +1,7 @@
-"""Inside a kernel: counting, which elements of an array a program holds, and reaching them.
+"""Used inside a kernel: loops and index arithmetic, and loading, storing and adding blocks of an array.
 
-A `Span` names elements of an array by their indices and says which of them exist: a block need not
-fit its axis. Spans of rows and of columns make the span of a matrix.
+`Elements` are some elements of an array: their indices, and a mask of those to read or write.
+A block may reach beyond the end of its axis. Elements beyond it are masked.
 """
 
 import dataclasses
@@ -19,25 +19,22 @@ from dcn_jax._core.pallas import atomics
 
 
 def loop(count: int, body: Callable, start):
-    """`fori_loop` from 0, with 32-bit counters."""
+    """`lax.fori_loop` from 0 to `count`, with a 32-bit counter."""
     if count == 1:
         return body(np.int32(0), start)
-    # JAX counts in 64 bits where x64 is enabled, whatever the dtype of the limits.
+    # If x64 is enabled, JAX counts in 64 bits, whatever the dtype of the limits.
     return lax.fori_loop(0, count, lambda number, carry: body(number.astype(jnp.int32), carry), start)
 
 
-def quotient(number: jax.Array, by: int) -> jax.Array:
-    """`number // by`, of what is not negative."""
-    # Not by //, which rounds down: for a sign that is not there it compares, selects and divides
-    # again. And not by a Python int, which is 64 bits wide where x64 is enabled.
-    return lax.div(number, np.int32(by))
+def quotient(number: jax.Array, divisor: int) -> jax.Array:
+    """`number // divisor`, for numbers that are not negative."""
+    # `//` rounds down, so it compiles to a comparison, a selection and a second division, for
+    # negative numbers. A Python int would make the division a 64-bit one if x64 is enabled.
+    return lax.div(number, np.int32(divisor))
 
 
 def unravel(number: jax.Array, *sizes: int) -> list[jax.Array]:
-    """The index of the `number`-th element of an array `(…, *sizes)`.
-
-    Of one size, that is the quotient and the remainder.
-    """
+    """The index of the `number`-th element of an array `(…, *sizes)`. For one size: the quotient and the remainder."""
     index = []
     for size in reversed(sizes):
         index.append(lax.rem(number, np.int32(size)))
@@ -46,58 +43,53 @@ def unravel(number: jax.Array, *sizes: int) -> list[jax.Array]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Span:
-    """Elements of an array."""
+class Elements:
+    """Some elements of an array."""
 
-    index: tuple[Any, ...]  # along each axis of the array; they broadcast to each other
-    exists: jax.Array | None  # which of them are in the array; None: all
+    index: tuple[Any, ...]  # one entry for each axis of the array; the entries broadcast to each other
+    exists: jax.Array | None  # a mask: which elements to read or write; None means all
 
 
-def block(number, size: int, limit: int) -> Span:
-    """The `number`-th block of `size` elements on an axis of `limit`."""
+def block(number, size: int, limit: int) -> Elements:
+    """The `number`-th block of `size` elements on an axis of `limit` elements."""
     index = number * size + jnp.arange(size, dtype=jnp.int32)
-    return Span((index,), None if limit % size == 0 else index < limit)
+    return Elements((index,), None if limit % size == 0 else index < limit)
 
 
-def shift(span: Span, start) -> Span:
-    """A span of one axis, counted from `start`."""
-    return Span((start + span.index[0],), span.exists)
+def shift(elements: Elements, start) -> Elements:
+    """Elements of one axis, each moved up by `start`."""
+    return Elements((start + elements.index[0],), elements.exists)
 
 
-def outer(rows: Span, columns: Span, *leading) -> Span:
-    """A matrix of elements: rows along the axes before the last, columns along the last.
+def outer(rows: Elements, columns: Elements, *leading) -> Elements:
+    """A matrix of elements: each of `rows` with each of `columns`.
 
-    `leading` are the indices of the whole matrix along the array's first axes.
+    `leading` are indices of the array's first axes, `rows` of the next ones, `columns` of the last.
     """
     index = (*leading, *(i[:, None] for i in rows.index), *(i[None, :] for i in columns.index))
     rows_exist = None if rows.exists is None else rows.exists[:, None]
     columns_exist = None if columns.exists is None else columns.exists[None, :]
-    return Span(index, _both(rows_exist, columns_exist))
+    if rows_exist is None or columns_exist is None:
+        return Elements(index, columns_exist if rows_exist is None else rows_exist)
+    return Elements(index, rows_exist & columns_exist)
 
 
-def _both(exist: jax.Array | None, exist_too: jax.Array | None) -> jax.Array | None:
-    """Where both hold; None: everywhere."""
-    if exist is None or exist_too is None:
-        return exist_too if exist is None else exist
-    return exist & exist_too
+def load(ref, elements: Elements, other: int = 0) -> jax.Array:
+    """Read elements. Those that do not exist read as `other`."""
+    if elements.exists is None:
+        return triton.load(ref.at[elements.index])
+    return triton.load(ref.at[elements.index], mask=elements.exists, other=jnp.array(other, ref.dtype))
 
 
-def load(ref, span: Span, other: int = 0) -> jax.Array:
-    """Read elements, `other` for those that do not exist."""
-    if span.exists is None:
-        return triton.load(ref.at[span.index])
-    return triton.load(ref.at[span.index], mask=span.exists, other=jnp.array(other, ref.dtype))
+def store(ref, elements: Elements, value) -> None:
+    """Write the elements that exist."""
+    triton.store(ref.at[elements.index], value.astype(ref.dtype), mask=elements.exists)
 
 
-def store(ref, span: Span, value) -> None:
-    """Write elements, but for those that do not exist."""
-    triton.store(ref.at[span.index], value.astype(ref.dtype), mask=span.exists)
-
-
-def add(ref, span: Span, value, *, interpret: bool) -> None:
-    """Add to elements that other programs add to as well, but for those that do not exist."""
+def add(ref, elements: Elements, value, *, interpret: bool) -> None:
+    """Add to the elements that exist; other programs may add to them at the same time."""
     if not interpret:
-        atomics.add(ref, span.index, value, span.exists)
+        atomics.add(ref, elements.index, value, elements.exists)
         return
-    # The interpreter drops an index beyond the array, and counts one below zero from its end.
-    addupdate(ref, span.index, value if span.exists is None else jnp.where(span.exists, value, 0.0))
+    # `addupdate` has no mask, and a masked index may lie in the array: there, 0 is added.
+    addupdate(ref, elements.index, value if elements.exists is None else jnp.where(elements.exists, value, 0.0))

@@ -9,7 +9,7 @@ from dcn_jax._core.platform_op import Algorithm, Algorithms
 
 
 def by_kernels(result: Callable, gradients: Callable, by_xla: Callable, blocks: Any) -> tuple[Algorithms, ...]:
-    """The algorithms of the result, its gradients, and what follows them, for `platform_op`.
+    """For `platform_op`: the algorithms of the op, of its first derivative, and of all higher ones.
 
     `result` and `by_xla`, (spec, blocks, operands) -> array, compute the same. Tangents, and the derivatives of gradients,
     are those of `by_xla`.

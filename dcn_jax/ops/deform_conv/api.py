@@ -1,6 +1,5 @@
 """What users call: the op, and which implementation it takes."""
 
-import importlib
 import os
 from collections.abc import Sequence
 from types import ModuleType
@@ -10,7 +9,6 @@ import jax
 
 from dcn_jax.geometry import Padding
 from dcn_jax.ops.deform_conv.call import Arrays, Spec, check_call
-from dcn_jax.ops.deform_conv.xla import backend as xla
 
 IMPLEMENTATIONS = ("xla", "pallas_gpu", "pallas_tpu")
 _FORMER_NAMES = {"pallas": "pallas_gpu", "matmul": "pallas_tpu"}
@@ -57,32 +55,32 @@ def deform_conv(
         padding: "SAME" or "VALID" as XLA defines them, "CIRCULAR" or "REFLECT" as Flax does, an int, one int per axis,
             or one (low, high) pair per axis.
         kernel_dilation: pixels between neighbouring taps; one for all axes, or one per axis.
-        feature_group_count: groups of channels that are convolved apart.
+        feature_group_count: groups of channels, each convolved with its own features.
         padding_mode: what the map is beyond its border, for offsets and padding alike: "zeros", "edge", "wrap",
-            "reflect" or "symmetric" (`linear_sample`); one for all axes, or one per axis: a panorama of the world
-            wraps in longitude alone, ("zeros", "wrap"). "CIRCULAR" and "REFLECT" set it themselves.
+            "reflect" or "symmetric" (`linear_sample`); one for all axes, or one per axis: ("zeros", "wrap") for a
+            panorama, which wraps in longitude alone. The paddings "CIRCULAR" and "REFLECT" set it themselves.
         precision: of the matrix products, as in `jax.lax.dot_general`.
         preferred_element_type: dtype of the result; by default the dtype of x (promoted with kernel and bias).
-        max_offset: no offset is larger: those beyond ±max_offset pixels are clipped to it, and there, as at ±max_offset
-            itself, the derivative by the offset is zero; a NaN stays one. None for no bound.
-        implementation: "xla" (pure jax.numpy, everywhere), "pallas_gpu" (fused GPU kernels), "pallas_tpu" (TPU kernels for
-            offsets that `max_offset` bounds, without gathers; on several of them inside `jax.shard_map`), or None for
-            the fastest that is sound for these arguments here (`select_implementation` tells which).
+        max_offset: offsets are clipped to ±max_offset pixels. Where an offset is clipped, or equals the bound, its
+            derivative is zero; a NaN stays NaN. None for no bound.
+        implementation: "xla" (pure jax.numpy, everywhere); "pallas_gpu" (fused GPU kernels); "pallas_tpu" (TPU kernels
+            without gathers, which need `max_offset`, and on several TPUs `jax.shard_map`); or None, which takes "xla"
+            until the kernels have been timed beside it (`select_implementation` tells which, and why).
 
     Returns:
         `(*batch, *out_spatial, features)`. Positions are computed in float32 or wider and products are accumulated in
-        float32 or wider, whatever the dtypes of the arguments. A position is a whole number of pixels and an offset
-        from it, and keeps the fraction of the offset however large the map is.
+        float32 or wider, whatever the dtypes of the arguments. The whole pixels of a position and its offset are kept
+        apart, so that an offset keeps its fraction however large the map is.
 
     Raises:
         ValueError: a shape or an option does not fit; the message names it, what was given and what was wanted.
         TypeError: an argument is of the wrong kind.
 
-    Derivatives of every order, in both modes, with respect to every array. At whole-number positions the derivative
-    with respect to the position is the right-hand one, as in torchvision (mmcv sets it to zero where a coordinate is
-    exactly -1 or the map's size). Offsets of ±inf or 1e30 read zero (with "edge" the border), with a zero gradient; a
-    NaN offset makes NaN at its own output position alone. With "pallas_tpu" a pixel that is not finite makes NaN of output
-    positions around it too.
+    It is differentiable with respect to every array, to any order, in forward and reverse mode. At whole-number
+    positions the derivative with respect to the position is the right-hand one, as in torchvision (mmcv sets it to
+    zero where a coordinate is exactly -1 or the map's size). Offsets of ±inf or 1e30 read zero (with "edge" the
+    border), with a zero gradient. A NaN offset makes NaN at its own output position alone. With "pallas_tpu" an
+    infinite or NaN pixel makes NaN of output positions around it too.
 
     Batch and spatial sizes may be symbolic (`jax.export.symbolic_shape`), with "xla".
 
@@ -131,8 +129,8 @@ def select_implementation(
 ) -> tuple[str, str]:
     """Tell which implementation `deform_conv` would take for these arguments, and why not another.
 
-    Args: those of `deform_conv` but for bias, which makes no difference; arrays may be `jax.ShapeDtypeStruct`s, since
-    only shapes and dtypes are looked at.
+    Args: those of `deform_conv` but for bias, which makes no difference. Only shapes and dtypes are looked at, so
+    arrays may be `jax.ShapeDtypeStruct`s.
 
     Returns:
         (implementation, reason), for example `("xla", "…")`.
@@ -163,16 +161,19 @@ def select_implementation(
 
 def _backend(name: str) -> ModuleType:
     """The backend of that name: a `refusal` and a `run`."""
-    if name == "xla":
-        return xla
-    # Imported only when asked for: importing Pallas takes time that most users need not spend.
-    return importlib.import_module(f"dcn_jax.ops.deform_conv.{name}.backend")
+    # Each is imported when it is asked for: importing Pallas takes time that most users need not spend.
+    if name == "pallas_gpu":
+        from dcn_jax.ops.deform_conv.pallas_gpu import backend
+    elif name == "pallas_tpu":
+        from dcn_jax.ops.deform_conv.pallas_tpu import backend
+    else:
+        from dcn_jax.ops.deform_conv.xla import backend
+    return backend
 
 
 def _choose(spec: Spec, arrays: Arrays, implementation: str | None) -> tuple[str, str]:
     """The implementation to take, and why."""
     if implementation is None:
-        # Not by looking at the platform: nothing that could come of it would choose otherwise, and a CPU user pays nothing.
         reason = "the fused GPU kernels have not been timed beside it yet, so nobody knows where they are faster"
         if _deterministic():
             reason += ", and they add gradients atomically, in any order, which --xla_gpu_deterministic_ops rules out"
@@ -184,8 +185,7 @@ def _choose(spec: Spec, arrays: Arrays, implementation: str | None) -> tuple[str
         )
     if problem := _backend(implementation).refusal(spec, arrays):
         raise ValueError(
-            f"implementation={implementation!r} cannot take this call: {problem}; use implementation='xla', or None for "
-            "the fastest there is"
+            f"implementation={implementation!r} cannot take this call: {problem}; use implementation='xla', or None"
         )
     reason = "asked for by name"
     if implementation == "pallas_gpu" and _deterministic():

@@ -1,4 +1,4 @@
-"""A call of the op, checked: its arrays, and everything else about it."""
+"""The checks of a call, which return its arrays and, in a `Spec`, everything else about it."""
 
 import functools
 import math
@@ -33,11 +33,11 @@ class Spec(NamedTuple):
     dtype: jnp.dtype  # of x and kernel in the products
     out_dtype: jnp.dtype
     precision: Any  # of the products, as the caller gave it
-    max_offset: float | None = None  # no offset is larger
+    max_offset: float | None = None  # offsets were clipped to it
 
     @property
     def accumulate(self) -> jnp.dtype:
-        """The dtype that products are summed in."""
+        """The dtype in which products are summed."""
         return dtypes.wide(self.dtype)
 
 
@@ -54,7 +54,7 @@ def check_call(
     max_offset: Any = None,
     shapes_alone: bool = False,
 ) -> tuple[Spec, Arrays]:
-    """Check the arguments of `deform_conv`; with `shapes_alone`, arrays may be `jax.ShapeDtypeStruct`s.
+    """Check the arguments of `deform_conv`; `shapes_alone` allows `jax.ShapeDtypeStruct`s.
 
     Raises:
         ValueError: a shape or an option does not fit; the message names it.
@@ -88,14 +88,16 @@ def check_call(
 
     dtype = jnp.result_type(x.dtype, kernel.dtype)
     out_dtype = _result_dtype(dtype if bias is None else jnp.result_type(dtype, bias.dtype), preferred_element_type)
-    spec = Spec(window, offset_groups, int(feature_group_count), dtype, out_dtype, precision, _bound(max_offset))
+    spec = Spec(
+        window, offset_groups, int(feature_group_count), dtype, out_dtype, precision, _check_max_offset(max_offset)
+    )
     if spec.max_offset is not None and not shapes_alone:
         offset = _clip(offset, spec.max_offset)
     return spec, Arrays(x, kernel, offset, mask, bias)
 
 
 def kernel_shape(window: tuple[int, ...], channels: int, features: int, feature_group_count: int) -> tuple[int, ...]:
-    """`(*window, C // feature_group_count, features)`, once the groups are known to divide both."""
+    """The shape of a kernel; raise if feature_group_count does not divide channels and features."""
     if not checks.is_int(feature_group_count):
         raise TypeError(
             f"feature_group_count={feature_group_count!r} is a {type(feature_group_count).__name__}; wanted an int"
@@ -109,20 +111,26 @@ def kernel_shape(window: tuple[int, ...], channels: int, features: int, feature_
 
 
 def _clip(offset: jax.Array, bound: float) -> jax.Array:
-    """Offsets beyond ±`bound` brought there, where their derivative is zero, as it is at ±`bound`; a NaN stays."""
+    """Clip offsets to ±`bound`. At and beyond it the derivative is zero; a NaN stays NaN."""
     limit = jnp.asarray(bound, offset.dtype)
     return lax.clamp(-limit, offset, limit)
 
 
+def flatten_batch(batch: tuple[int, ...], array: jax.Array) -> jax.Array:
+    """`array` `(*batch, …)` with its batch axes as one; an array that images share is repeated."""
+    shape = array.shape[len(batch) :]
+    return jnp.broadcast_to(array, (*batch, *shape)).reshape(-1, *shape)
+
+
 def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """`y` `(…, F)` + `bias` `(F,)`, in the wider of their dtypes."""
+    """`y` `(…, F)` + `bias` `(F,)`, in float32 or wider; `y` as it is without a bias."""
     if bias is None:
         return y
     y = y.astype(dtypes.wide(y.dtype, bias.dtype))
     return y + lax.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
 
 
-def _bound(max_offset: Any) -> float | None:
+def _check_max_offset(max_offset: Any) -> float | None:
     if max_offset is None:
         return None
     wanted = "a number of pixels, which bounds offsets along every axis, or None for no bound"
@@ -153,7 +161,9 @@ def _split_shape(x: jax.Array, kernel: jax.Array, rank: int) -> tuple[tuple[int,
         )
     spatial = x.shape[-rank - 1 : -1]
     if 0 in spatial:
-        raise ValueError(f"x has shape {x.shape}, a map without pixels; wanted at least one along each spatial axis")
+        raise ValueError(
+            f"x has shape {x.shape}, a map without pixels; wanted at least one pixel along each spatial axis"
+        )
     return x.shape[: -rank - 1], spatial, x.shape[-1]
 
 
@@ -167,19 +177,19 @@ def _check_kernel(kernel: jax.Array, window: Window, channels: int, feature_grou
 
 
 def _check_offset(offset: jax.Array, window: Window, channels: int) -> int:
-    """Check the last axes of `offset`; return how many offset groups it has."""
+    """Check the last axes of `offset`, and that int32 can count the rows; return the number of offset groups."""
     groups = check_offset_shape(offset.shape, window)
     if channels % groups:
         raise ValueError(
             f"offset has shape {offset.shape}, that is {groups} offset groups of {window.taps} taps; wanted a number "
             f"of groups that divides the {channels} channels of x"
         )
-    # Here and not where rows are located, which is first traced when the program is lowered.
+    # `sampling.locate` checks this too, but it is traced when the program is lowered: too late to name the argument.
     rows = math.prod(window.spatial) * groups
     if not countable(rows):
         raise ValueError(
-            f"x has {math.prod(window.spatial)} pixels along its spatial axes {window.spatial}, read in {groups} offset groups; "
-            f"wanted fewer than 2**31 of both together, not {rows}: call the op for one strip of the map after another"
+            f"x has {math.prod(window.spatial)} pixels along its spatial axes {window.spatial}, and offset has "
+            f"{groups} offset groups; wanted a product below 2**31, not {rows}: call the op for strips of the map"
         )
     return groups
 
@@ -194,24 +204,23 @@ def _check_mask(mask: jax.Array, window: Window, batch: tuple[int, ...], offset_
 
 
 def _with_batch_axes(name: str, array: jax.Array, window: Window, batch: tuple[int, ...]) -> jax.Array:
-    """`array` with as many batch axes as x, those that it lacks being 1, once they are known to broadcast to x's."""
+    """`array` with 1 for each batch axis that it lacks; raise if they do not broadcast to x's."""
     given = array.shape[: -window.rank - 1]
-    full = (1,) * (len(batch) - len(given)) + given
-    if len(full) != len(batch) or any(n not in (1, wanted) for n, wanted in zip(full, batch, strict=True)):
+    if not checks.broadcasts(given, batch):
         raise ValueError(
-            f"{name} has shape {array.shape}, batch axes {given}; wanted those of x, {batch}, or 1 in the place of some, or "
-            "none of the first"
+            f"{name} has shape {array.shape}, batch axes {given}; wanted those of x, {batch}; any may be 1, and the "
+            "first ones may be missing"
         )
-    if full == given:
+    if len(given) == len(batch):
         return array
-    shape = (*full, *array.shape[len(given) :])
+    shape = (1,) * (len(batch) - len(given)) + array.shape
     if isinstance(array, jax.ShapeDtypeStruct):
         return cast(jax.Array, jax.ShapeDtypeStruct(shape, array.dtype))
     return array.reshape(shape)
 
 
 def _result_dtype(promoted: jnp.dtype, preferred_element_type: Any) -> jnp.dtype:
-    """The dtype of the result: `preferred_element_type`, or that of the arguments together."""
+    """The dtype of the result: `preferred_element_type`, or else that of the arguments."""
     if preferred_element_type is None:
         return promoted
     preferred = checks.floating_dtype("preferred_element_type", preferred_element_type)

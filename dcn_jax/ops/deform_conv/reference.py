@@ -1,6 +1,6 @@
 """The formula of the op, as it is written in the papers: to be read, and to test the backends by.
 
-It keeps every sample of every tap, which takes K times the memory of x, and is slow.
+It keeps every sample of every tap, K · C numbers in float32 for each output position, and is slow.
 """
 
 import functools

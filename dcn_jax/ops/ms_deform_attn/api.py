@@ -73,12 +73,7 @@ def ms_deform_attn(
         Array([[106.]], dtype=float32)
     """
     spec, arrays = check_call(
-        value,
-        spatial_shapes,
-        sampling_locations,
-        attention_weights,
-        points_per_level=points_per_level,
-        method=method,
+        value, spatial_shapes, sampling_locations, attention_weights, points_per_level=points_per_level, method=method
     )
     if implementation == "pallas_gpu":
         raise ValueError(

@@ -1,6 +1,5 @@
 """The op in `jax.numpy`: it brings the arrays to one batch axis, and says what is read of each level."""
 
-import functools
 import math
 
 import jax
@@ -16,7 +15,7 @@ from dcn_jax.sampling import Border
 def run(spec: Spec, arrays: Arrays) -> jax.Array:
     """`ms_deform_attn` of a checked call."""
     batch = arrays.value.ndim - 3
-    return on_any_mesh(functools.partial(_attend, spec), batched=arrays, batch=batch, whole=2)(*arrays)
+    return on_any_mesh(_attend, spec, arrays, batched=arrays, batch=batch, whole=2)(*arrays)
 
 
 def _attend(spec: Spec, value, locations, weights) -> jax.Array:

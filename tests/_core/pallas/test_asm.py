@@ -1,4 +1,4 @@
-"""Sums in the GPU's own instructions: what they are in Pallas's interpreter, and what a GPU is given to compile."""
+"""Arithmetic in the GPU's own instructions: its results in the interpreter, and its text in a kernel."""
 
 import importlib.util
 import re
@@ -30,25 +30,25 @@ def test_the_interpreter_sums_in_float32_and_rounds_once(dtype):
     pixels, weights, factor = draw(dtype)
     exact = sum(np.float64(w)[:, None] * np.float64(p) for w, p in zip(weights, pixels, strict=True))
     for rounded in {jnp.dtype(dtype), jnp.dtype(jnp.float32)}:
-        sums = asm.weigh(pixels, weights, rounded, interpret=True)
+        sums = asm.weighted_sum(pixels, weights, rounded, interpret=True)
         assert sums.dtype == rounded
         np.testing.assert_allclose(np.float64(sums), exact, rtol=0.51 * float(jnp.finfo(rounded).eps), atol=1e-6)
-    product = asm.multiply(pixels[0], factor, interpret=True)
+    product = asm.multiply_pixels(pixels[0], factor, interpret=True)
     assert product.dtype == jnp.float32
     np.testing.assert_allclose(product, np.float64(pixels[0]) * np.float64(factor), rtol=1e-6)
 
 
 def instructions(given, dtype, rounded):
-    """The inline assemblies of a kernel that does all three: (instructions, options as they are printed)."""
+    """(instructions, printed options) of each inline assembly in a kernel that calls all three functions."""
 
     def body(pixels_ref, wide_ref, sums_ref, products_ref, near_ref, left_ref):
         rows, columns = blocks.block(0, SHAPE[0], SHAPE[0]), blocks.block(0, SHAPE[1], SHAPE[1])
         matrix, first = blocks.outer(rows, columns), np.int32(0)
         pixels, wide = blocks.load(pixels_ref, matrix), blocks.load(wide_ref, matrix)
-        weight = blocks.load(wide_ref, blocks.Span((*rows.index, first), None))
-        blocks.store(sums_ref, matrix, given.weigh([pixels] * COUNT, [weight] * COUNT, rounded, interpret=False))
-        blocks.store(products_ref, matrix, given.multiply(pixels, wide, interpret=False))
-        near, left = given.split(wide)
+        weight = blocks.load(wide_ref, blocks.Elements((*rows.index, first), None))
+        blocks.store(sums_ref, matrix, given.weighted_sum([pixels] * COUNT, [weight] * COUNT, rounded, interpret=False))
+        blocks.store(products_ref, matrix, given.multiply_pixels(pixels, wide, interpret=False))
+        near, left = given.split_bfloat16(wide)
         blocks.store(near_ref, matrix, near)
         blocks.store(left_ref, matrix, left)
 
@@ -56,7 +56,7 @@ def instructions(given, dtype, rounded):
         made = {"sums": rounded, "products": jnp.float32, "near": jnp.bfloat16, "left": jnp.bfloat16}
         made = {name: jax.ShapeDtypeStruct((1, *SHAPE), kind) for name, kind in made.items()}
         operands = {"pixels": pixels, "wide": wide}
-        return launch(body, operands, made, name="t", grid=(1,), warps=1, stages=1, interpret=False)
+        return launch(body, operands, made, name="t", grid=(1,), warps=1, interpret=False)
 
     text = aot.triton(run, *(jax.ShapeDtypeStruct((1, *SHAPE), kind) for kind in (dtype, jnp.float32)))
     return re.findall(r'elementwise_inline_asm "(.*?)" (\{.*?\})', text)
@@ -86,7 +86,7 @@ def test_a_gpu_multiplies_and_adds_in_one_instruction_that_nothing_moves(dtype, 
 @pytest.mark.parametrize("gone", ["a module", "a name", "a rule"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_where_pallas_has_changed_its_own_instructions_serve(monkeypatch, gone, dtype):
-    """They may be moved then, and one of two results is left to Triton."""
+    """Triton may move them then. Splitting has two results, so it is left to `jax.numpy`."""
     if gone == "a module":
         monkeypatch.setitem(sys.modules, "jax._src.pallas.triton.primitives", None)
     elif gone == "a name":

@@ -1,4 +1,4 @@
-"""Adding where other programs add too: in Pallas's interpreter, and what a GPU is given to compile."""
+"""Adding to elements that other programs add to: in the interpreter, and as Triton IR for a GPU."""
 
 import functools
 import importlib.util
@@ -20,21 +20,21 @@ SIZE = 21  # of two blocks of 16, the second ragged
 
 
 def add_at(add, values, index, *, interpret):
-    """Ones `(1, 4, 4)`, and each value added to the four at its index."""
+    """An array of ones `(1, 4, 4)` after each value has been added to all of the row that its index names."""
 
     def body(values_ref, index_ref, sums_ref):
         these = blocks.block(pl.program_id(0), 16, SIZE)
         row, value = blocks.load(index_ref, these), blocks.load(values_ref, these)
-        rows = blocks.Span((row,), these.exists & (row >= 0) & (row < 4))
+        rows = blocks.Elements((row,), these.exists & (row >= 0) & (row < 4))
         columns = blocks.block(0, 4, 4)
         add(sums_ref, blocks.outer(rows, columns), jnp.broadcast_to(value[:, None], (16, 4)))
 
     operands, results = {"values": values, "index": index}, {"sums": jnp.ones((1, 4, 4))}
-    return launch(body, operands, results, name="t", grid=(2,), warps=1, stages=1, interpret=interpret)["sums"]
+    return launch(body, operands, results, name="t", grid=(2,), warps=1, interpret=interpret)["sums"]
 
 
 def test_the_interpreter_adds_each_value_that_exists():
-    """Also where indices meet, within a block and across blocks; and none that is masked, as all are whose index is no row."""
+    """Several values add to one row, from one block and from both. Values whose index is no row are masked."""
     rng = np.random.default_rng(0)
     values, index = rng.standard_normal((1, SIZE), np.float32), rng.integers(0, 4, (1, SIZE), np.int32)
     index[0, [2, 17]] = -1, 4
@@ -47,7 +47,7 @@ def test_the_interpreter_adds_each_value_that_exists():
 
 
 def atomic_adds(add):
-    """How the adds of a kernel are meant for a GPU, "relaxed" say, and their operands."""
+    """(memory order, for example "relaxed", and number of operands) of each atomic add in a kernel."""
     shapes = [jax.ShapeDtypeStruct((1, SIZE), dtype) for dtype in (jnp.float32, jnp.int32)]
     text = aot.triton(functools.partial(add_at, add, interpret=False), *shapes)
     return [
@@ -70,4 +70,6 @@ def test_where_pallas_has_changed_its_own_add_serves(monkeypatch, gone):
     elsewhere = importlib.util.module_from_spec(found)
     found.loader.exec_module(elsewhere)
     monkeypatch.undo()
-    assert atomic_adds(lambda ref, span, value: elsewhere.add(ref, span.index, value, span.exists)) == [("acq_rel", 3)]
+    assert atomic_adds(lambda ref, elements, value: elsewhere.add(ref, elements.index, value, elements.exists)) == [
+        ("acq_rel", 3)
+    ]

@@ -1,4 +1,4 @@
-"""What kernels count with: indices of blocks that need not fit their axes."""
+"""Index arithmetic inside kernels, and blocks that reach beyond the end of their axis."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def test_unravel_is_numpys():
 
 
 def test_unravel_stays_in_32_bits(x64):
-    """And in one instruction: rounding down would compare and select as well."""
+    """And it takes one instruction each: rounding down would add a comparison and a selection."""
     program = jax.make_jaxpr(lambda number: blocks.unravel(number, 4))(jnp.int32(7))
     assert sorted(eqn.primitive.name for eqn in program.eqns) == ["div", "rem"]
     assert {str(out.dtype) for out in program.out_avals} == {"int32"}

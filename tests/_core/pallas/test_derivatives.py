@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dcn_jax._core.pallas.derivatives import by_kernels
-from dcn_jax._core.platform_op import Op, platform_op
+from dcn_jax._core.platform_op import Op, platform_op, type_of
 
 
 class Arrays(NamedTuple):
@@ -33,7 +33,7 @@ def three_times_its_gradients(spec, blocks, active, g, arrays):
 
 def op(x, y):
     made = by_kernels(twice_the_form, three_times_its_gradients, form, None)
-    return platform_op(Op(None, lambda _, arrays: form(None, None, arrays), made), Arrays(x, y))
+    return platform_op(Op(None, type_of(jnp.add, x, y), made), Arrays(x, y))
 
 
 def gradient(f, x, y):

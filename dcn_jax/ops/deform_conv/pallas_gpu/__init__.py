@@ -1,1 +1,1 @@
-"""The op as fused GPU kernels."""
+"""`deform_conv` as fused GPU kernels."""

@@ -1,9 +1,8 @@
-"""The op as fused GPU kernels, which gather, interpolate, modulate and multiply in one pass.
+"""`deform_conv` as fused GPU kernels, which gather, interpolate, modulate and multiply in one pass.
 
-`_convolve` and `_pull` are the op and its gradients by the kernels, `_prepare` finds what they read.
-`_forward` and `_backward` launch the kernels of `pallas_gpu_kernels`, over a call that is cut by
-`pallas_gpu_tiles`. What kernels of any op need is in `_pallas`. What was counted, and what to try, is
-in pallas_gpu.md.
+`_result` and `_gradients` are the op and its gradients. `_prepare` computes what the kernels read:
+x as rows, the indices of the rows to read, and their weights. `_forward` and `_backward` divide the work into tiles, and launch
+the kernels. JOURNAL.md has the times, what was tried, and what to try next.
 """
 
 import functools
@@ -17,22 +16,22 @@ from jax.export import is_symbolic_dim
 from jax.sharding import AxisType
 
 from dcn_jax._core.dtypes import asked_precision, wide
-from dcn_jax._core.mesh import on_any_mesh, vary_alike
+from dcn_jax._core.mesh import on_any_mesh, vary_alike, zeros_varying_like
 from dcn_jax._core.pallas import batching, partitioning
 from dcn_jax._core.pallas.derivatives import by_kernels
 from dcn_jax._core.pallas.launch import interpreting, launch, out_of_reach, stack_size
-from dcn_jax._core.platform_op import Op, platform_op
-from dcn_jax.ops.deform_conv.call import Arrays, Spec, add_bias
+from dcn_jax._core.platform_op import Op, platform_op, type_of
+from dcn_jax.ops.deform_conv.call import Arrays, Spec, add_bias, flatten_batch
 from dcn_jax.ops.deform_conv.pallas_gpu import kernels
 from dcn_jax.ops.deform_conv.pallas_gpu.points import locate_points
-from dcn_jax.ops.deform_conv.pallas_gpu.tiles import WARPS, Cut, Plan, count_runs, count_tiles, cut_for
+from dcn_jax.ops.deform_conv.pallas_gpu.tiles import WARPS, GpuCall, Tiling, count_chunks, count_tiles, tiling_for
 from dcn_jax.ops.deform_conv.xla import backend as xla
 
-DTYPES = ("float32", "bfloat16", "float16")  # that the kernels load; they compute in float32
+DTYPES = ("float32", "bfloat16", "float16")  # of x and kernel; sums are float32
 
-# How a float32 product is made, by what `precision` asks for. Half-precision products are exact in
-# each of them.
-_PRODUCTS = {
+# How float32 products are computed, by `precision`. Products of 16-bit numbers are always exact.
+_DOT_ALGORITHMS = {
+    None: lax.DotAlgorithmPreset.TF32_TF32_F32,
     (lax.Precision.DEFAULT, lax.Precision.DEFAULT): lax.DotAlgorithmPreset.TF32_TF32_F32,
     (lax.Precision.HIGH, lax.Precision.HIGH): lax.DotAlgorithmPreset.TF32_TF32_F32,
     (lax.Precision.HIGHEST, lax.Precision.HIGHEST): lax.DotAlgorithmPreset.F32_F32_F32,
@@ -44,35 +43,37 @@ _PRODUCTS = {
 
 
 def refusal(spec: Spec, arrays: Arrays) -> str | None:
-    """Why the kernels cannot take this call, all reasons in one sentence; None if they can."""
+    """All reasons why the kernels cannot take this call, in one sentence; None if they can."""
     reasons = []
     if any(map(is_symbolic_dim, (*arrays.x.shape, *spec.window.spatial))):
-        reasons.append(f"x has the symbolic shape {arrays.x.shape} (the kernels are made for sizes that are known)")
+        reasons.append(f"x has the symbolic shape {arrays.x.shape} (the kernels need sizes that are known)")
     for name, array in (("x", arrays.x), ("kernel", arrays.kernel)):
         if array.dtype.name not in DTYPES:
-            reasons.append(f"{name} has dtype {array.dtype} (the kernels know {', '.join(DTYPES)})")
-    if _product(spec.precision) is None:
-        known = ", ".join(map(str, _PRODUCTS))
-        reasons.append(f"precision={spec.precision!r} is not among those the kernels know ({known})")
+            reasons.append(f"{name} has dtype {array.dtype} (the kernels take {', '.join(DTYPES)})")
+    if _dot_algorithm(spec.precision) is None:
+        known = ", ".join(map(str, _DOT_ALGORITHMS))
+        reasons.append(f"precision={spec.precision!r} is not one that the kernels take ({known})")
     kinds = set(jax.sharding.get_abstract_mesh().axis_types)
-    if AxisType.Manual in kinds and len(kinds) > 1:  # JAX cannot partition what is inside
-        reasons.append("it is in a shard_map over some axes of its mesh (the kernels go in one over all axes)")
+    if AxisType.Manual in kinds and len(kinds) > 1:  # JAX cannot partition a kernel in such a shard_map
+        reasons.append("it is in a shard_map over some axes of its mesh (the kernels need one over all axes)")
     if problem := out_of_reach("cuda"):
         reasons.append(problem)
     return "; and ".join(reasons) or None
 
 
 def run(spec: Spec, arrays: Arrays) -> jax.Array:
-    """`deform_conv` of a checked call that `refusal` has nothing against."""
+    """The result of `deform_conv`, for a checked call that `refusal` returns None for."""
     if 0 in (arrays.x.size, arrays.kernel.size):
-        return xla.run(spec, arrays)  # no products to make: a GPU has no kernel without programs
+        return xla.run(spec, arrays)  # a GPU cannot launch a kernel with an empty grid
     out_dtype = spec.out_dtype if spec.out_dtype.name in DTYPES else jnp.dtype("float32")
-    product = cast(lax.DotAlgorithmPreset, _product(spec.precision))
-    # The mode is kept in the plan: a backward pass traced later runs in that of its forward pass.
-    plan = Plan(spec._replace(out_dtype=out_dtype), product, interpreting())
+    algorithm = cast(lax.DotAlgorithmPreset, _dot_algorithm(spec.precision))
+    # Gradients may be traced later, outside `interpret`. They are interpreted if the result was.
+    call = GpuCall(spec._replace(out_dtype=out_dtype), algorithm, interpreting())
     rank = spec.window.rank
     compute = on_any_mesh(
-        lambda *arrays: _op(spec, plan, Arrays(*arrays)),
+        _op_on_one_mesh,
+        (spec, call),
+        arrays,
         batched=(arrays.x, arrays.offset),
         batch=arrays.x.ndim - rank - 1,
         whole=rank + 1,
@@ -80,83 +81,75 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
     return compute(*arrays)
 
 
-def _product(precision: Any) -> lax.DotAlgorithmPreset | None:
-    """How to make a float32 product, by `precision` as lax understands it; None if the kernels cannot."""
-    asked = asked_precision(precision)
-    return _PRODUCTS.get(lax.DotAlgorithmPreset.DEFAULT if asked is None else asked)
+def _op_on_one_mesh(static: tuple[Spec, GpuCall], *arrays) -> jax.Array:
+    return _op(*static, Arrays(*arrays))
+
+
+def _dot_algorithm(precision: Any) -> lax.DotAlgorithmPreset | None:
+    """How to compute float32 products, by `precision` as lax understands it; None if the kernels cannot."""
+    return _DOT_ALGORITHMS.get(asked_precision(precision))
 
 
 # --- the op and its gradients -------------------------------------------------------------------------------------
 
 
-def _op(spec: Spec, plan: Plan, arrays: Arrays) -> jax.Array:
-    made = by_kernels(_convolve, _gradients, _by_xla, plan)
-    return platform_op(Op(spec, _result_type, made, partitioning.holds_kernels()), arrays)
+@functools.partial(jax.jit, static_argnums=(0, 1))  # a call outside of jit compiles once, not each time
+def _op(spec: Spec, call: GpuCall, arrays: Arrays) -> jax.Array:
+    result = type_of(functools.partial(_by_xla, spec, call), arrays)
+    algorithms = by_kernels(_result, _gradients, _by_xla, call)
+    return platform_op(Op(spec, result, algorithms, partitioning.holds_kernels()), arrays)
 
 
-def _by_xla(spec: Spec, plan: Plan, arrays: Arrays) -> jax.Array:
-    del plan
+def _by_xla(spec: Spec, call: GpuCall, arrays: Arrays) -> jax.Array:
+    del call
     return xla.convolve(spec, *arrays)
 
 
-def _result_type(spec: Spec, arrays: Arrays) -> jax.Array:
-    return xla.convolve(spec, *arrays)
-
-
-def _gradients(spec: Spec, plan: Plan, active: tuple[str, ...], g: jax.Array, arrays: Arrays) -> dict[str, Any]:
-    """Those of the arrays named in `active`."""
-    del spec
-    found = _pull(plan, arrays, g)
-    return {name: getattr(found, name) for name in active}
-
-
-class _Operands(NamedTuple):
-    """What the kernels read, as `pallas_gpu_kernels` describes it."""
+class _ForwardOperands(NamedTuple):
+    """What the forward kernel reads; `kernels` has the shapes. In `_forward` each has a stack axis before its own axes."""
 
     x: jax.Array
     kernel: jax.Array
-    row: jax.Array
+    row: jax.Array | None  # None in a tuple of gradients: integers have none
     weight: jax.Array
     bias: jax.Array | None
 
 
-def _convolve(spec: Spec, plan: Plan, arrays: Arrays) -> jax.Array:
-    """The op by the kernels."""
-    operands, row = _prepare(plan, arrays)
+def _result(spec: Spec, call: GpuCall, arrays: Arrays) -> jax.Array:
+    operands, row = _prepare(call, arrays)
     bias = operands.bias
-    inside = bias is not None and bias.dtype.name in DTYPES
-    y = batching.run_pass(_FORWARD, plan, operands._replace(row=row, bias=bias if inside else None)).y
+    in_kernel = bias is not None and bias.dtype.name in DTYPES
+    y = batching.run_pass(_FORWARD, call, operands._replace(row=row, bias=bias if in_kernel else None)).y
     y = y.reshape(*arrays.x.shape[: -spec.window.rank - 1], *spec.window.out_spatial, y.shape[-1])
-    return add_bias(y, None if inside else bias).astype(spec.out_dtype)  # a bias wider than what the kernels load
+    return add_bias(y, None if in_kernel else bias).astype(spec.out_dtype)
 
 
-def _pull(plan: Plan, arrays: Arrays, g: jax.Array) -> Arrays:
-    """The gradients by the kernels, at `g`, the gradient of y."""
-    operands, undo, row = jax.vjp(functools.partial(_prepare, plan), arrays, has_aux=True)
+def _gradients(spec: Spec, call: GpuCall, active: tuple[str, ...], y_bar: jax.Array, arrays: Arrays) -> dict:
+    """The gradients of the arrays named in `active`."""
+    del spec
+    operands, undo, row = jax.vjp(functools.partial(_prepare, call), arrays, has_aux=True)
     x, kernel, _, weight, bias = operands
-    g = g.reshape(x.shape[0], -1, g.shape[-1])
-    given = _BackwardOperands(x, kernel, row, weight, g.astype(plan.spec.out_dtype))
-    made = batching.run_pass(_BACKWARD, plan, given)
-    dbias = None
+    y_bar = y_bar.reshape(x.shape[0], -1, y_bar.shape[-1])
+    given = _BackwardOperands(x, kernel, row, weight, y_bar.astype(call.spec.out_dtype))
+    made = batching.run_pass(_BACKWARD, call, given)
+    bias_bar = None
     if bias is not None:
-        dbias = jnp.sum(g, axis=(0, 1), dtype=wide(g.dtype, bias.dtype)).astype(bias.dtype)
-    return undo(operands._replace(x=made.dx, kernel=made.dkernel, weight=made.dweight, bias=dbias))[0]
+        bias_bar = jnp.sum(y_bar, axis=(0, 1), dtype=wide(y_bar.dtype, bias.dtype)).astype(bias.dtype)
+    found = undo(_ForwardOperands(made.x_bar, made.kernel_bar, None, made.weight_bar, bias_bar))[0]
+    return {name: getattr(found, name) for name in active}
 
 
-def _prepare(plan: Plan, arrays: Arrays) -> tuple[_Operands, jax.Array]:
-    """What the kernels read, and apart from it, having no gradients, the rows; batch axes are flattened."""
+def _prepare(call: GpuCall, arrays: Arrays) -> tuple[_ForwardOperands, jax.Array]:
+    """The operands, and apart from them the rows, which have no gradients. The batch axes become one."""
     x, kernel, offset, mask, bias = arrays
-    window, groups = plan.spec.window, plan.spec.offset_groups
+    window, groups = call.spec.window, call.spec.offset_groups
     batch, channels = x.shape[: -window.rank - 1], x.shape[-1]
 
-    def flat(array):
-        shape = array.shape[len(batch) :]
-        return jnp.broadcast_to(array, (*batch, *shape)).reshape(-1, *shape)  # one set of offsets may serve all images
-
+    flat = functools.partial(flatten_batch, batch)
     row, weight = locate_points(window, groups, flat(offset), None if mask is None else flat(mask))
     rows = flat(x).reshape(-1, math.prod(window.spatial) * groups, channels // groups)
-    operands = _Operands(rows, kernel.reshape(window.taps, *kernel.shape[-2:]), row, weight, bias)
-    operands = vary_alike(operands)  # as the kernels' results do
+    operands = _ForwardOperands(rows, kernel.reshape(window.taps, *kernel.shape[-2:]), row, weight, bias)
+    operands = vary_alike(operands)
     return operands._replace(row=None), operands.row
 
 
@@ -172,86 +165,65 @@ class _BackwardOperands(NamedTuple):
     kernel: jax.Array
     row: jax.Array
     weight: jax.Array
-    g: jax.Array
+    y_bar: jax.Array
 
 
 class _BackwardResults(NamedTuple):
-    dx: jax.Array
-    dkernel: jax.Array
-    dweight: jax.Array
+    x_bar: jax.Array
+    kernel_bar: jax.Array
+    weight_bar: jax.Array
 
 
-def _forward(plan: Plan, operands: _Operands) -> _ForwardResults:
-    x, kernel, row, *_ = operands
-    images, positions, features = x.shape[1], row.shape[-1], kernel.shape[-1]
-    cut = cut_for("forward", plan, x.shape[-1], features)
-    made = _launch(
-        "forward",
-        kernels.forward,
-        operands._asdict(),
-        {"y": jax.ShapeDtypeStruct((stack_size(operands), images, positions, features), plan.spec.out_dtype)},
-        grid=(plan.spec.feature_groups * cut.feature_blocks, count_tiles(cut, images)),
-        cut=cut,
-    )
-    return _ForwardResults(**made)
+def _forward(call: GpuCall, operands: _ForwardOperands) -> _ForwardResults:
+    images, positions, features = operands.x.shape[1], operands.weight.shape[-1], operands.kernel.shape[-1]
+    tiling = tiling_for("forward", call, operands.x.shape[-1], features)
+    y = jax.ShapeDtypeStruct((stack_size(operands), images, positions, features), call.spec.out_dtype)
+    grid = call.spec.feature_groups * tiling.feature_blocks, count_tiles(tiling, images)
+    return _ForwardResults(**_launch_tiles("forward", kernels.forward, operands._asdict(), {"y": y}, grid, tiling))
 
 
-def _backward(plan: Plan, operands: _BackwardOperands) -> _BackwardResults:
-    dx = _launch_backward_x(plan, operands)
-    dkernel, dweight = _launch_backward_kernel(plan, operands)
-    return _BackwardResults(dx.astype(operands.x.dtype), dkernel.astype(operands.kernel.dtype), dweight)
+def _backward(call: GpuCall, operands: _BackwardOperands) -> _BackwardResults:
+    x_bar, (kernel_bar, weight_bar) = _backward_x(call, operands), _backward_kernel(call, operands)
+    return _BackwardResults(x_bar.astype(operands.x.dtype), kernel_bar.astype(operands.kernel.dtype), weight_bar)
 
 
-def _launch_backward_x(plan: Plan, operands: _BackwardOperands) -> jax.Array:
+def _backward_x(call: GpuCall, operands: _BackwardOperands) -> jax.Array:
     x = operands.x
-    cut = cut_for("backward_x", plan, x.shape[-1], operands.g.shape[-1])
+    tiling = tiling_for("backward_x", call, x.shape[-1], operands.y_bar.shape[-1])
     given = operands._asdict()
     del given["x"]
-    made = _launch(
-        "backward_x",
-        kernels.backward_x,
-        given,
-        {"dx": partitioning.zeros((stack_size(operands), *x.shape[1:]), like=x)},
-        grid=(plan.segments * cut.channel_blocks, count_tiles(cut, x.shape[1])),
-        cut=cut,
-    )
-    return made["dx"]
+    zeros = zeros_varying_like(x, jnp.float32, (stack_size(operands), *x.shape[1:]))
+    grid = call.segments * tiling.channel_blocks, count_tiles(tiling, x.shape[1])
+    return _launch_tiles("backward_x", kernels.backward_x, given, {"x_bar": zeros}, grid, tiling)["x_bar"]
 
 
-def _launch_backward_kernel(plan: Plan, operands: _BackwardOperands) -> tuple[jax.Array, jax.Array]:
-    x, kernel, row, _, g = operands
+def _backward_kernel(call: GpuCall, operands: _BackwardOperands) -> tuple[jax.Array, jax.Array]:
+    x, kernel, row, _, y_bar = operands
     stack = stack_size(operands)
-    cut = cut_for("backward_kernel", plan, x.shape[-1], g.shape[-1])
-    programs = plan.spec.window.taps * plan.segments * cut.channel_blocks * cut.feature_blocks
-    splits = min(max(1, WARPS // (cut.tile.warps * programs * stack)), count_runs(cut, x.shape[1]))
-    shape = (stack, *kernel.shape[1:])
-    _, images, groups, corners, positions = row.shape
-    made = _launch(
-        "backward_kernel",
-        functools.partial(kernels.backward_kernel, splits=splits),
-        operands._asdict(),
-        {
-            "dweight": jax.ShapeDtypeStruct((stack, images, groups, cut.parts, corners, positions), jnp.float32),
-            "dkernel": jax.ShapeDtypeStruct(shape, kernel.dtype) if splits == 1 else partitioning.zeros(shape, like=x),
-        },
-        grid=(programs, splits),
-        cut=cut,
-    )
-    return made["dkernel"], jnp.sum(made["dweight"], axis=3)
+    tiling = tiling_for("backward_kernel", call, x.shape[-1], y_bar.shape[-1])
+    programs = call.spec.window.taps * call.segments * tiling.channel_blocks * tiling.feature_blocks
+    splits = min(max(1, WARPS // (tiling.tile.warps * programs * stack)), count_chunks(tiling, x.shape[1]))
+    body = functools.partial(kernels.backward_kernel, splits=splits)
+    shape = stack, *kernel.shape[1:]
+    kernel_bar = jax.ShapeDtypeStruct(shape, kernel.dtype) if splits == 1 else zeros_varying_like(x, jnp.float32, shape)
+    _, images, points, corners, positions = row.shape
+    terms = stack, images, points, tiling.weight_terms, corners, positions
+    results = {"weight_bar": jax.ShapeDtypeStruct(terms, jnp.float32), "kernel_bar": kernel_bar}
+    made = _launch_tiles("backward_kernel", body, operands._asdict(), results, (programs, splits), tiling)
+    return made["kernel_bar"], jnp.sum(made["weight_bar"], axis=3)
 
 
 _FORWARD = partitioning.Pass(_forward, batched=frozenset({"x", "row", "weight", "y"}))
-_BACKWARD = partitioning.Pass(_backward, batched=frozenset({"x", "row", "weight", "g", "dx", "dweight"}))
+_BACKWARD = partitioning.Pass(_backward, batched=frozenset({"x", "row", "weight", "y_bar", "x_bar", "weight_bar"}))
 
 
-def _launch(name: str, kernel, operands: dict, results: dict, *, grid: tuple[int, ...], cut: Cut) -> dict[str, Any]:
+def _launch_tiles(name: str, body, operands: dict, results: dict, grid: tuple[int, int], tiling: Tiling) -> dict:
     return launch(
-        functools.partial(kernel, cut=cut),
+        functools.partial(body, tiling=tiling),
         operands,
         results,
         name=f"deform_conv_{name}",
         grid=grid,
-        warps=cut.tile.warps,
-        stages=cut.tile.stages,
-        interpret=cut.plan.interpret,
+        warps=tiling.tile.warps,
+        interpret=tiling.call.interpret,
     )

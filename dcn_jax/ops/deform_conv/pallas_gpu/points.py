@@ -1,7 +1,7 @@
-"""What the points of a call read, worked out before the kernels, which gather without knowing where.
+"""Where the taps read: computed in XLA, before the GPU kernels, which only gather the rows they are given.
 
-XLA makes of it a few passes over offset and mask, and over their gradients. Inside the kernels each
-of the threads that read a row would work it out again: it was more than half of what they did.
+Inside a kernel, each thread that reads a part of a row would compute the row's number again: more
+than half of its instructions. XLA computes it once, in a few passes over offset and mask.
 """
 
 import jax
@@ -16,17 +16,18 @@ from dcn_jax.sampling import Border, Positions, locate_along
 def locate_points(
     window: Window, offset_groups: int, offset: jax.Array, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The rows of x that points read, the one after the last outside the map, and their weights, modulation included.
+    """The row of x at each corner of each point, and the corner's weight times the modulation.
 
-    offset `(B, *out_spatial, OG * K * n)`, mask `(B, *out_spatial, OG * K)` -> two of `(B, OG * K, corners, P)`, in int32
-    and float32.
+    A corner outside the map gets the row after the last one. Both are `(B, OG * K, corners, P)`, in
+    int32 and float32, of offset `(B, *out_spatial, OG * K * n)` and mask `(B, *out_spatial, OG *
+    K)`.
     """
 
     def by_point(array, *rest):  # (B, *out_spatial, OG * K * …) -> (B, OG, K, …, P)
         return jnp.moveaxis(array.reshape(array.shape[0], -1, offset_groups, window.taps, *rest), 1, -1)
 
-    # Positions come last from the start, as the kernels read them: `sampling.locate`, which has them first, would take
-    # several transposing passes.
+    # The kernels want positions last. `sampling.locate` has them first, and its results would have
+    # to be transposed, in several passes. So the inputs are transposed here instead.
     offset = by_point(offset.astype(wide(offset.dtype)), window.rank)
     starts = regular_positions(window).reshape(-1, window.rank)  # (P, n)
     regular = regular_taps(window)[:, :, None] + starts.T[None]  # (K, n, P)
@@ -36,7 +37,7 @@ def locate_points(
     scale = None if mask is None else by_point(mask)
     at = locate_along(axes, group, offset_groups, scale, Border(window.spatial, window.padding_mode))
 
-    def by_corner(arrays):  # of (B, OG, K, P)
+    def by_corner(arrays):  # one (B, OG, K, P) for each corner -> (B, OG * K, corners, P)
         together = jnp.stack(arrays, axis=3)
         return together.reshape(together.shape[0], -1, *together.shape[3:])
 

@@ -1,1 +1,1 @@
-"""The op as TPU kernels, for bounded offsets."""
+"""`deform_conv` as TPU kernels, for bounded offsets."""

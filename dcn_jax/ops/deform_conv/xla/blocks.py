@@ -5,6 +5,7 @@ axes. `*B` is one batch axis, or several where offset or mask are shared along s
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,11 +23,27 @@ class Operands(NamedTuple):
 
     rows: Any  # (*B, R, Cg): the map, flattened to rows of one pixel and one offset group
     matrices: Any  # (K, C / feature groups, F)
-    offset: Any  # (*B, P, OG, K, n); in whole blocks (*B, number * size, [OG,] K * n)
-    modulation: Any  # (*B, P, OG, K) or None; in whole blocks (*B, number * size, [OG,] K)
-    # The rows in the accumulator's dtype, where they are narrower; else None. Values are read from `rows`, and the gradient
-    # flows here, so that it is summed in the wider dtype.
-    summed: Any
+    offset: Any  # (*B, P, OG, K, n)
+    modulation: Any  # (*B, P, OG, K), or None
+
+
+class Divided(NamedTuple):
+    """The operands as a loop over blocks reads them; `take` makes of them what one step reads."""
+
+    rows: Any  # (*B, R, Cg)
+    matrices: Any  # (K, C / feature groups, F), in the dtype that products are summed in
+    offset: Any  # (*B, number * size, [OG,] K * n)
+    modulation: Any  # (*B, number * size, [OG,] K), or None
+    # A copy of narrow rows in the dtype that products are summed in, or None where `rows` are as wide. The gradient flows to
+    # the copy and not to `rows`, so that it is summed in that dtype.
+    wide_rows: Any
+
+
+class Regular(NamedTuple):
+    """Where taps read before their offsets: two tables, made once before the loop, which each step indexes."""
+
+    first: jax.Array  # `first_taps`
+    reach: jax.Array  # (K, n): how far each tap lies from the first
 
 
 class Blocks(NamedTuple):
@@ -34,9 +51,130 @@ class Blocks(NamedTuple):
 
     number: int
     size: Size  # positions in a block
-    # Whether narrow arrays are widened block by block. XLA's CPU backend widens bfloat16 to slice it, and moves that out of
-    # the loop: then all of the array would be in memory in float32.
+    # Whether bfloat16 arrays are widened block by block. Otherwise XLA's CPU backend widens them once before the loop, and all
+    # of each array is in memory in float32.
     widen_by_block: bool = False
+
+    def divide(self, spec: Spec, operands: Operands) -> Divided:
+        """Offsets and modulations in whole blocks; matrices, and narrow rows, in the dtype that their gradient is summed in."""
+        rows, wide_rows = operands.rows, None
+        if rows.dtype != spec.accumulate:
+            rows, wide_rows = lax.stop_gradient(rows), rows.astype(spec.accumulate)
+        batch_axes, length = operands.rows.ndim - 2, self.number * self.size
+
+        def in_blocks(array):  # (*B, P, OG, K, …) -> (*B, number * size, [OG,] K * …)
+            *front, groups = array.shape[: batch_axes + 2]
+            several = (groups,) if groups > 1 else ()  # XLA's CPU backend would copy the array for an axis of 1
+            array = array.reshape(*front, *several, math.prod(array.shape[batch_axes + 2 :]))
+            return fill_up(array, batch_axes, length)
+
+        modulation = None if operands.modulation is None else in_blocks(operands.modulation)
+        return Divided(
+            rows, operands.matrices.astype(spec.accumulate), in_blocks(operands.offset), modulation, wide_rows
+        )
+
+    def take(self, spec: Spec, block: jax.Array, tap: jax.Array | None, divided: Divided) -> Divided:
+        """What one step reads of the divided operands: a block, and of its taps one, or all where `tap` is None."""
+        hold = partial(self._hold, block)
+
+        def take_part(array):
+            start, shape = self._place(spec, block, tap, divided, array)
+            return lax.dynamic_slice(hold(array), start, shape, allow_negative_indices=False)
+
+        matrices, offset = divided.matrices, take_part(divided.offset)
+        if tap is not None:
+            matrices = lax.dynamic_index_in_dim(hold(matrices), tap, keepdims=False, allow_negative_indices=False)
+        return divided._replace(
+            rows=hold(divided.rows),
+            matrices=matrices.astype(spec.accumulate),
+            offset=offset.astype(wide(offset.dtype, jnp.finfo(spec.accumulate).dtype)),
+            modulation=None if divided.modulation is None else take_part(divided.modulation),
+        )
+
+    def add_part(
+        self, spec: Spec, block: jax.Array, tap: jax.Array | None, divided: Divided, name: str, total, part
+    ) -> jax.Array:
+        """`total` with a step's gradient of one operand put where `take` took it from: the transpose of `take`."""
+        match name:
+            case "offset" | "modulation":  # each element is read in one step only, so it is written and not added
+                start, shape = self._place(spec, block, tap, divided, total)
+                return lax.dynamic_update_slice(total, part.astype(total.dtype).reshape(shape), start)
+            case "matrices" if tap is not None:
+                none = jnp.zeros_like(
+                    total
+                )  # XLA sums `total` over devices after the loop only if it is added to as a whole
+                return total + lax.dynamic_update_index_in_dim(none, part, tap, 0, allow_negative_indices=False)
+        return total + part
+
+    def first_taps(self, spec: Spec) -> jax.Array:
+        """Where the first tap reads for each position of all blocks, before its offset: `(number * size, n)`, in int32."""
+        window = spec.window
+        first = regular_positions(window).reshape(math.prod(window.out_spatial), window.rank)
+        return fill_up(first, 0, self.number * self.size)
+
+    def take_positions(self, first: jax.Array, block: jax.Array) -> jax.Array:
+        """The part of `first_taps` that belongs to a block: `(size, n)`."""
+        start = [block * int32(self.size), jnp.zeros_like(block)]
+        return lax.dynamic_slice(first, start, (self.size, first.shape[-1]), allow_negative_indices=False)
+
+    def regular_table(self, spec: Spec) -> Regular:
+        """The tables for steps of one tap."""
+        return Regular(self.first_taps(spec), regular_taps(spec.window))
+
+    def tap_points(
+        self, spec: Spec, regular: Regular, block: jax.Array, tap: jax.Array, part: Divided
+    ) -> tuple[Positions, jax.Array | None]:
+        """Where one tap reads for the positions of a block, `(*B, size, OG, n)`, and its modulations, `(*B, size, OG)`."""
+        batch_axes = part.rows.ndim - 2
+
+        def by_group(array):  # (*B, size, [OG,] …) -> (*B, size, OG, …)
+            return array.reshape(*array.shape[: batch_axes + 1], spec.offset_groups, array.shape[-1])
+
+        reach = lax.dynamic_index_in_dim(regular.reach, tap, allow_negative_indices=False)  # (1, n)
+        whole = (self.take_positions(regular.first, block) + reach)[:, None]  # (size, 1, n)
+        scale = None if part.modulation is None else by_group(part.modulation)[..., 0]
+        return Positions(lax.expand_dims(whole, range(batch_axes)), by_group(part.offset)), scale
+
+    def block_and_tap(self, spec: Spec, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The block and the tap of a step of one tap: all taps of a block, then the next block."""
+        # Counted, not scanned over: a TPU would slice arrays of blocks and taps in a kernel of their own.
+        taps = jnp.int32(spec.window.taps)
+        return lax.div(step, taps), lax.rem(step, taps)
+
+    def join(self, spec: Spec, y: jax.Array) -> jax.Array:
+        """The result of all blocks, `(number, B, size, F)`, without what the last block was filled up with: `(B, P, F)`."""
+        y = jnp.moveaxis(y, 0, 1).reshape(y.shape[1], self.number * self.size, y.shape[-1])
+        return y[:, : math.prod(spec.window.out_spatial)].astype(spec.out_dtype)
+
+    def divide_cotangent(self, y_bar: jax.Array) -> jax.Array:
+        """The result's cotangent, block by block: `(B, P, F)` -> `(number, B * size, F)`."""
+        images, _, features = y_bar.shape
+        y_bar = fill_up(y_bar, 1, self.number * self.size).reshape(images, self.number, self.size, features)
+        return jnp.moveaxis(y_bar, 1, 0).reshape(self.number, images * self.size, features)
+
+    def take_cotangent(self, spec: Spec, block: jax.Array, y_bar: jax.Array) -> jax.Array:
+        """The cotangent of one block, `(B * size, F)`, in the dtype that products are summed in."""
+        bar = self._hold(block, y_bar)
+        bar = lax.dynamic_index_in_dim(bar, block, keepdims=False, allow_negative_indices=False)
+        return bar.astype(spec.accumulate)
+
+    def _place(
+        self, spec: Spec, block: jax.Array, tap: jax.Array | None, divided: Divided, array: jax.Array
+    ) -> tuple[list[jax.Array], tuple[Size, ...]]:
+        """Where in `(*B, number * size, [OG,] K * …)` a step's part begins, and its shape."""
+        batch_axes = divided.rows.ndim - 2
+        batch, several = array.shape[:batch_axes], array.shape[batch_axes + 1 : -1]
+        width = array.shape[-1] // (1 if tap is None else spec.window.taps)
+        tap = jnp.zeros_like(block) if tap is None else tap
+        zero = jnp.zeros_like(tap)
+        start = [*[zero] * batch_axes, block * int32(self.size), *[zero] * len(several), tap * width]
+        return start, (*batch, self.size, *several, width)
+
+    def _hold(self, block: jax.Array, array: jax.Array) -> jax.Array:
+        """`array` behind a barrier with the block's number: so it differs by block, and XLA cannot widen it before the loop."""
+        if not self.widen_by_block or jnp.finfo(array.dtype).bits >= 32:
+            return array
+        return lax.optimization_barrier((array, block))[0]
 
 
 def border_of(spec: Spec) -> Border:
@@ -49,13 +187,6 @@ def is_depthwise(spec: Spec, channels: int) -> bool:
     return spec.feature_groups == spec.offset_groups * channels
 
 
-def first_taps(spec: Spec, blocks: Blocks) -> jax.Array:
-    """Where the first tap reads for each position of all blocks, before its offset: `(number * size, n)`, in int32."""
-    window = spec.window
-    first = regular_positions(window).reshape(math.prod(window.out_spatial), window.rank)
-    return fill_up(first, 0, blocks.number * blocks.size)
-
-
 def fill_up(array: jax.Array, axis: int, length: Size) -> jax.Array:
     """`array` with zeros appended along an axis, which is then `length` long."""
     if array.shape[axis] == length:
@@ -63,146 +194,23 @@ def fill_up(array: jax.Array, axis: int, length: Size) -> jax.Array:
     return jnp.pad(array, [(0, length - n if a == axis else 0) for a, n in enumerate(array.shape)])
 
 
-def divide(spec: Spec, blocks: Blocks, operands: Operands) -> Operands:
-    """Offsets and modulations in whole blocks, and matrices in the dtype that their gradient is summed in."""
-    batch_axes, length = operands.rows.ndim - 2, blocks.number * blocks.size
-
-    def in_blocks(array):  # (*B, P, OG, K, …) -> (*B, number * size, [OG,] K * …)
-        *front, groups = array.shape[: batch_axes + 2]
-        several = (groups,) if groups > 1 else ()  # XLA's CPU backend would copy the array for an axis of 1
-        array = array.reshape(*front, *several, math.prod(array.shape[batch_axes + 2 :]))
-        return fill_up(array, batch_axes, length)
-
-    return operands._replace(
-        matrices=operands.matrices.astype(spec.accumulate),
-        offset=in_blocks(operands.offset),
-        modulation=None if operands.modulation is None else in_blocks(operands.modulation),
-    )
+def differentiated(divided: Divided, active: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of the divided operands that gradients flow to, where the operands named in `active` want gradients."""
+    return tuple("wide_rows" if name == "rows" and divided.wide_rows is not None else name for name in active)
 
 
-def take(spec: Spec, blocks: Blocks, block: jax.Array, tap: jax.Array | None, divided: Operands) -> Operands:
-    """What one step reads of the divided operands: a block, and of its taps one, or all where `tap` is None."""
-    rows, matrices, offset, modulation, _ = divided
-    held = divided._replace(
-        rows=_hold(blocks, rows, block),
-        matrices=matrices if tap is None else _hold(blocks, matrices, block),
-        offset=_hold(blocks, offset, block),
-        modulation=None if modulation is None else _hold(blocks, modulation, block),
-    )
-    matrices = held.matrices
-    if tap is not None:
-        matrices = lax.dynamic_index_in_dim(matrices, tap, keepdims=False, allow_negative_indices=False)
-
-    def slice(array):
-        start, shape = _place(spec, blocks, block, tap, held, array)
-        return lax.dynamic_slice(array, start, shape, allow_negative_indices=False)
-
-    offset = slice(held.offset)
-    return held._replace(
-        matrices=matrices.astype(spec.accumulate),
-        offset=offset.astype(wide(offset.dtype, jnp.finfo(spec.accumulate).dtype)),
-        modulation=None if held.modulation is None else slice(held.modulation),
-    )
-
-
-def add_part(
-    spec: Spec, blocks: Blocks, block: jax.Array, tap: jax.Array | None, divided: Operands, name: str, total, part
-) -> jax.Array:
-    """`total` with a step's gradient of one operand added where `take` took it from: the transpose of `take`."""
-    match name:
-        case "offset" | "modulation":  # every element belongs to one step
-            start, shape = _place(spec, blocks, block, tap, divided, total)
-            return lax.dynamic_update_slice(total, part.astype(total.dtype).reshape(shape), start)
-        case "matrices" if tap is not None:
-            none = jnp.zeros_like(total)
-            return total + lax.dynamic_update_index_in_dim(none, part, tap, 0, allow_negative_indices=False)
-    return total + part
-
-
-def _place(
-    spec: Spec, blocks: Blocks, block: jax.Array, tap: jax.Array | None, divided: Operands, array: jax.Array
-) -> tuple[list[jax.Array], tuple[Size, ...]]:
-    """Where in `(*B, number * size, [OG,] K * …)` a step's part begins, and its shape."""
-    batch_axes = divided.rows.ndim - 2
-    batch, several = array.shape[:batch_axes], array.shape[batch_axes + 1 : -1]
-    width = array.shape[-1] // (1 if tap is None else spec.window.taps)
-    tap = jnp.zeros_like(block) if tap is None else tap
-    zero = jnp.zeros_like(tap)
-    start = [*[zero] * batch_axes, block * int32(blocks.size), *[zero] * len(several), tap * width]
-    return start, (*batch, blocks.size, *several, width)
-
-
-def take_positions(blocks: Blocks, first: jax.Array, block: jax.Array) -> jax.Array:
-    """The part of `first_taps` that belongs to a block: `(size, n)`."""
-    start = [block * int32(blocks.size), jnp.zeros_like(block)]
-    return lax.dynamic_slice(first, start, (blocks.size, first.shape[-1]), allow_negative_indices=False)
-
-
-class Regular(NamedTuple):
-    """Where taps read before their offsets: two tables, made once before the loop, which each step indexes."""
-
-    first: jax.Array  # `first_taps`
-    reach: jax.Array  # (K, n): how far each tap lies from the first
-
-
-def regular_table(spec: Spec, blocks: Blocks) -> Regular:
-    """The tables for steps of one tap."""
-    return Regular(first_taps(spec, blocks), regular_taps(spec.window))
-
-
-def tap_points(
-    spec: Spec, blocks: Blocks, regular: Regular, block: jax.Array, tap: jax.Array, part: Operands
-) -> tuple[Positions, jax.Array | None]:
-    """Where one tap reads for the positions of a block, `(*B, size, OG, n)`, and its modulations, `(*B, size, OG)`."""
-    batch_axes = part.rows.ndim - 2
-
-    def by_group(array):  # (*B, size, [OG,] …) -> (*B, size, OG, …)
-        return array.reshape(*array.shape[: batch_axes + 1], spec.offset_groups, array.shape[-1])
-
-    reach = lax.dynamic_index_in_dim(regular.reach, tap, allow_negative_indices=False)  # (1, n)
-    whole = (take_positions(blocks, regular.first, block) + reach)[:, None]  # (size, 1, n)
-    scale = None if part.modulation is None else by_group(part.modulation)[..., 0]
-    return Positions(lax.expand_dims(whole, range(batch_axes)), by_group(part.offset)), scale
-
-
-def divide_cotangent(blocks: Blocks, y_bar: jax.Array) -> jax.Array:
-    """The result's cotangent, block by block: `(B, P, F)` -> `(number, B * size, F)`."""
-    images, _, features = y_bar.shape
-    y_bar = fill_up(y_bar, 1, blocks.number * blocks.size).reshape(images, blocks.number, blocks.size, features)
-    return jnp.moveaxis(y_bar, 1, 0).reshape(blocks.number, images * blocks.size, features)
-
-
-def take_cotangent(spec: Spec, blocks: Blocks, block: jax.Array, y_bar: jax.Array) -> jax.Array:
-    """The cotangent of one block, `(B * size, F)`, in the dtype that products are summed in."""
-    bar = _hold(blocks, y_bar, block)
-    bar = lax.dynamic_index_in_dim(bar, block, keepdims=False, allow_negative_indices=False)
-    return bar.astype(spec.accumulate)
-
-
-def join(spec: Spec, y: jax.Array) -> jax.Array:
-    """The result of all blocks, `(B, number * size, F)`, without what the last block was filled up with: `(B, P, F)`."""
-    return y[:, : math.prod(spec.window.out_spatial)].astype(spec.out_dtype)
-
-
-def one_batch_axis(rows: jax.Array, summed: jax.Array | None, at: Any) -> tuple[jax.Array, jax.Array | None, Any]:
+def one_batch_axis(rows: jax.Array, wide_rows: jax.Array | None, at: Any) -> tuple[jax.Array, jax.Array | None, Any]:
     """Maps `(*B, R, Cg)`, and a tree of arrays `(*B, …)` that read them, with one batch axis; shared arrays are repeated."""
     batch = rows.shape[:-2]
 
-    def one_axis(array, wanted):
-        return jnp.broadcast_to(array, wanted).reshape(math.prod(batch), *wanted[len(batch) :])
+    def one_axis(array):
+        rest = array.shape[len(batch) :]
+        return jnp.broadcast_to(array, (*batch, *rest)).reshape(math.prod(batch), *rest)
 
-    at = jax.tree.map(lambda array: one_axis(array, (*batch, *array.shape[len(batch) :])), at)
-    return one_axis(rows, rows.shape), None if summed is None else one_axis(summed, summed.shape), at
+    return jax.tree.map(one_axis, (rows, wide_rows, at))
 
 
-def read_images(rows: jax.Array, summed: jax.Array | None, at: Rows) -> jax.Array:
+def read_images(rows: jax.Array, wide_rows: jax.Array | None, at: Rows) -> jax.Array:
     """The samples of maps `(*B, R, Cg)` at rows `(*B, …)`: `(B, …, Cg)`."""
-    rows, summed, at = one_batch_axis(rows, summed, at)
-    return jax.vmap(lambda rows, summed, at: sum_rows(rows, at, None, summed))(rows, summed, at)
-
-
-def _hold(blocks: Blocks, array: jax.Array, block: jax.Array) -> jax.Array:
-    """`array`, which XLA must not widen before the loop: behind a barrier with the block's number it differs by block."""
-    if not blocks.widen_by_block or jnp.finfo(array.dtype).bits >= 32:
-        return array
-    return lax.optimization_barrier((array, block))[0]
+    rows, wide_rows, at = one_batch_axis(rows, wide_rows, at)
+    return jax.vmap(lambda rows, wide_rows, at: sum_rows(rows, at, None, wide_rows))(rows, wide_rows, at)

@@ -19,19 +19,13 @@ from dcn_jax.geometry import Size
 from dcn_jax.ops.deform_conv.call import Spec
 from dcn_jax.ops.deform_conv.xla.blocks import (
     Blocks,
+    Divided,
     Operands,
     Regular,
-    add_part,
     border_of,
-    divide,
-    divide_cotangent,
+    differentiated,
     is_depthwise,
-    join,
     read_images,
-    regular_table,
-    take,
-    take_cotangent,
-    tap_points,
 )
 from dcn_jax.sampling import locate
 
@@ -39,46 +33,45 @@ from dcn_jax.sampling import locate
 def result(spec: Spec, blocks: Blocks, operands: Operands) -> jax.Array:
     """The sum over taps: `(B, P, F)`."""
     images, features = math.prod(operands.rows.shape[:-2]), operands.matrices.shape[-1]
-    divided, regular = divide(spec, blocks, operands), regular_table(spec, blocks)
+    divided, regular = blocks.divide(spec, operands), blocks.regular_table(spec)
 
     @partial(jax.checkpoint, prevent_cse=False)  # a derivative of the loop keeps no samples either
     def product(block, tap):
-        return _product(spec, blocks, regular, block, tap, take(spec, blocks, block, tap, divided))
+        return _product(spec, blocks, regular, block, tap, blocks.take(spec, block, tap, divided))
 
-    # One loop over blocks and taps, not one inside the other, which indexes its arrays where they lie. So XLA copies none,
-    # and sees that the gradient of the kernel is a sum over steps, which it takes over devices once, after the loop.
+    # One loop: with nested loops XLA copies a block's arrays first. In one loop XLA also sees that the kernel's gradient is a
+    # sum over steps, and sums it over devices once, after the loop.
     def add(carry, _):
         step, total = carry
-        block, tap = _block_and_tap(spec, step)
+        block, tap = blocks.block_and_tap(spec, step)
         if blocks.number == 1:
             return (step + 1, total + product(block, tap)[None]), None
         return (step + 1, total.at[block].add(product(block, tap), mode="promise_in_bounds")), None
 
-    zeros = zeros_varying_like(operands, spec.accumulate, (blocks.number, *_shape(spec, blocks, operands)))
+    zeros = zeros_varying_like(divided, spec.accumulate, (blocks.number, *_shape(spec, blocks, operands)))
     (_, y), _ = lax.scan(add, (jnp.int32(0), zeros), length=blocks.number * spec.window.taps)
-    y = jnp.moveaxis(y.reshape(blocks.number, images, blocks.size, features), 0, 1)
-    return join(spec, y.reshape(images, blocks.number * blocks.size, features))
+    return blocks.join(spec, y.reshape(blocks.number, images, blocks.size, features))
 
 
 def gradients(
     spec: Spec, blocks: Blocks, active: tuple[str, ...], y_bar: jax.Array, operands: Operands
 ) -> dict[str, jax.Array]:
     """The gradients of the operands named in `active`: the transpose of `result`, step by step, last step first."""
-    divided, undo = jax.vjp(partial(divide, spec, blocks), operands)
-    regular, y_bar = regular_table(spec, blocks), divide_cotangent(blocks, y_bar)
+    divided, undo = jax.vjp(partial(blocks.divide, spec), operands)
+    regular, y_bar, active = blocks.regular_table(spec), blocks.divide_cotangent(y_bar), differentiated(divided, active)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def add(carry, _):
         step, sums = carry
-        block, tap = _block_and_tap(spec, step)
-        part = take(spec, blocks, block, tap, divided._replace(matrices=operands.matrices))
-        bar = take_cotangent(spec, blocks, block, y_bar).reshape(_shape(spec, blocks, operands))
+        block, tap = blocks.block_and_tap(spec, step)
+        part = blocks.take(spec, block, tap, divided._replace(matrices=operands.matrices))
+        bar = blocks.take_cotangent(spec, block, y_bar).reshape(_shape(spec, blocks, operands))
 
-        def of_active(moving):
-            return _product(spec, blocks, regular, block, tap, part._replace(**moving))
+        def of_active(given):
+            return _product(spec, blocks, regular, block, tap, part._replace(**given))
 
         (bars,) = jax.vjp(of_active, {name: getattr(part, name) for name in active})[1](bar)
-        added = {n: add_part(spec, blocks, block, tap, divided, n, sums[n], bars[n]) for n in active}
+        added = {n: blocks.add_part(spec, block, tap, divided, n, sums[n], bars[n]) for n in active}
         return (step - 1, added), None
 
     zeros = jax.tree.map(jnp.zeros_like, divided)
@@ -88,27 +81,21 @@ def gradients(
     return undo(zeros._replace(**sums))[0]._asdict()
 
 
-def _block_and_tap(spec: Spec, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The block and the tap of a step, the taps of one block after another."""
-    # Counted, not scanned over: a TPU would slice arrays of blocks and taps in a kernel of their own.
-    taps = jnp.int32(spec.window.taps)
-    return lax.div(step, taps), lax.rem(step, taps)
-
-
 def _shape(spec: Spec, blocks: Blocks, operands: Operands) -> tuple[Size, ...]:
     """The shape of a step's product: `(B * size, F)`; where each channel is convolved alone, `(B * size, OG, F / OG)`."""
     images, features = math.prod(operands.rows.shape[:-2]), operands.matrices.shape[-1]
-    # With offset groups and channels as one axis, a CPU would find each channel's group anew, in five times the time.
+    # Offset groups stay an axis of their own: in one axis with the channels, a CPU divides to find the group of every channel,
+    # which takes five times as long.
     groups = (spec.offset_groups,) if is_depthwise(spec, operands.rows.shape[-1]) else ()
     return images * blocks.size, *groups, features // math.prod(groups)
 
 
 def _product(
-    spec: Spec, blocks: Blocks, regular: Regular, block: jax.Array, tap: jax.Array, part: Operands
+    spec: Spec, blocks: Blocks, regular: Regular, block: jax.Array, tap: jax.Array, part: Divided
 ) -> jax.Array:
     """What one tap adds to a block, of the shape `_shape`."""
-    points, scale = tap_points(spec, blocks, regular, block, tap, part)
-    samples = read_images(part.rows, part.summed, locate(points, scale, border_of(spec)))  # (B, size, OG, Cg)
+    points, scale = blocks.tap_points(spec, regular, block, tap, part)
+    samples = read_images(part.rows, part.wide_rows, locate(points, scale, border_of(spec)))  # (B, size, OG, Cg)
     return _multiply(spec, samples.reshape(math.prod(samples.shape[:2]), *samples.shape[2:]), part.matrices)
 
 

@@ -1,7 +1,7 @@
 """Algorithm of a TPU: one tap of a block of positions after another, from a map whose rows hold two neighbouring pixels.
 
 A TPU fetches row after row, so half as many rows of twice the width take half the time. A point outside the map reads a
-row of zeros: a mask would cost more than weighing the rows. With several offset groups, these are an axis before all
+row of zeros, because masking what it reads would cost more. With several offset groups, these are an axis before all
 others, so that no channels are moved.
 """
 
@@ -23,18 +23,12 @@ from dcn_jax.geometry import Size, int32
 from dcn_jax.ops.deform_conv.call import Spec
 from dcn_jax.ops.deform_conv.xla.blocks import (
     Blocks,
+    Divided,
     Operands,
     Regular,
-    add_part,
     border_of,
-    divide,
-    divide_cotangent,
-    join,
+    differentiated,
     one_batch_axis,
-    regular_table,
-    take,
-    take_cotangent,
-    tap_points,
 )
 from dcn_jax.sampling import Border, Positions, Rows, neighbours
 
@@ -42,11 +36,11 @@ from dcn_jax.sampling import Border, Positions, Rows, neighbours
 def result(spec: Spec, blocks: Blocks, operands: Operands) -> jax.Array:
     """The sum over taps: `(B, P, F)`."""
     images, features = math.prod(operands.rows.shape[:-2]), operands.matrices.shape[-1]
-    divided, regular = _divide_pairs(spec, blocks, operands), regular_table(spec, blocks)
+    divided, regular = _divide_pairs(spec, blocks, operands), blocks.regular_table(spec)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # a derivative of the loop keeps no samples either
     def product(block, tap):
-        return _product(spec, blocks, regular, block, tap, take(spec, blocks, block, tap, divided))
+        return _product(spec, blocks, regular, block, tap, blocks.take(spec, block, tap, divided))
 
     # The taps are a loop of their own: a TPU keeps the sum that it carries on the chip.
     def sum_block(block, _):
@@ -54,13 +48,12 @@ def result(spec: Spec, blocks: Blocks, operands: Operands) -> jax.Array:
             tap, total = carry
             return (tap + 1, total + product(block, tap)), None
 
-        zeros = zeros_varying_like(operands, spec.accumulate, (images * blocks.size, features))
+        zeros = zeros_varying_like(divided, spec.accumulate, (images * blocks.size, features))
         (_, total), _ = lax.scan(add_tap, (jnp.int32(0), zeros), length=spec.window.taps)
         return block + 1, total
 
     _, y = lax.scan(sum_block, jnp.int32(0), length=blocks.number)
-    y = jnp.moveaxis(y.reshape(blocks.number, images, blocks.size, features), 0, 1)
-    return join(spec, y.reshape(images, blocks.number * blocks.size, features))
+    return blocks.join(spec, y.reshape(blocks.number, images, blocks.size, features))
 
 
 def gradients(
@@ -68,22 +61,21 @@ def gradients(
 ) -> dict[str, jax.Array]:
     """The gradients of the operands named in `active`: the transpose of `result`, step by step, last step first."""
     divided, undo = jax.vjp(functools.partial(_divide_pairs, spec, blocks), operands)
-    regular, y_bar = regular_table(spec, blocks), divide_cotangent(blocks, y_bar)
+    regular, y_bar, active = blocks.regular_table(spec), blocks.divide_cotangent(y_bar), differentiated(divided, active)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def add(carry, _):
         step, sums = carry
-        taps = jnp.int32(spec.window.taps)
-        block, tap = lax.div(step, taps), lax.rem(step, taps)
+        block, tap = blocks.block_and_tap(spec, step)
         matrices = _pair_matrices(operands.matrices, spec.offset_groups)
-        part = take(spec, blocks, block, tap, divided._replace(matrices=matrices))
-        bar = take_cotangent(spec, blocks, block, y_bar)
+        part = blocks.take(spec, block, tap, divided._replace(matrices=matrices))
+        bar = blocks.take_cotangent(spec, block, y_bar)
 
-        def of_active(moving):
-            return _product(spec, blocks, regular, block, tap, part._replace(**moving))
+        def of_active(given):
+            return _product(spec, blocks, regular, block, tap, part._replace(**given))
 
         (bars,) = jax.vjp(of_active, {name: getattr(part, name) for name in active})[1](bar)
-        added = {n: add_part(spec, blocks, block, tap, divided, n, sums[n], bars[n]) for n in active}
+        added = {n: blocks.add_part(spec, block, tap, divided, n, sums[n], bars[n]) for n in active}
         return (step - 1, added), None
 
     zeros = jax.tree.map(jnp.zeros_like, divided)
@@ -94,10 +86,10 @@ def gradients(
 
 
 def _product(
-    spec: Spec, blocks: Blocks, regular: Regular, block: jax.Array, tap: jax.Array, part: Operands
+    spec: Spec, blocks: Blocks, regular: Regular, block: jax.Array, tap: jax.Array, part: Divided
 ) -> jax.Array:
     """What one tap adds to a block: `(B * size, F)`. The maps and matrices of `part` are in pairs."""
-    points, scale = tap_points(spec, blocks, regular, block, tap, part)
+    points, scale = blocks.tap_points(spec, regular, block, tap, part)
     if spec.dtype == jnp.bfloat16:
         # A TPU rounds float32 to bfloat16 in its products anyway. Rounding here would round the gradients too.
         spec = spec._replace(dtype=spec.accumulate, precision=lax.Precision.DEFAULT)
@@ -106,7 +98,7 @@ def _product(
         scale = None if scale is None else scale[..., 0]
     at = _locate_pairs(points, scale, spec.offset_groups, border_of(spec))
     # A narrow map is read in its wider copy: XLA's gather unpacks and packs bfloat16 rows, which takes longer.
-    rows, _, at = one_batch_axis(part.rows if part.summed is None else part.summed, None, at)
+    rows, _, at = one_batch_axis(part.rows if part.wide_rows is None else part.wide_rows, None, at)
     if spec.offset_groups > 1:  # (B, size, OG) -> (OG, B, size)
         at = jax.tree.map(lambda array: jnp.moveaxis(array, -1, 0), at)
     return _multiply(spec, _sum_pairs(rows, at), _materialized(part.matrices))
@@ -133,15 +125,13 @@ _materialized.defjvp(lambda primals, tangents: (primals[0], tangents[0]))
 # Maps and matrices in pairs
 
 
-def _divide_pairs(spec: Spec, blocks: Blocks, operands: Operands) -> Operands:
+def _divide_pairs(spec: Spec, blocks: Blocks, operands: Operands) -> Divided:
     """`divide`, with maps and matrices in pairs."""
-    border, groups = border_of(spec), spec.offset_groups
-    paired = operands._replace(
-        rows=_pair_up(operands.rows, border, groups),
-        matrices=_pair_matrices(operands.matrices, groups),
-        summed=None if operands.summed is None else _pair_up(operands.summed, border, groups),
-    )
-    return divide(spec, blocks, paired)
+    pair_up = functools.partial(_pair_up, border=border_of(spec), groups=spec.offset_groups)
+    matrices = _pair_matrices(operands.matrices, spec.offset_groups)
+    divided = blocks.divide(spec, operands._replace(matrices=matrices))
+    wide_rows = None if divided.wide_rows is None else pair_up(divided.wide_rows)
+    return divided._replace(rows=pair_up(divided.rows), wide_rows=wide_rows)
 
 
 def _pair_matrices(matrices: jax.Array, groups: int) -> jax.Array:
@@ -152,8 +142,8 @@ def _pair_matrices(matrices: jax.Array, groups: int) -> jax.Array:
 def _pair_up(rows: jax.Array, border: Border, groups: int) -> jax.Array:
     """Rows `(*B, R, Cg)` -> `(*B, OG * R', 2 Cg)`: each pixel beside the next of its line, offset group after group.
 
-    Each line begins with the pair (zeros, first pixel) and ends with (last pixel, zeros). Each group ends with a line of
-    zeros, which points outside the map read.
+    Each line begins with the pair (zeros, first pixel) and ends with (last pixel, zeros). One more index along the first
+    axis holds zeros, which points outside the map read.
     """
     *batch, _, channels = rows.shape
     maps = rows.reshape(*batch, *border.spatial, groups * channels)
@@ -171,9 +161,10 @@ def _pair_up(rows: jax.Array, border: Border, groups: int) -> jax.Array:
 
 
 def _locate_pairs(points: Positions, scale: jax.Array | None, groups: int, border: Border) -> Rows:
-    """`sampling.locate` for maps of pairs: one row and two weights for each. `(*query, n)`, `(*query,)` -> `(*query,)`.
+    """`sampling.locate` for maps of pairs: `row` has one entry for each pair that a point reads, `weight` has two.
 
-    Of several offset groups, the last axis of `query`, each has its map.
+    Points `(*query, n)`, modulations `(*query,)` -> arrays `(*query,)`. With several offset groups, they are the last axis
+    of `query`.
     """
     offset = points.offset.astype(wide(points.offset.dtype))
     axes = [

@@ -1,6 +1,12 @@
 """Which algorithm computes the op, and in how many blocks of positions: one table, by platform.
 
-More blocks take less scratch memory, and each block costs time. Sizes that are symbolic count for nothing here.
+| platform | algorithm | blocks |
+|---|---|---|
+| cpu | `all_taps`; `one_tap` where `_blocks_of_all_taps_on_cpu` finds none | so many that a block fits the caches |
+| tpu | `pixel_pairs`; `one_tap` where `_can_pair` says no | 4 or 5; 32 where each channel is convolved alone |
+| any other | `one_tap` | 1, as each step costs launches; 4 in the derivative where each channel is convolved alone |
+
+More blocks take less scratch memory, and each block costs time. A symbolic size counts as if it were 1.
 """
 
 import math
@@ -17,18 +23,19 @@ from dcn_jax.ops.deform_conv.xla.blocks import Blocks, Operands, is_depthwise
 from dcn_jax.sampling import countable
 
 _TPU_TILE = 8  # positions
+_MOST_IF_SYMBOLIC = 8  # blocks, where the number of positions is not known
 
 
 def algorithms(spec: Spec, operands: Operands, *, derivative: bool) -> Algorithms:
     """The algorithm of the result, or of its derivatives, for each platform; "default" is any other."""
     narrow = _is_narrow(operands)
+    of_all_taps = _blocks_of_all_taps_on_cpu(spec, operands, derivative)
+    of_one_tap = _blocks_of_one_tap_on_cpu(spec, operands, derivative, narrow)
     chosen = {
         "default": (one_tap, _blocks_on_gpu(spec, operands, derivative)),
-        "cpu": (one_tap, _blocks_of_one_tap_on_cpu(spec, operands, derivative, narrow)),
+        "cpu": (all_taps, of_all_taps) if of_all_taps else (one_tap, of_one_tap),
         "tpu": (pixel_pairs if _can_pair(spec, operands) else one_tap, _blocks_on_tpu(spec, operands)),
     }
-    if number := _blocks_of_all_taps_on_cpu(spec, operands, derivative):
-        chosen["cpu"] = all_taps, number
     table = {
         platform: _algorithm(spec, module, number, widen_by_block=narrow and platform == "cpu")
         for platform, (module, number) in chosen.items()
@@ -38,7 +45,7 @@ def algorithms(spec: Spec, operands: Operands, *, derivative: bool) -> Algorithm
 
 def _algorithm(spec: Spec, module: ModuleType, number: int, *, widen_by_block: bool) -> Algorithm:
     positions = math.prod(spec.window.out_spatial)
-    number = min(number, positions if isinstance(positions, int) else 8)
+    number = min(number, positions if isinstance(positions, int) else _MOST_IF_SYMBOLIC)
     size = -(-positions // number)
     if module is pixel_pairs:
         size = -(-size // _TPU_TILE) * _TPU_TILE
@@ -46,20 +53,19 @@ def _algorithm(spec: Spec, module: ModuleType, number: int, *, widen_by_block: b
 
 
 def _blocks_on_gpu(spec: Spec, operands: Operands, derivative: bool) -> int:
-    # A GPU has the memory, and each step costs it the launches of its kernels, however little they do. The derivative of a
-    # depthwise convolution keeps more of a step, and more blocks cost it no time.
+    # The derivative of a depthwise convolution keeps more of a step in memory, and more blocks cost it no time.
     return 4 if derivative and is_depthwise(spec, operands.rows.shape[-1]) else 1
 
 
 def _blocks_on_tpu(spec: Spec, operands: Operands) -> int:
-    # A TPU keeps the 2^n rows of each sample, and pads rows, and groups of channels, to 128 channels.
+    # A TPU keeps all 2^n rows that a sample is made of, each padded to 128 channels.
     if is_depthwise(spec, operands.rows.shape[-1]):
         return 32
     return 5 if spec.offset_groups > 1 else 4
 
 
 def _can_pair(spec: Spec, operands: Operands) -> bool:
-    """Whether a TPU reads pixels in pairs: all channels are convolved together, and there are few offset groups."""
+    """Whether a TPU reads pixels in pairs: one feature group, few offset groups, zeros beyond a line, rows that int32 counts."""
     together = spec.feature_groups == 1 and not is_depthwise(spec, operands.rows.shape[-1])
     return (
         together
@@ -75,14 +81,18 @@ def _blocks_of_one_tap_on_cpu(spec: Spec, operands: Operands, derivative: bool, 
     *batch, _, channels = operands.rows.shape
     known = [n for n in (*batch, positions) if isinstance(n, int)]
     samples = math.prod(known) * spec.offset_groups * channels * jnp.dtype(spec.accumulate).itemsize
-    few = (4 if is_depthwise(spec, channels) else 2) if derivative else 1  # the derivative keeps more of a step
-    number = few * max(1, round(samples / 1.75e6))
+    times = (4 if is_depthwise(spec, channels) else 2) if derivative else 1  # the derivative keeps more of a step
+    number = times * max(1, round(samples / 1.75e6))
     # Narrow arrays are computed in float32 all the same.
     return _dividing(3 * number, positions) if narrow and derivative else number
 
 
 def _blocks_of_all_taps_on_cpu(spec: Spec, operands: Operands, derivative: bool) -> int | None:
-    """So many that scratch memory is a share of the columns, or more where columns outgrow the caches; None: not all taps."""
+    """So many that scratch memory stays a share of the columns (P · K · C numbers), and a block's columns fit the caches.
+
+    None where one tap at a time is better: each channel is convolved alone, a size is symbolic, int32 cannot count the rows,
+    or, in the derivative, the kernel is large beside a block.
+    """
     *batch, _, channels = operands.rows.shape
     images, positions, features = math.prod(batch), math.prod(spec.window.out_spatial), operands.matrices.shape[-1]
     known = isinstance(images, int) and isinstance(positions, int)
@@ -91,7 +101,8 @@ def _blocks_of_all_taps_on_cpu(spec: Spec, operands: Operands, derivative: bool)
         return None
     samples = images * positions * spec.offset_groups * channels * jnp.dtype(spec.accumulate).itemsize
     columns = samples * spec.window.taps
-    # The samples of several images or groups are copied into one order. Narrow arrays are computed in float32.
+    # More blocks with several images or groups, whose samples are copied into one order; and for narrow arrays, of which a
+    # block is computed in float32.
     several, narrow = images > 1 or spec.feature_groups > 1, jnp.finfo(spec.dtype).bits < 32
     least, most_bytes, more = (20 if several else 14, 1.75e6, 1.5 if narrow else 1) if derivative else (5, 3.5e6, 1)
     number = min(_dividing(max(round(more * least), round(columns / most_bytes)), positions), positions)
@@ -102,7 +113,7 @@ def _blocks_of_all_taps_on_cpu(spec: Spec, operands: Operands, derivative: bool)
 
 
 def _is_narrow(operands: Operands) -> bool:
-    return any(jnp.finfo(array.dtype).bits < 32 for array in jax.tree.leaves(operands._replace(summed=None)))
+    return any(jnp.finfo(array.dtype).bits < 32 for array in jax.tree.leaves(operands))
 
 
 def _dividing(blocks: int, positions: Size) -> int:

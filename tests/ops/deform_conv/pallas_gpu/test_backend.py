@@ -1,4 +1,4 @@
-"""The fused GPU kernels, in Pallas's interpreter: what the op's own suite, which runs over them too, does not see."""
+"""The fused GPU kernels, in Pallas's interpreter: tests beyond the op's own suite, which runs over them too."""
 
 import functools
 import re
@@ -32,7 +32,8 @@ def interpreted():
         yield
 
 
-# Tiles of the interpreter hold 16 positions, channels and features: here each is ragged, split over several, or both.
+# In the interpreter a tile has 16 positions, channels and features. Each of these cases fills tiles in part,
+# or takes several.
 RAGGED = {
     "positions": draw((3, 5, 7, 2), (2, 2), 3),
     "channels": draw((1, 3, 3, 21), (2, 2), 2, bias=False),
@@ -49,13 +50,13 @@ def test_ragged_tiles(interpreted, case):
 
 
 def test_offset_and_mask_in_float64(interpreted, x64):
-    """Of a float32 map: their gradients are float64, as they are."""
+    """With a float32 map. Gradients of float64 arrays are float64."""
     x, kernel, offset, mask, bias = CASE.arrays
     check_against_oracle(fused, CASE._replace(arrays=(x, kernel, np.float64(offset), np.float64(mask), bias)), 1e-5)
 
 
 def check_against_xla(program, *arrays):
-    """The results of a program of an op and arrays, by the kernels, are those by the XLA form."""
+    """`program(op, *arrays)` has the same results by the kernels as by XLA."""
     ops = (functools.partial(deform_conv, implementation=name) for name in ("pallas_gpu", "xla"))
     found, wanted = (jax.tree.leaves(jax.jit(functools.partial(program, op))(*arrays)) for op in ops)
     for by_kernels, by_xla in zip(found, wanted, strict=True):
@@ -79,7 +80,7 @@ def test_forward_mode(interpreted, program):
     check_against_xla(program, *LINE.arrays)
 
 
-# Over which axes of x, kernel, offset, mask and bias; None: one serves all.
+# The axes of x, kernel, offset, mask and bias that are mapped over; None: one array for all members.
 MAPS = {"all": (0, 0, 0, 0, 0), "one kernel": (0, None, 1, 0, None), "one x": (None, None, 0, None, None)}
 
 
@@ -112,7 +113,7 @@ def test_the_gradients_of_a_map(interpreted, axes):
     ],
 )
 def test_one_launch_for_each_pass(program, arrays, wanted):
-    """For all that is mapped over; derivatives of other kinds are the XLA form's."""
+    """One launch serves all members of a map. Tangents, and derivatives of gradients, are computed by XLA."""
     with aot.target("NVIDIA H100"):
         traced = jax.jit(functools.partial(program, fused)).trace(*arrays)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -176,7 +177,7 @@ def test_lowered_for_another_platform_it_says_so():
 
 @pytest.mark.parametrize("dtype", pallas_gpu.DTYPES)
 def test_the_kernels_are_in_the_lowered_program(dtype):
-    """Lowering for a GPU needs none; it says nothing of its own."""
+    """Lowering for a GPU needs no GPU. It gives no warning."""
     arrays = CASE.astype(jnp.dtype(dtype)).arrays
     op = functools.partial(fused, **CASE.options)
     cotangent = jax.ShapeDtypeStruct((2, 4, 2, 2), dtype)
@@ -188,7 +189,7 @@ def test_the_kernels_are_in_the_lowered_program(dtype):
 
 
 def test_the_modes_share_no_trace():
-    """What `jit` traced in the interpreter is not taken for a program of the GPU."""
+    """A program that was traced in the interpreter is traced again for the GPU."""
     call = jax.jit(functools.partial(fused, **CASE.options))
     with interpret():
         call(*CASE.arrays)
@@ -216,7 +217,7 @@ def test_a_backward_pass_runs_in_the_mode_of_its_forward_pass():
 )
 def test_precision_is_read_as_lax_reads_it(precision, context, wanted):
     with jax.default_matmul_precision(context):
-        found = pallas_gpu._product(precision)
+        found = pallas_gpu._dot_algorithm(precision)
     assert (found and found.name) == wanted
 
 

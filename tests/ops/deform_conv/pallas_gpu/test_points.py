@@ -1,4 +1,4 @@
-"""What the GPU kernels' points read, against NumPy in float64: rows counted on a map of their numbers that NumPy has padded."""
+"""The rows and weights of points, against NumPy in float64, which pads a map of the rows' numbers."""
 
 import functools
 import itertools
@@ -89,7 +89,7 @@ def test_far_points_read_the_border_or_nothing_and_a_nan_weighs_nan(mode):
 
 
 def test_positions_in_float64_are_exact(x64):
-    """As in the XLA path; only their weights are rounded, to what the kernels load."""
+    """As with XLA. Only the weights are rounded, to the float32 that the kernels load."""
     window = resolve_window((1,), spatial=(2**26,), strides=2**26)
     offset, mask = np.full((1, 1, 1), 2.0**25 + 0.3), np.full((1, 1, 1), 1 / 3)
     row, weight = locate_points(window, 1, offset, mask)

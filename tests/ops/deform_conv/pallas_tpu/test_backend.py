@@ -18,8 +18,8 @@ from tests.support.bounded import check_against_oracle, gradients_of
 from tests.support.cases import draw
 from tests.support.running import assert_close, compiled, value_and_gradients
 
-matmul = functools.partial(deform_conv, implementation="pallas_tpu")
-exact = functools.partial(matmul, precision="highest")
+pallas_tpu = functools.partial(deform_conv, implementation="pallas_tpu")
+exact = functools.partial(pallas_tpu, precision="highest")
 SMALL = draw((2, 5, 4, 3), (3, 3), 2)
 BOUND = 2  # some offsets are beyond it, some at it
 
@@ -30,7 +30,7 @@ def interpreted():
         yield
 
 
-# A tile has 6 × 8 positions. Strips of tiles overlap in what they read. Pallas's interpreter takes seconds a test.
+# A tile has 6 × 8 positions. Neighbouring strips read some of the same rows. A test takes seconds in the interpreter.
 CASES = {
     "ragged tiles": (draw((2, 14, 9, 3), (3, 3), 4), 2),
     "one tap that stays": (draw((1, 7, 9, 2), (1, 1), 3), 0),
@@ -60,16 +60,16 @@ def test_float32(interpreted, case, bound):
 @slow
 @pytest.mark.parametrize(("precision", "tolerance"), [("high", 5e-5), (None, 1e-2)])
 def test_float32_of_bfloat16_products(interpreted, precision, tolerance):
-    """As a TPU's compiler understands `precision`."""
-    op = functools.partial(matmul, precision=precision, max_offset=BOUND)
+    """`precision` means what it means to a TPU's compiler."""
+    op = functools.partial(pallas_tpu, precision=precision, max_offset=BOUND)
     check_against_oracle(op, SMALL, BOUND, tolerance)
 
 
 def test_reading_between_pixels_is_finer_than_one_bfloat16_product(interpreted):
-    """The derivative by the modulation is what was read, times a kernel of one."""
+    """With a kernel of one, the derivative by the modulation is the sample."""
     x = jnp.full((3, 3, 1), 1 + 2.0**-12, jnp.float32)
     kernel, offset, mask = jnp.ones((1, 1, 1, 1)), jnp.full((3, 3, 2), 0.3), jnp.ones((3, 3, 1))
-    read = jax.jit(jax.grad(lambda mask: jnp.sum(matmul(x, kernel, offset, mask, max_offset=1))))(mask)
+    read = jax.jit(jax.grad(lambda mask: jnp.sum(pallas_tpu(x, kernel, offset, mask, max_offset=1))))(mask)
     np.testing.assert_allclose(read[:2, :2], 1 + 2.0**-12, rtol=0, atol=2.0**-14)
 
 
@@ -77,22 +77,22 @@ def test_bfloat16(interpreted):
     case = draw((1, 5, 4, 3), (3, 3), 4, bias=False)
     x, kernel, *rest = case.arrays
     case = case._replace(arrays=(jnp.asarray(x, jnp.bfloat16), jnp.asarray(kernel, jnp.bfloat16), *rest))
-    check_against_oracle(functools.partial(matmul, max_offset=BOUND), case, BOUND, 8e-3, gradients=1e-2)
+    check_against_oracle(functools.partial(pallas_tpu, max_offset=BOUND), case, BOUND, 8e-3, gradients=1e-2)
 
 
 def test_weights_are_finer_than_bfloat16(interpreted):
-    """What is read is rounded once, to bfloat16, and its weights are not."""
+    """Samples are rounded once, to bfloat16. Weights are not."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((9, 11, 8)), jnp.bfloat16)
     kernel, offset = jnp.eye(8, dtype=jnp.bfloat16)[None, None], rng.uniform(0.1, 0.9, (9, 11, 2)).astype(np.float32)
-    y = jax.jit(functools.partial(matmul, max_offset=1))(x, kernel, offset)
+    y = jax.jit(functools.partial(pallas_tpu, max_offset=1))(x, kernel, offset)
     wanted = jnp.asarray(oracle.deform_conv(np.float64(x), np.float64(kernel), offset), jnp.bfloat16)
     assert jnp.mean(y == wanted) > 0.98
 
 
 @slow
 def test_offset_and_mask_in_float64(interpreted, x64):
-    """Of a float32 map: their gradients are float64, as they are."""
+    """With a float32 map. Gradients of float64 arrays are float64."""
     x, kernel, offset, mask, bias = SMALL.arrays
     case = SMALL._replace(arrays=(x, kernel, np.float64(offset), np.float64(mask), bias))
     check_against_oracle(functools.partial(exact, max_offset=BOUND), case, BOUND, 1e-5)
@@ -100,7 +100,7 @@ def test_offset_and_mask_in_float64(interpreted, x64):
 
 @slow
 def test_at_whole_numbers_the_derivative_is_the_right_hand_one(interpreted):
-    """Also just below one, where a position in float32 would be the whole number."""
+    """Also for an offset just below one: added to a position in float32, it would be rounded to one."""
     _, kernel, offset, mask, bias = SMALL.arrays
     offset = np.where(np.arange(offset.size).reshape(offset.shape) % 2, np.float32(1), np.float32(1 - 2.0**-24))
     case = SMALL._replace(arrays=(SMALL.arrays[0], kernel, offset.astype(np.float32), mask, bias))
@@ -132,7 +132,7 @@ def test_one_set_of_offsets_serves_all_images_and_batch_axes_may_be_any(interpre
 
 @slow
 def test_vmap_and_derivatives_of_derivatives(interpreted):
-    """Of the kernel in a stack, and of all else shared; derivatives after the first by way of XLA."""
+    """Several kernels share all other arrays. Derivatives after the first are computed by XLA."""
     x, kernel, offset, mask, bias = SMALL.arrays
     stacked = x, np.stack([kernel, -kernel, 2 * kernel]), offset, mask, bias
     axes = (None, 0, None, None, None)
@@ -159,7 +159,7 @@ def tangents_of_gradients(op, *arrays):
 
 @pytest.mark.parametrize("program", [tangents, tangents_of_gradients])
 def test_forward_mode(interpreted, program):
-    """Of the op, and of its gradients; tangents of offsets at the bound and beyond it count nothing, as by XLA."""
+    """Of the op and of its gradients. Tangents of offsets at the bound and beyond it are ignored, as by XLA."""
     ops = functools.partial(exact, max_offset=BOUND), functools.partial(deform_conv, max_offset=BOUND)
     assert np.any(np.abs(SMALL.arrays[2]) >= BOUND)
     results = [jax.jit(functools.partial(program, op))(*SMALL.arrays) for op in ops]
@@ -168,7 +168,7 @@ def test_forward_mode(interpreted, program):
 
 @slow
 def test_shard_map(interpreted):
-    """Without its checks, for Pallas's interpreter types its loops as varying over no device. Compiled, it takes them."""
+    """Without `check_vma`, which fails on the interpreter's own loops. A compiled program passes it."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     over, op = P("data"), functools.partial(exact, max_offset=BOUND)
     over_devices = jax.shard_map(op, mesh=mesh, in_specs=(over, P(), over, over, P()), out_specs=over, check_vma=False)
@@ -233,20 +233,32 @@ def test_it_is_taken_by_name_alone(interpreted):
 
 def test_lowered_for_another_platform_it_says_so(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    traced = jax.jit(functools.partial(matmul, max_offset=BOUND)).trace(*SMALL.arrays)
+    traced = jax.jit(functools.partial(pallas_tpu, max_offset=BOUND)).trace(*SMALL.arrays)
     with pytest.raises(ValueError, match="implementation='pallas_tpu' runs on TPUs alone"):
         traced.lower(lowering_platforms=("cpu",))
 
 
 def lowered(monkeypatch, program, *arrays):
-    """Of a program of the op and arrays, as text. Lowering for a TPU needs none."""
+    """`program(op, *arrays)`, lowered for a TPU, as text. That needs no TPU."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    traced = jax.jit(functools.partial(program, functools.partial(matmul, max_offset=BOUND))).trace(*arrays)
+    traced = jax.jit(functools.partial(program, functools.partial(pallas_tpu, max_offset=BOUND))).trace(*arrays)
     return traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
 def gradients_of_map(op, x, *rest):
     return gradients_of(jax.vmap(op, (0, None, 0, 0, None)), SMALL)(x, *rest)
+
+
+@pytest.mark.parametrize("context", ["high", "highest", "BF16_BF16_F32_X3"])
+def test_products_of_bfloat16_ignore_the_precision_that_is_set(monkeypatch, context):
+    """With most of these settings JAX cannot lower a product inside a TPU kernel. "highest" would make it slower."""
+
+    def gradients(op, *arrays):
+        return gradients_of(functools.partial(op, precision="default"), SMALL)(*arrays)
+
+    wanted = lowered(monkeypatch, gradients, *SMALL.arrays)
+    with jax.default_matmul_precision(context):
+        assert lowered(monkeypatch, gradients, *SMALL.arrays) == wanted
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
@@ -259,7 +271,7 @@ def gradients_of_map(op, x, *rest):
     ],
 )
 def test_one_launch_for_each_pass(monkeypatch, program, wanted, wide):
-    """Derivatives of other kinds are by way of XLA."""
+    """Tangents, and derivatives of gradients, are computed by XLA."""
     with jax.enable_x64(wide):
         text = lowered(monkeypatch, program, *SMALL.arrays)
     assert sorted(re.findall(r'kernel_name = "deform_conv_(\w+)"', text)) == wanted

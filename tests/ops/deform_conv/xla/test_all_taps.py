@@ -11,11 +11,12 @@ from tests.support.running import assert_close, normal
 from tests.test_sampling import draw
 
 
+@pytest.mark.parametrize("whole", [0.0, 1.0], ids=["fractions", "whole positions"])
 @pytest.mark.parametrize("channels", [3, 16, 17], ids="{} channels".format)
 @pytest.mark.parametrize("mode", ["zeros", "edge", "wrap", "reflect", "symmetric"])
-def test_the_sum_is_the_same(mode, channels):
+def test_the_sum_is_the_same(mode, channels, whole):
     """At points in and around the map, far, infinite and NaN, it reads what `locate` and `sum_rows` do."""
-    features, points = draw((4, 3), 2 * channels)
+    features, points = draw((4, 3), 2 * channels, whole=whole)
     features[3, 2, 0], points[0, :4, 0] = np.inf, (np.inf, -np.inf, np.nan, 3e9)
     rows, border = jnp.asarray(features.reshape(4 * 3 * 2, channels)), Border((4, 3), (mode, mode))
     regular = jnp.broadcast_to(jnp.array([1, -1], jnp.int32), (4, 6, 1, 2))

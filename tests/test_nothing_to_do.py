@@ -1,0 +1,49 @@
+"""Layers with nothing to do: no queries, an empty batch."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import dcn_jax.linen
+import dcn_jax.nnx
+
+SHAPES = ((4, 5),)
+
+
+def attention(batch, queries):
+    return (jnp.ones((batch, queries, 8)), jnp.full((batch, queries, 1, 2), 0.5), jnp.ones((batch, 20, 8)))
+
+
+def linen(layer, *arguments):
+    made = [jnp.ones((1, *argument.shape[1:])) if argument.shape[0] == 0 else argument for argument in arguments[:3]]
+    full = [jnp.ones((a.shape[0], max(a.shape[1], 1), *a.shape[2:])) for a in made]
+    variables = layer.init(jax.random.key(0), *full, *arguments[3:])
+    return lambda *arrays: layer.apply(variables, *arrays, *arguments[3:])
+
+
+def check(f, arrays, shape):
+    """Compiled and not, forward and gradients."""
+    for run in (f, jax.jit(f)):
+        assert run(*arrays).shape == shape
+    gradients = jax.jit(jax.grad(lambda *arrays: jnp.sum(f(*arrays) ** 2), argnums=range(len(arrays))))(*arrays)
+    assert all(not jnp.any(jnp.isnan(gradient)) for gradient in gradients)
+
+
+@pytest.mark.lenient
+@pytest.mark.parametrize(("batch", "queries"), [(2, 0), (0, 3)])
+def test_attention(batch, queries):
+    arrays = attention(batch, queries)
+    layer = dcn_jax.nnx.MSDeformAttn(8, 2, 1, 2, rngs=nnx.Rngs(0))
+    check(lambda *arrays: layer(*arrays, SHAPES), arrays, (batch, queries, 8))
+    check(linen(dcn_jax.linen.MSDeformAttn(8, 2, 1, 2), *arrays, SHAPES), arrays, (batch, queries, 8))
+
+
+@pytest.mark.lenient
+@pytest.mark.parametrize("name", ["DeformConv", "DCNv3", "DCNv4"])
+def test_an_empty_batch(name):
+    x = jnp.ones((0, 4, 5, 8))
+    options = {"DeformConv": ((8, 8, (3, 3)), (8, (3, 3))), "DCNv3": ((8,), (8,)), "DCNv4": ((8,), (8,))}[name]
+    group = {} if name == "DeformConv" else {"group": 1}
+    check(getattr(dcn_jax.nnx, name)(*options[0], **group, rngs=nnx.Rngs(0)), (x,), x.shape)
+    check(linen(getattr(dcn_jax.linen, name)(*options[1], **group), x), (x,), x.shape)
