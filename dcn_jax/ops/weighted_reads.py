@@ -1,12 +1,12 @@
-"""The sum that `grid_sample` and `ms_deform_attn` are made of: maps read at points, weighted and added.
+"""The sum that `grid_sample` and `ms_deform_attn` share: maps are read at points, and the readings weighted and added.
 
     y(q, m) = Σ_l Σ_t  weight(q, m, t) · map_{l,m}(point(q, m, t))
 
-over levels l and the points t of each, for a query q and a head m.
+over levels l and the points t of each level, for a query q and a head m.
 
-The letters of the shapes: B images; S pixels of all levels; Q queries, q of them in a block; M heads of D channels; T points
-of all levels, P of one; n coordinates of a point; K pixels that a point reads, its corners. `*M` is one axis, or no axis in
-`grid_sample`: for an axis of size 1 XLA's CPU backend would copy the arrays.
+The letters of the shapes: B images; S pixels of all levels; Q queries, or q in a block; M heads of D channels; T points
+of all levels, P of one level; n coordinates of a point; K corners, the pixels that one point reads. `*M` is one axis. In
+`grid_sample` it is no axis, because XLA's CPU backend would copy arrays that have an axis of one head.
 """
 
 import functools
@@ -27,26 +27,28 @@ if TYPE_CHECKING:
 
 
 class Level(NamedTuple):
-    """One of the maps that lie one after another in `features`, and the points that read it; hashable."""
+    """One map of those in `features`, and the points that read it; hashable."""
 
     border: Border
     method: str  # of `sampling.METHODS`
-    to_pixels: Callable[[jax.Array, jax.Array], jax.Array]  # (coordinates along an axis, the map's size there) -> pixels
-    first_row: Size  # where its pixels begin, among the S
-    first_point: int  # where its points begin, among the T
-    points: int
+    to_pixels: Callable[
+        [jax.Array, jax.Array], jax.Array
+    ]  # (coordinates along an axis, the map's size there) -> pixels
+    first_row: Size  # its first pixel among the S
+    first_point: int  # its first point among the T
+    points: int  # how many
 
     @property
     def rows(self) -> Size:
-        """How many pixels it has."""
+        """How many pixels the map has, each a row of channels."""
         return math.prod(self.border.spatial)
 
 
 class Operands(NamedTuple):
-    """The arrays of the sum; or a part of them: the points of some queries, or of one level."""
+    """The arrays of the sum. A loop slices points and weights, and the slices are `Operands` too."""
 
-    features: Any  # (B, S, *M, D)
-    points: Any  # (B, Q, *M, T, n), in coordinates of their level, last spatial axis first
+    features: Any  # (B, S, *M, D): the maps, one level's pixels after another's
+    points: Any  # (B, Q, *M, T, n): coordinates that `to_pixels` understands, last spatial axis first
     weights: Any  # (B, Q, *M, T); None for ones
 
 
@@ -63,47 +65,62 @@ def sum_readings(levels: tuple[Level, ...], operands: Operands) -> jax.Array:
 
 
 def algorithms(levels: tuple[Level, ...], operands: Operands) -> "tuple[Algorithms, Algorithms]":
-    """The algorithms of the sum, and that of its derivatives, by platform."""
+    """For each platform the algorithm of the sum, and for all platforms the one of its derivatives."""
     from dcn_jax._core.platform_op import Algorithm
 
-    at_once, in_blocks = (
-        Algorithm(result, _gradients, _divide(levels, operands), gradients_can_be_mapped=True)
-        for result in (_sum_points, _sum_blocks)
-    )
-    # A TPU keeps the rows that it reads. Other platforms read, weight and add in one kernel.
-    return (("default", at_once), ("tpu", in_blocks)), (("default", in_blocks),)
+    def made(result, number):
+        blocks = _divide(operands.points.shape[1], number)
+        return Algorithm(result, _gradients, blocks, gradients_can_be_mapped=True)
+
+    # On a TPU the rows that a step gathers lie in memory, so a step takes a block of queries. For other platforms XLA fuses
+    # gather, weights and sum into one kernel.
+    of_sum = ("default", made(_sum_by_points, 1)), ("tpu", made(_sum_by_points_in_blocks, _FEWEST))
+    return of_sum, (("default", made(_sum_by_levels, _blocks_of_derivatives(levels, operands))),)
 
 
 def _zeros(operands: Operands) -> jax.Array:
+    """Zeros of the result's shape and type, for a loop to add to."""
     features, points, _ = operands
     return jnp.zeros_like(features, shape=(*points.shape[:-2], features.shape[-1]))
 
 
-def _sum_points(levels: tuple[Level, ...], blocks: "_Blocks", operands: Operands) -> jax.Array:
-    """The sum, for one point of all queries after another."""
+def _sum_by_points(levels: tuple[Level, ...], blocks: "_Blocks", operands: Operands) -> jax.Array:
+    """The sum. Each step adds one point of every query."""
     del blocks
     y = _zeros(operands)
     for level in levels:
 
         def add(y, point, level=level):
-            part = _take_points(operands, point, 1)
+            at = _locate(level, _take(operands, point, 1, axis=operands.features.ndim - 1))
             read = functools.partial(sum_rows, span=(level.first_row, level.rows))
-            return y + jnp.sum(_each_head(read, part.features, _locate(level, part)), axis=-2), None
+            return y + jnp.sum(_each_head(read, operands.features, at), axis=-2), None
 
         y, _ = lax.scan(add, y, level.first_point + jnp.arange(level.points, dtype=jnp.int32))
     return y
 
 
-def _sum_blocks(levels: tuple[Level, ...], blocks: "_Blocks", operands: Operands) -> jax.Array:
-    """The sum, for all points of a level and of one block of queries after another."""
+def _sum_by_points_in_blocks(levels: tuple[Level, ...], blocks: "_Blocks", operands: Operands) -> jax.Array:
+    """The sum. Each step calls `_sum_by_points` on one block of queries."""
+
+    def fill(y, block):
+        part = _sum_by_points(levels, blocks, _take_queries(blocks, block, operands))
+        return lax.dynamic_update_slice_in_dim(y, part, blocks.start(block), 1, allow_negative_indices=False), None
+
+    return lax.scan(fill, _zeros(operands), jnp.arange(blocks.number, dtype=jnp.int32))[0]
+
+
+def _sum_by_levels(levels: tuple[Level, ...], blocks: "_Blocks", operands: Operands) -> jax.Array:
+    """The sum, for JAX to find tangents from. Each step adds all points of a level, for one block of queries."""
     y = _zeros(operands)
     for level in levels:
 
-        @functools.partial(jax.checkpoint, prevent_cse=False)  # a derivative of the loop keeps no rows
+        @functools.partial(jax.checkpoint, prevent_cse=False)  # without this, derivatives would keep every step's rows
         def add(y, block, level=level):
-            weight, row = _corners(level, _take_block(level, blocks, block, operands))
-            rows = jnp.where(_is_read(level, blocks, block, row)[..., None], _take_rows(level, operands.features, row), 0)
-            part = jnp.einsum("bq...pkd,bq...pk->bq...d", rows, weight.astype(rows.dtype), precision=lax.Precision.HIGHEST)
+            weight, row = _corners(level, _take_level(level, _take_queries(blocks, block, operands)))
+            rows = _gather(level, operands.features, row)
+            rows = jnp.where(_is_added(level, blocks, block, row)[..., None], rows, 0)
+            products = "bq...pkd,bq...pk->bq...d", rows, weight.astype(rows.dtype)
+            part = jnp.einsum(*products, precision=lax.Precision.HIGHEST)
             return _add_window(y, part, (0, blocks.start(block))), None
 
         y, _ = lax.scan(add, y, jnp.arange(blocks.number, dtype=jnp.int32))
@@ -116,7 +133,7 @@ def _sum_blocks(levels: tuple[Level, ...], blocks: "_Blocks", operands: Operands
 def _gradients(
     levels: tuple[Level, ...], blocks: "_Blocks", active: tuple[str, ...], y_bar: jax.Array, operands: Operands
 ) -> dict[str, jax.Array]:
-    """The gradients of the operands named in `active`: all points of a level and of a block of queries at once."""
+    """The gradients of the operands named in `active`. Each step adds those of one level and one block of queries."""
     sums = {name: jnp.zeros_like(getattr(operands, name)) for name in active}
     for level in levels:
         add = functools.partial(_add_gradients, level, blocks, operands, y_bar)
@@ -126,22 +143,22 @@ def _gradients(
 
 
 def _add_gradients(level: Level, blocks: "_Blocks", operands: Operands, y_bar: jax.Array, sums, block):
-    """`sums` with the gradients that one level and one block of queries give."""
+    """One step of `_gradients`: `sums` with the gradients from one level and one block of queries added."""
     sums, start = dict(sums), blocks.start(block)
     bar = lax.dynamic_slice_in_dim(y_bar, start, blocks.size, 1, allow_negative_indices=False)  # (B, q, *M, D)
-    part = _take_block(level, blocks, block, operands)
+    part = _take_level(level, _take_queries(blocks, block, operands))
 
     def corners(points, weights):
         return _corners(level, part._replace(points=points, weights=weights))
 
     weight, pull, row = jax.vjp(corners, part.points, part.weights, has_aux=True)
-    read = _is_read(level, blocks, block, row)
+    read = _is_added(level, blocks, block, row)
     if "features" in sums:
         pixel = jnp.where(read, row + int32(level.first_row), int32(operands.features.shape[1]))
         added = weight[..., None].astype(bar.dtype) * jnp.expand_dims(bar, (-3, -2))
         sums["features"] = _add_rows(sums["features"], pixel, added)
     if "points" in sums or "weights" in sums:
-        rows = _take_rows(level, operands.features, row)
+        rows = _gather(level, operands.features, row)
         products = jnp.einsum("bq...pkd,bq...d->bq...pk", rows, bar, precision=lax.Precision.HIGHEST)
         bars = pull(jnp.where(read, jnp.real(products), 0).astype(weight.dtype))
         for name, added in zip(("points", "weights"), bars, strict=True):
@@ -151,8 +168,8 @@ def _add_gradients(level: Level, blocks: "_Blocks", operands: Operands, y_bar: j
 
 
 def _add_rows(features: jax.Array, pixel: jax.Array, added: jax.Array) -> jax.Array:
-    """`features` with `added` `(B, q, *M, P, K, D)` added at pixels `(B, q, *M, P, K)`; those beyond S are dropped."""
-    # Not by vmap, which would move the heads of `features` to the front and back each time.
+    """Add rows `(B, q, *M, P, K, D)` to `features` at pixels `(B, q, *M, P, K)`. Pixel S does not exist: its rows are dropped."""
+    # One scatter with batching dimensions: `vmap` would move the heads of `features` to the front and back in each step.
     batching = (0, 2)[: features.ndim - 2]  # batch and heads
     numbers = lax.ScatterDimensionNumbers(
         update_window_dims=(added.ndim - 1,),
@@ -165,17 +182,17 @@ def _add_rows(features: jax.Array, pixel: jax.Array, added: jax.Array) -> jax.Ar
 
 
 def _add_window(total: jax.Array, part: jax.Array, start: tuple[Any, ...]) -> jax.Array:
-    """`total` with `part` added from an element on, given by its first axes."""
+    """`total` with `part` added to a window of it. `start` is the window's first index, on the first axes; on others, 0."""
     whole = [jnp.asarray(i, jnp.int32) for i in (*start, *[0] * (total.ndim - len(start)))]
     old = lax.dynamic_slice(total, whole, part.shape, allow_negative_indices=False)
     return lax.dynamic_update_slice(total, old + part, whole, allow_negative_indices=False)
 
 
-# Reading
+# Reading one level
 
 
 def _locate(level: Level, operands: Operands) -> Rows:
-    """The rows of a level that its points read: arrays `(B, Q, *M, P)`."""
+    """Which rows of the level its points read, with which weights: for each corner, arrays `(B, q, *M, P)`."""
     axes = jnp.moveaxis(operands.points[..., ::-1], -1, 0)
     sizes = (jnp.asarray(int32(size), axes.dtype) for size in level.border.spatial)
     points = jnp.stack([level.to_pixels(x, size) for x, size in zip(axes, sizes, strict=True)], axis=-1)
@@ -185,18 +202,18 @@ def _locate(level: Level, operands: Operands) -> Rows:
 
 
 def _corners(level: Level, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """The weights of all corners, and their rows of the level: both `(B, Q, *M, P, K)`."""
+    """`_locate`, all corners in one array: their weights and their rows of the level, both `(B, q, *M, P, K)`."""
     at = _locate(level, operands)
     return jnp.stack(at.weight, -1), jnp.stack(at.row, -1)
 
 
-def _is_read(level: Level, blocks: "_Blocks", block: jax.Array, row: jax.Array) -> jax.Array:
-    """Whether each corner lies on the map, and its query is in no block before."""
+def _is_added(level: Level, blocks: "_Blocks", block: jax.Array, row: jax.Array) -> jax.Array:
+    """Whether each corner is added: it lies on the map, and no earlier block has added its query."""
     return (row < int32(level.rows)) & blocks.fresh(block, row.ndim)
 
 
-def _take_rows(level: Level, features: jax.Array, row: jax.Array) -> jax.Array:
-    """Rows of a level, the last for the one after it: `(B, S, *M, D)`, `(B, q, *M, P, K)` -> `(B, q, *M, P, K, D)`."""
+def _gather(level: Level, features: jax.Array, row: jax.Array) -> jax.Array:
+    """Rows of a level; its last row for corners outside the map: `(B, S, *M, D)`, `(B, q, *M, P, K)` -> `(B, q, *M, P, K, D)`."""
 
     def take(features, row):
         return features.at[row].get(mode="promise_in_bounds", wrap_negative_indices=False)
@@ -206,8 +223,8 @@ def _take_rows(level: Level, features: jax.Array, row: jax.Array) -> jax.Array:
 
 
 def _each_head(read: Callable, features: jax.Array, at: Any) -> jax.Array:
-    """`read` of the features `(S, D)` of each image and head, at rows `(Q, …)`."""
-    # Batch and heads are axes of their own, not in the index of the row: so they may be split over devices.
+    """`read(features, at)` for each image and head: features `(S, D)`, arrays `(q, …)`."""
+    # Not with image and head folded into the index of a row: if they are split over devices, each would gather all features.
     if features.ndim == 4:
         read = jax.vmap(read, in_axes=1, out_axes=1)
     return jax.vmap(read)(features, at)
@@ -217,7 +234,7 @@ def _each_head(read: Callable, features: jax.Array, at: Any) -> jax.Array:
 
 
 class _Blocks(NamedTuple):
-    """Queries divided into blocks of one size. Where that does not divide them, the last block begins early."""
+    """Queries divided into blocks of one size. If it does not divide their number, the last block overlaps the one before."""
 
     queries: Size
     size: Size
@@ -228,40 +245,46 @@ class _Blocks(NamedTuple):
         return jnp.minimum(block * int32(self.size), int32(self.queries) - int32(self.size))
 
     def fresh(self, block: jax.Array, ndim: int) -> jax.Array:
-        """Which of a block's queries are in no block before: `(1, size, 1, …)`, of `ndim` axes."""
+        """Which queries of a block are in no earlier block: `(1, size, 1, …)`, of `ndim` axes."""
         number = self.start(block) + lax.broadcasted_iota(jnp.int32, (1, self.size, *[1] * (ndim - 2)), 1)
         return number >= block * int32(self.size)
 
 
-# What many queries read at once does not stay in the caches of a CPU.
+# Fewest blocks of the derivatives, and a TPU's of the sum: with fewer, the rows of a block do not stay in a CPU's caches.
 _FEWEST = 8
 
 
-def _divide(levels: tuple[Level, ...], operands: Operands) -> _Blocks:
-    """Blocks so small that what each reads of a level is half of the result, or of the features if they are more."""
+def _blocks_of_derivatives(levels: tuple[Level, ...], operands: Operands) -> int:
+    """How many: the rows that a block reads of a level take half as much memory as the larger of result and features."""
     pixels, queries = operands.features.shape[1], operands.points.shape[1]
-    corners = [2 ** len(level.border.spatial) if level.method == "linear" else 1 for level in levels]
-    most = max(_FEWEST, *(2 * level.points * each for level, each in zip(levels, corners, strict=True)))
     if not (isinstance(queries, int) and isinstance(pixels, int)):
-        return _Blocks(queries, -(-queries // _FEWEST), _FEWEST)
-    size = -(-queries // max(_FEWEST, min(most, round(most * queries / max(pixels, 1)))))
-    return _Blocks(queries, size, -(-queries // max(size, 1)))
+        return _FEWEST
+    corners = [2 ** len(level.border.spatial) if level.method == "linear" else 1 for level in levels]
+    most = max(2 * level.points * each for level, each in zip(levels, corners, strict=True))
+    return max(_FEWEST, min(most, round(most * queries / max(pixels, 1))))
 
 
-def _take_block(level: Level, blocks: _Blocks, block: jax.Array, operands: Operands) -> Operands:
-    """The operands of a level's points and a block's queries."""
-    part = _take(operands, blocks.start(block), blocks.size, axis=1)
-    return _take_points(part, level.first_point, level.points)
+def _divide(queries: Size, number: int) -> _Blocks:
+    """The queries in `number` blocks, or in a few less."""
+    size = -(-queries // number)
+    return _Blocks(queries, size, -(-queries // max(size, 1)) if isinstance(queries, int) else number)
 
 
-def _take_points(operands: Operands, start: Any, count: int) -> Operands:
-    """The operands of some points of each query."""
-    return _take(operands, start, count, axis=operands.features.ndim - 1)
+def _take_queries(blocks: _Blocks, block: jax.Array, operands: Operands) -> Operands:
+    """The operands with the queries of one block."""
+    return _take(operands, blocks.start(block), blocks.size, axis=1)
+
+
+def _take_level(level: Level, operands: Operands) -> Operands:
+    """The operands with the points of one level."""
+    return _take(operands, level.first_point, level.points, axis=operands.features.ndim - 1)
 
 
 def _take(operands: Operands, start: Any, size: Size, axis: int) -> Operands:
+    """The operands with a part of their points and weights."""
+
     def take(array):
         return lax.dynamic_slice_in_dim(array, start, size, axis, allow_negative_indices=False)
 
-    _, points, weights = operands
-    return operands._replace(points=take(points), weights=None if weights is None else take(weights))
+    features, *rest = operands
+    return Operands(features, *jax.tree.map(take, rest))
