@@ -1,14 +1,17 @@
 """Reading features between pixels: the bilinear gather at the heart of deformable convolution.
 
-Nothing else in the library interpolates. In n dimensions a point lies in a cell of 2^n pixels, its corners; what it
-reads is their mean, weighted along each axis by how near the point is. By two other methods it reads one pixel alone.
+A point in n dimensions lies in a cell of 2^n pixels, its corners. It reads their mean, weighted along each axis by how
+near the point is to each. By two other methods a point reads one pixel alone.
+
+This file defines what a point reads. Algorithms and kernels that compute the same in a quicker way say so, and are tested
+against it.
 """
 
 import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +25,7 @@ from dcn_jax.geometry import Size, canonical_padding_mode, int32
 
 
 def linear_sample(features: jax.Array, points: jax.Array, *, padding_mode: str | Sequence[str] = "zeros") -> jax.Array:
-    """Read a map at fractional positions by n-linear interpolation; beyond its border it is what `padding_mode` says.
+    """Read a map at fractional positions by n-linear interpolation; `padding_mode` says what lies beyond its border.
 
         out(p) = Σ_q  Π_a max(0, 1 - |p_a - q_a|) · features(q)        over all pixels q, the map continued beyond its border
 
@@ -38,15 +41,15 @@ def linear_sample(features: jax.Array, points: jax.Array, *, padding_mode: str |
     | "reflect" | mirrored about the outermost pixel centres, period 2 size - 2 | zero |
     | "symmetric" | mirrored about the map's edges at -0.5 and size - 0.5, period 2 size | zero |
 
-    A point holds no more of a fraction than its dtype leaves it: a float32 coordinate is exact to 2**-14
-    pixel below 1,024 and to 1/16 pixel at a million. `deform_conv` keeps the regular position apart and is
-    exact at any size; for points of that kind use float64.
+    The larger a coordinate, the coarser its fraction: in float32 it is exact to 2**-14 pixel below 1,024, and to
+    1/16 pixel at a million. For large maps use float64. `deform_conv` needs no such care: it keeps the whole position
+    and the offset from it apart.
 
     Args:
         features: `(*spatial, C)`, of n spatial axes; floating-point or complex.
         points: `(*query, n)`, in pixels, in the order of the spatial axes; any float dtype. Weights are computed in
             float32 or wider.
-        padding_mode: what the map is beyond its border, as in the table; one for all axes, or one per axis.
+        padding_mode: a name of the table; one for all axes, or one per axis.
 
     Returns:
         `(*query, C)`, in the dtype of `features`.
@@ -84,46 +87,46 @@ def _sample(border: "Border", features: jax.Array, points: jax.Array) -> jax.Arr
     """`linear_sample` of checked arguments."""
     dtype, channels = features.dtype, features.shape[-1]
     points = points.astype(dtypes.wide(points.dtype, jnp.finfo(dtype).dtype))
-    features = features.astype(dtypes.wide(dtype))  # the gradient is summed in the dtype that is gathered from
+    features = features.astype(dtypes.wide(dtype))  # a gather's transpose adds up the gradient in the gather's dtype
     at = locate(Positions(jnp.int32(0), points[..., None, :]), None, border)
     return sum_rows(features.reshape(math.prod(border.spatial), channels), at)[..., 0, :].astype(dtype)
 
 
 class Border(NamedTuple):
-    """A map's size, and what it is beyond: both per axis."""
+    """A map's size along each axis, and the padding mode there."""
 
     spatial: tuple[Size, ...]
     padding_mode: tuple[str, ...]
 
 
-# How a point is read: "linear" from the corners of its cell; from a single pixel by "nearest", the nearer one along each
-# axis and half way the even one, or by "floor", the one at or below it.
+# Which pixels a point reads. "linear": the corners of its cell. "nearest": the nearest pixel along each axis, and half way
+# between two the even one. "floor": the pixel at or below the point along each axis.
 METHODS = ("linear", "nearest", "floor")
 
 
 class Positions(NamedTuple):
-    """Positions as a whole part and an offset from it, which keeps its fraction however large the map is."""
+    """Positions, as a whole number plus an offset: so a large position takes no digits from the fraction of its offset."""
 
-    regular: jax.Array  # whole, in int32
-    offset: jax.Array  # any float; the two broadcast
+    regular: jax.Array  # int32
+    offset: jax.Array  # any float dtype; the two broadcast
 
 
 class Rows(NamedTuple):
-    """What points read of a map that is flattened to rows: one array for each pixel, so 2^n of them or 1 by `METHODS`."""
+    """What points read of a map that is flattened to rows. A tuple has one array for each corner: 2^n, or 1 by `METHODS`."""
 
-    row: tuple[jax.Array, ...]  # the one after the last where the corner is not read
+    row: tuple[jax.Array, ...]  # the index of the corner's row; one more than the last index if the corner is not read
     weight: tuple[jax.Array, ...]
 
 
 def countable(rows: Size) -> bool:
-    """Whether rows, and the one after them, can be counted in int32; of sizes known only later it is taken for granted."""
+    """Whether int32 can hold the index of every row, and one index more. A symbolic size counts as small enough."""
     return not isinstance(rows, int) or rows < 2**31
 
 
 def locate(points: Positions, scale: jax.Array | None, border: Border, method: str = "linear") -> Rows:
     """The rows that points read of a map `(*spatial, OG, Cg)`, flattened to rows of Cg channels.
 
-    points `(*query, OG, n)`, scale of each point's weights `(*query, OG)`, or None -> arrays `(*query, OG)`.
+    Points `(*query, OG, n)` -> arrays `(*query, OG)`. Weights are multiplied by `scale`, `(*query, OG)`, if it is given.
     """
     regular, offset = points.regular, points.offset.astype(dtypes.wide(points.offset.dtype))
     groups = offset.shape[-2]
@@ -143,7 +146,7 @@ def locate_along(
     border: Border,
     method: str = "linear",
 ) -> Rows:
-    """`locate`, of positions along each spatial axis and each point's offset group, in any shapes that broadcast; None: one."""
+    """`locate`, with positions given axis by axis and the index of each point's offset group: any shapes that broadcast."""
     rows = math.prod(border.spatial) * groups
     if not countable(rows):
         raise ValueError(
@@ -161,44 +164,35 @@ def locate_along(
     return Rows(tuple(indices), tuple(weights))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def sum_rows(
-    features: jax.Array, at: Rows, span: tuple[Size, Size] | None = None, summed: jax.Array | None = None
-) -> jax.Array:
+@jax.custom_jvp
+def sum_rows(features: jax.Array, at: Rows, summed: jax.Array | None = None) -> jax.Array:
     """Σ over corners of weight · (row of features, or zero outside): `(R, Cg)`, corners `(*query,)` -> `(*query, Cg)`.
 
-    With a `span`, its first row and how many they are, the rows that are read are those of `features[first : first + count]`,
-    without a copy of them, and no more is touched by the derivative. With `summed`, `features` in a wider dtype, the
-    derivative is that with respect to it, and `features` has none.
+    `summed` is `features` in a wider dtype. If it is given, gradients flow to `summed` and not to `features`.
     """
     dtype = dtypes.wide(features.dtype, at.weight[0].dtype)
-    read = [
-        w[..., None].astype(dtype) * read_rows(features, i, span, summed).astype(dtype)
-        for i, w in zip(*at, strict=True)
-    ]
+    read = [w[..., None].astype(dtype) * read_rows(features, i, summed).astype(dtype) for i, w in zip(*at, strict=True)]
     return functools.reduce(operator.add, read)
 
 
-def _sum_rows_jvp(span, primals, tangents):
-    """The derivative JAX would find, written so that its transpose is quick: no rows are kept, and one scatter adds all."""
+def _sum_rows_jvp(primals, tangents):
+    """The derivative that JAX would find, with a quicker transpose: it keeps no rows, and one scatter adds all corners."""
     (features, at, summed), (features_dot, at_dot, summed_dot) = primals, tangents
-    y = sum_rows(features, at, span, summed)
+    y = sum_rows(features, at, summed)
     index = jnp.stack(at.row)
     moving = [i for i, w in enumerate(at_dot.weight) if not isinstance(w, SymbolicZero)]
     y_dot = jnp.zeros_like(y)
     if moving:
-        # Behind the barrier, or XLA would keep the rows that y has read to save reading them again, which costs more. And
-        # all corners at once: of a product for each, XLA's CPU backend would compile each.
+        # Without this barrier XLA keeps the rows that y has gathered, which costs more than to gather them again. One product
+        # for all corners: XLA's CPU backend would compile a product for each.
         moved = index if len(moving) == len(at.row) else jnp.stack([at.row[i] for i in moving])
         again = lax.optimization_barrier(moved)
         spread = _spread(jnp.stack([at_dot.weight[i] for i in moving]), y)
-        y_dot = jnp.sum(spread * read_rows(features, again, span, summed).astype(y.dtype), axis=0)
+        y_dot = jnp.sum(spread * read_rows(features, again, summed).astype(y.dtype), axis=0)
     features_dot = features_dot if summed is None else summed_dot
     if not isinstance(features_dot, SymbolicZero):
-        # All corners at once: the transpose is one scatter-add, where one a corner would each fill a map with zeros. And it
-        # drops what is outside, where `_take` would have all points beyond a border add zeros to the same pixel.
-        if span is not None:
-            features_dot = lax.slice_in_dim(features_dot, span[0], span[0] + span[1])
+        # One gather for all corners: its transpose is one scatter-add, and so one map of zeros. This gather fills, so that its
+        # transpose drops corners outside. By `_gather_rows` they would all add zeros to the same pixel.
         read = features_dot.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
         y_dot = y_dot + jnp.sum(jnp.stack(at.weight)[..., None].astype(y.dtype) * read, axis=0)
     return y, y_dot
@@ -207,41 +201,33 @@ def _sum_rows_jvp(span, primals, tangents):
 sum_rows.defjvp(_sum_rows_jvp, symbolic_zeros=True)
 
 
-def read_rows(
-    features: jax.Array, index: jax.Array, span: tuple[Size, Size] | None, summed: jax.Array | None
-) -> jax.Array:
-    """`_take`, in the dtype of `summed` and with its derivative where it is given."""
-    take = functools.partial(_take, span=span)
-    return take(features, index) if summed is None else read_narrow(take, features, summed, index)
+def read_rows(features: jax.Array, index: jax.Array, summed: jax.Array | None) -> jax.Array:
+    """`_gather_rows`. If `summed` is given, in its dtype, and gradients flow to `summed`."""
+    return _gather_rows(features, index) if summed is None else _read_narrow(features, summed, index)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def read_narrow(read: Callable, features: jax.Array, summed: jax.Array, index: jax.Array) -> jax.Array:
-    """`read(features, index)`, which is linear in `features`, in the dtype of `summed` and with the derivative of its reading."""
-    return read(features, index).astype(summed.dtype)
+@jax.custom_jvp
+def _read_narrow(features: jax.Array, summed: jax.Array, index: jax.Array) -> jax.Array:
+    return _gather_rows(features, index).astype(summed.dtype)
 
 
-@read_narrow.defjvp
-def _read_narrow_jvp(read, primals, tangents):
-    return read_narrow(read, *primals), read(tangents[1], primals[2])
+@_read_narrow.defjvp
+def _read_narrow_jvp(primals, tangents):
+    return _read_narrow(*primals), _gather_rows(tangents[1], primals[2])
 
 
-def _take(features: jax.Array, index: jax.Array, span: tuple[Size, Size] | None) -> jax.Array:
-    """The rows of a span of `features` `(R, Cg)`, zero and without a gradient for the one after it: `(*query, Cg)`."""
-    # Not by a gather that fills: of 32 channels, its checks took a CPU as long as the rest of the reading.
-    first, count = span or (0, features.shape[0])
-    last = int32(count) - 1
-    row = jnp.minimum(index, last)
-    read = features.at[row if span is None else row + int32(first)].get(
-        mode="promise_in_bounds", wrap_negative_indices=False
-    )
-    return _select(lax.broadcast_in_dim(index <= last, read.shape, range(index.ndim)), read, 0)
+def _gather_rows(features: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of `features` `(R, Cg)` at indices up to R, `(*query, Cg)`. Row R is zero, and has no gradient."""
+    # Not by a gather that fills: its checks took a CPU as long as the rest of the reading, with 32 channels.
+    last = int32(features.shape[0]) - 1
+    rows = features.at[jnp.minimum(index, last)].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return _select(lax.broadcast_in_dim(index <= last, rows.shape, range(index.ndim)), rows, 0)
 
 
 def _spread(weight: jax.Array, features: jax.Array) -> jax.Array:
     """`weight` `(*query,)` repeated for every channel of `features`: `(*query, Cg)`."""
-    # By a product with ones, whose transpose is one too: XLA's CPU backend multiplies matrices ten times faster than it
-    # sums over the last axis, as the transpose of a broadcast would.
+    # A matrix product with ones, whose transpose is a matrix product too. The transpose of a broadcast is a sum over the last
+    # axis, and XLA's CPU backend takes ten times as long for it.
     ones = jnp.ones((1, features.shape[-1]), weight.dtype)
     return jnp.matmul(weight[..., None], ones, precision=lax.Precision.HIGHEST).astype(features.dtype)
 
@@ -251,7 +237,7 @@ def corners(
 ) -> Iterator[tuple[tuple[jax.Array, ...], jax.Array, jax.Array]]:
     """The pixels that points read: for each corner (its index along each axis, its weight, whether it is read).
 
-    `position` holds one for each spatial axis. Elementwise, so that it also serves inside a kernel.
+    `position` has an entry for each spatial axis. All operations are elementwise, so that kernels can call this too.
     """
     axes = [neighbours(p, size, mode, method) for p, size, mode in zip(position, *border, strict=True)]
     for corner in itertools.product(*axes):
@@ -259,18 +245,18 @@ def corners(
         yield pixel, functools.reduce(operator.mul, weights), functools.reduce(operator.and_, reads)
 
 
-# Beyond so many pixels an offset says no more than on which side it lies: its whole part fits an int32 below.
+# A larger offset is far: only its sign is used. A smaller one has a whole part that fits an int32.
 _FAR = 2.0**30
 
 
 def neighbours(position: Positions, size: Size, mode: str, method: str):
-    """The pixels that a position on an axis reads, each (its index in the map, its weight, whether it is read)."""
+    """The pixels along one axis that a position reads: for each (its index in the map, its weight, whether it is read)."""
     size = int32(size)
     offset, pixel, fraction, near = cell(position, size, mode)
     if method == "linear":
         chosen = ((pixel, 1 - fraction), (pixel + 1, fraction))
     else:
-        whole = jnp.where(jnp.isnan(offset), offset, jnp.ones_like(offset))  # the weight, which moves with nothing
+        whole = jnp.where(jnp.isnan(offset), offset, jnp.ones_like(offset))  # a weight without a derivative
         chosen = ((pixel + _step(pixel, fraction, size, mode, method), lax.stop_gradient(whole)),)
     neighbours = []
     for index, weight in chosen:
@@ -286,24 +272,24 @@ def neighbours(position: Positions, size: Size, mode: str, method: str):
 
 
 def cell(position: Positions, size: Size, mode: str) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """A position's offset on an axis, the pixel at or below it, how far above that it lies, and whether it is near."""
+    """Along one axis: a position's offset, the pixel at or below it, its distance from that pixel, and whether it is near."""
     regular, offset = position
-    # Before floor, where inf - floor(inf) would be NaN. By comparisons and not jnp.clip, because the minimum and maximum
-    # of a GPU drop a NaN. Here it stays, makes the weights NaN, and is not near.
+    # A far offset becomes 0 here, because inf - floor(inf) is NaN. A NaN stays, makes the weights NaN, and is not near.
+    # jnp.clip cannot do this: the minimum and maximum of a GPU drop a NaN.
     distance = jnp.abs(offset)
     near, offset_near = distance < _FAR, lax.select(distance >= _FAR, jnp.zeros_like(offset), offset)
     below = jnp.floor(offset_near)
     fraction = offset_near - below
-    far = jnp.where(offset < 0, -2, size) if mode == "edge" else -2  # outside; the border, where there is one
+    far = jnp.where(offset < 0, -2, size) if mode == "edge" else -2  # outside the map; with "edge" on its own side
     pixel = jnp.where(near, regular + below.astype(jnp.int32), far)
     return offset, pixel, fraction, near
 
 
 def _step(pixel: jax.Array, fraction: jax.Array, size: Size, mode: str, method: str) -> jax.Array:
-    """How far the one pixel that is read lies above `pixel`: 0 or 1."""
+    """0 if a position reads `pixel`, 1 if it reads the one above; for the methods that read one pixel alone."""
     if method == "floor":
         return jnp.zeros_like(pixel)
-    # Even is meant of the map: where it is mirrored, an index beyond the border may be even and its pixel odd.
+    # Even or odd is the index in the map. In a mirrored part of the map an even index may stand for an odd pixel.
     odd = (pixel if mode == "zeros" else INTO_MAP[mode](pixel, size)) % 2 == 1
     return ((fraction > 0.5) | ((fraction == 0.5) & odd)).astype(jnp.int32)
 
@@ -313,7 +299,7 @@ def _clip(index: jax.Array, size: Size) -> jax.Array:
 
 
 def _select(read: jax.Array, value: jax.Array, other: Any) -> jax.Array:
-    """`jnp.where` of arrays of one shape, without the call of a function that XLA would have to inline each time."""
+    """`jnp.where` of arrays of one shape. `jnp.where` is a jitted function, and XLA would have to inline each of its calls."""
     return lax.select(read, value, jnp.full_like(value, other))
 
 
@@ -328,5 +314,5 @@ def _symmetric(index: jax.Array, size: Size) -> jax.Array:
     return jnp.where(index < size, index, 2 * size - 1 - index)
 
 
-# Which pixel of the map stands at an index of the map as it is continued; "zeros" is not read beyond the border.
+# The pixel of the map for an index that may lie beyond its border. With "zeros" such an index is not read.
 INTO_MAP = {"zeros": _clip, "edge": _clip, "wrap": jnp.mod, "reflect": _reflect, "symmetric": _symmetric}

@@ -20,7 +20,7 @@ from jax import lax
 
 from dcn_jax._core.mesh import vary_alike
 from dcn_jax.geometry import Size, int32
-from dcn_jax.sampling import Border, Positions, Rows, countable, locate, sum_rows
+from dcn_jax.sampling import Border, Positions, Rows, countable, locate
 
 if TYPE_CHECKING:
     from dcn_jax._core.platform_op import Algorithms
@@ -90,8 +90,10 @@ def _sum_by_points(levels: tuple[Level, ...], blocks: "_Blocks", operands: Opera
 
         def add(y, point, level=level):
             at = _locate(level, _take(operands, point, 1, axis=operands.features.ndim - 1))
-            read = functools.partial(sum_rows, span=(level.first_row, level.rows))
-            return y + jnp.sum(_each_head(read, operands.features, at), axis=-2), None
+            for row, weight in zip(*at, strict=True):
+                rows = jnp.where((row < int32(level.rows))[..., None], _gather(level, operands.features, row), 0)
+                y = y + jnp.sum(weight[..., None].astype(y.dtype) * rows, axis=-2)
+            return y, None
 
         y, _ = lax.scan(add, y, level.first_point + jnp.arange(level.points, dtype=jnp.int32))
     return y
@@ -213,19 +215,13 @@ def _is_added(level: Level, blocks: "_Blocks", block: jax.Array, row: jax.Array)
 def _gather(level: Level, features: jax.Array, row: jax.Array) -> jax.Array:
     """Rows of a level; its last row for corners outside the map: `(B, S, *M, D)`, `(B, q, *M, P, K)` -> `(B, q, *M, P, K, D)`."""
 
-    def take(features, row):
+    def read(features, row):
         return features.at[row].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
-    row = jnp.minimum(row, int32(level.rows) - 1) + int32(level.first_row)
-    return _each_head(take, features, row)
-
-
-def _each_head(read: Callable, features: jax.Array, at: Any) -> jax.Array:
-    """`read(features, at)` for each image and head: features `(S, D)`, arrays `(q, …)`."""
-    # Not with image and head folded into the index of a row: if they are split over devices, each would gather all features.
+    # Image and head are not folded into the index of a row: split over devices, each would then gather all features.
     if features.ndim == 4:
         read = jax.vmap(read, in_axes=1, out_axes=1)
-    return jax.vmap(read)(features, at)
+    return jax.vmap(read)(features, jnp.minimum(row, int32(level.rows) - 1) + int32(level.first_row))
 
 
 # Blocks of queries

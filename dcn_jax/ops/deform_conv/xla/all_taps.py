@@ -246,7 +246,7 @@ def pull_rows(
     `(R, Cg)`, corners `(*query,)`, the gradient of the result `(*query, Cg)` -> `(R, Cg)`, and `(*query,)` for each corner.
     """
     index, y_bar = jnp.stack(at.row), y_bar[None]
-    again = read_rows(features, lax.optimization_barrier(index), None, summed)
+    again = read_rows(features, lax.optimization_barrier(index), summed)
     weight_bar = _sum_channels(y_bar * again.astype(y_bar.dtype))
     zeros = jnp.zeros_like(features if summed is None else summed)
     update = (jnp.stack(at.weight)[..., None].astype(y_bar.dtype) * y_bar).astype(zeros.dtype)

@@ -213,4 +213,4 @@ def one_batch_axis(rows: jax.Array, wide_rows: jax.Array | None, at: Any) -> tup
 def read_images(rows: jax.Array, wide_rows: jax.Array | None, at: Rows) -> jax.Array:
     """The samples of maps `(*B, R, Cg)` at rows `(*B, …)`: `(B, …, Cg)`."""
     rows, wide_rows, at = one_batch_axis(rows, wide_rows, at)
-    return jax.vmap(lambda rows, wide_rows, at: sum_rows(rows, at, None, wide_rows))(rows, wide_rows, at)
+    return jax.vmap(lambda rows, wide_rows, at: sum_rows(rows, at, wide_rows))(rows, wide_rows, at)
