@@ -11,7 +11,7 @@ class Kernel(NamedTuple):
     """A fusion of the optimised program, which XLA compiles to a function of its own."""
 
     opcodes: frozenset[str]  # "gather", "reduce", …: the instructions that are fused
-    in_branch: bool  # whether a branch of a conditional calls it
+    in_conditional: bool  # whether a branch of a conditional calls it
     vectors: frozenset[str] | None  # LLVM's instructions on four floats or more: "load", "fmul", …; None: no IR found
 
 

@@ -34,7 +34,7 @@ UNDONE = {
     "nothing": ("reduce", lambda reduce: reduce),
     "a reducer with +": ("reduce", lambda reduce: lambda x, zero, _, axes: reduce(x, zero, lambda a, b: a + b, axes)),
     "a term for each corner": ("reduce", lambda _: lambda x, *_: functools.reduce(lax.add, list(x))),
-    "no branch": ("cond", lambda _: lambda _, read, zeros, *operands: read(*operands)),
+    "no conditional": ("cond", lambda _: lambda _, read, zeros, *operands: read(*operands)),
 }
 
 # XLA reads its flags once, when it is loaded. So a new process compiles: for AVX2, even on a newer processor.
@@ -85,7 +85,7 @@ def kernels_of(folder, undone, mode, *names):
             "gradients need one more, which sums over channels. With more kernels the map is read more often. If "
             "there are none, XLA may write its programs in another way: then change tests/support/cpu_kernels.py."
         )
-        kernels.sort(key=lambda kernel: not kernel.in_branch)
+        kernels.sort(key=lambda kernel: not kernel.in_conditional)
     return found
 
 
@@ -99,8 +99,8 @@ def gradients(tmp_path_factory):
     return kernels_of(tmp_path_factory.mktemp("gradients"), "nothing", "gradients", *ROWS)
 
 
-def check_reading_is_in_a_branch(kernel):
-    assert kernel.in_branch, (
+def check_reading_is_in_a_conditional(kernel):
+    assert kernel.in_conditional, (
         "XLA has dropped the `lax.cond` around the samples, whose condition is always true. Now XLA fuses the "
         "reshape for the matrix product into the gather, which divides to find the tap and group of each channel. "
         "Reading takes 3 times as long."
@@ -136,9 +136,9 @@ def check_loops_are_vectors(kernel):
 
 
 @pytest.mark.parametrize("name", NARROW)
-def test_samples_are_read_in_a_branch(forward, name):
+def test_samples_are_read_in_a_conditional(forward, name):
     (reading,) = forward[name]
-    check_reading_is_in_a_branch(reading)
+    check_reading_is_in_a_conditional(reading)
 
 
 @pytest.mark.parametrize("name", NARROW)
@@ -155,9 +155,9 @@ def test_corners_are_read_in_vectors(forward, name):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_gradients_read_samples_in_a_branch(gradients, name):
+def test_gradients_read_samples_in_a_conditional(gradients, name):
     reading, _ = gradients[name]
-    check_reading_is_in_a_branch(reading)
+    check_reading_is_in_a_conditional(reading)
 
 
 @pytest.mark.parametrize("name", NARROW)
@@ -189,7 +189,7 @@ def test_channels_are_summed_in_vectors(gradients):
         ("a reducer with +", "forward", [check_reading_sums_corners]),
         ("a reducer with +", "gradients", [check_channels_are_summed_where_they_are_read]),
         ("a term for each corner", "forward", [check_loops_are_vectors]),
-        ("no branch", "forward", [check_reading_is_in_a_branch, check_loops_are_vectors]),
+        ("no conditional", "forward", [check_reading_is_in_a_conditional, check_loops_are_vectors]),
     ],
 )
 def test_what_undoes_it_would_be_found(tmp_path, undone, mode, checks):
