@@ -13,7 +13,7 @@ would copy arrays that have an axis of one head.
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,6 @@ from jax import lax
 from dcn_jax._core.mesh import vary_alike
 from dcn_jax.geometry import Size, int32
 from dcn_jax.sampling import Border, Positions, Rows, countable, locate
-
-if TYPE_CHECKING:
-    from dcn_jax._core.platform_op import Algorithms
 
 
 class Level(NamedTuple):
@@ -65,7 +62,7 @@ def sum_readings(levels: tuple[Level, ...], operands: Operands) -> jax.Array:
     return platform_op(Op(levels, type_of(_zeros, operands), algorithms(levels, operands)), operands)
 
 
-def algorithms(levels: tuple[Level, ...], operands: Operands) -> "tuple[Algorithms, Algorithms]":
+def algorithms(levels: tuple[Level, ...], operands: Operands) -> tuple[Any, Any]:
     """By platform: the algorithm of the sum, and the algorithm of its derivatives."""
     from dcn_jax._core.platform_op import Algorithm
 
@@ -212,7 +209,8 @@ def _corners(level: Level, operands: Operands) -> tuple[jax.Array, jax.Array]:
 
 def _is_added(level: Level, blocks: "_Blocks", block: jax.Array, row: jax.Array) -> jax.Array:
     """Whether a corner is added: it lies on the map, and its query is in no earlier block."""
-    return (row < int32(level.rows)) & blocks.fresh(block, row.ndim)
+    in_block = lax.broadcasted_iota(jnp.int32, (1, blocks.size, *[1] * (row.ndim - 2)), 1)
+    return (row < int32(level.rows)) & (blocks.start(block) + in_block >= block * int32(blocks.size))
 
 
 def _gather(level: Level, features: jax.Array, row: jax.Array) -> jax.Array:
@@ -241,11 +239,6 @@ class _Blocks(NamedTuple):
     def start(self, block: jax.Array) -> jax.Array:
         """The first query of a block."""
         return jnp.minimum(block * int32(self.size), int32(self.queries) - int32(self.size))
-
-    def fresh(self, block: jax.Array, ndim: int) -> jax.Array:
-        """Which queries of a block are in no earlier block: `(1, size, 1, …)`, of `ndim` axes."""
-        number = self.start(block) + lax.broadcasted_iota(jnp.int32, (1, self.size, *[1] * (ndim - 2)), 1)
-        return number >= block * int32(self.size)
 
 
 # Blocks of the derivatives at least: with fewer, a block's rows do not stay in a CPU's caches. Also
