@@ -136,8 +136,7 @@ def _gradients(
     """The gradients of the operands named in `active`, a level and a block of queries a step."""
     sums = {name: jnp.zeros_like(getattr(operands, name)) for name in active}
     for level in levels:
-        add = functools.partial(_add_gradients, level, blocks, operands, y_bar)
-        add = jax.checkpoint(add, prevent_cse=False)
+        add = jax.checkpoint(functools.partial(_add_gradients, level, blocks, operands, y_bar), prevent_cse=False)
         sums, _ = lax.scan(add, sums, jnp.arange(blocks.number, dtype=jnp.int32))
     return sums
 
