@@ -29,9 +29,7 @@ class Level(NamedTuple):
 
     border: Border
     method: str  # of `sampling.METHODS`
-    to_pixels: Callable[
-        [jax.Array, jax.Array], jax.Array
-    ]  # (coordinates along an axis, the map's size there) -> pixels
+    to_pixels: Callable  # (coordinates along an axis, the map's size there) -> pixels
     first_row: Size  # its first pixel among the S
     first_point: int  # its first point among the T
     points: int  # how many
