@@ -1,10 +1,10 @@
 """Reading features between pixels: the bilinear gather at the heart of deformable convolution.
 
-A point in n dimensions lies in a cell of 2^n pixels, its corners. It reads their mean, weighted along each axis by how
-near the point is to each. By two other methods a point reads one pixel alone.
+A point in n dimensions lies in a cell of 2^n pixels, its corners. It reads their mean, weighted
+along each axis by how near the point is to each. By two other methods it reads one pixel alone.
 
-This file defines what a point reads. Algorithms and kernels that compute the same in a quicker way say so, and are tested
-against it.
+This file defines what a point reads. Algorithms and kernels that compute the same in a quicker way
+say so, and are tested against it.
 """
 
 import functools
@@ -25,13 +25,14 @@ from dcn_jax.geometry import Size, canonical_padding_mode, int32
 
 
 def linear_sample(features: jax.Array, points: jax.Array, *, padding_mode: str | Sequence[str] = "zeros") -> jax.Array:
-    """Read a map at fractional positions by n-linear interpolation; `padding_mode` says what lies beyond its border.
+    """Read a map at fractional positions by n-linear interpolation.
 
-        out(p) = Σ_q  Π_a max(0, 1 - |p_a - q_a|) · features(q)        over all pixels q, the map continued beyond its border
+        out(p) = Σ_q  Π_a max(0, 1 - |p_a - q_a|) · features(q)
 
-    Pixel centres are at whole numbers, so a point in [0, size - 1] is inside. A NaN coordinate reads NaN.
-    Differentiable in both arguments to any order; where a coordinate is a whole number, the derivative
-    with respect to it is the right-hand one. Takes `jax.vmap`.
+    over all pixels q of the map, which `padding_mode` continues beyond its border. Pixel centres
+    are at whole numbers, so a point in [0, size - 1] is inside. A NaN coordinate reads NaN.
+    Differentiable in both arguments to any order; where a coordinate is a whole number, the
+    derivative with respect to it is the right-hand one. Takes `jax.vmap`.
 
     | padding_mode | the map beyond its border | at ±inf and beyond 2**30 |
     |---|---|---|
@@ -41,22 +42,22 @@ def linear_sample(features: jax.Array, points: jax.Array, *, padding_mode: str |
     | "reflect" | mirrored about the outermost pixel centres, period 2 size - 2 | zero |
     | "symmetric" | mirrored about the map's edges at -0.5 and size - 0.5, period 2 size | zero |
 
-    The larger a coordinate, the coarser its fraction: in float32 it is exact to 2**-14 pixel below 1,024, and to
-    1/16 pixel at a million. For large maps use float64. `deform_conv` needs no such care: it keeps the whole position
-    and the offset from it apart.
+    The larger a coordinate, the coarser its fraction: in float32 it is exact to 2**-14 pixel below
+    1,024, and to 1/16 pixel at a million. For large maps use float64. `deform_conv` needs no such
+    care: it keeps the whole position and the offset from it apart.
 
     Args:
         features: `(*spatial, C)`, of n spatial axes; floating-point or complex.
-        points: `(*query, n)`, in pixels, in the order of the spatial axes; any float dtype. Weights are computed in
-            float32 or wider.
+        points: `(*query, n)`, in pixels, in the order of the spatial axes; any float dtype.
+            Weights are computed in float32 or wider.
         padding_mode: a name of the table; one for all axes, or one per axis.
 
     Returns:
         `(*query, C)`, in the dtype of `features`.
 
     Raises:
-        ValueError: the shapes of `features` and `points` do not fit each other, the map has no pixels, or
-            `padding_mode` is not known.
+        ValueError: the shapes of `features` and `points` do not fit each other, the map has no
+            pixels, or `padding_mode` is not known.
         TypeError: an argument is not an array of such a dtype.
 
     Source: Dai et al., Deformable Convolutional Networks (arXiv 1703.06211), equations 3 and 4.
@@ -64,9 +65,10 @@ def linear_sample(features: jax.Array, points: jax.Array, *, padding_mode: str |
     Example:
         >>> import jax.numpy as jnp
         >>> ramp = jnp.arange(5.0)[:, None]  # a map of 5 pixels, 1 channel
-        >>> linear_sample(ramp, jnp.array([[1.25], [-0.5], [4.5], [9.0]]))[:, 0]
+        >>> points = jnp.array([[1.25], [-0.5], [4.5], [9.0]])
+        >>> linear_sample(ramp, points)[:, 0]
         Array([1.25, 0.  , 2.  , 0.  ], dtype=float32)
-        >>> linear_sample(ramp, jnp.array([[1.25], [-0.5], [4.5], [9.0]]), padding_mode="wrap")[:, 0]
+        >>> linear_sample(ramp, points, padding_mode="wrap")[:, 0]
         Array([1.25, 2.  , 2.  , 4.  ], dtype=float32)
     """
     features = checks.array("features", features, jnp.inexact)
@@ -75,8 +77,8 @@ def linear_sample(features: jax.Array, points: jax.Array, *, padding_mode: str |
         raise ValueError(f"features has shape {features.shape}; wanted (*spatial, C) with at least one pixel")
     if points.ndim < 1 or points.shape[-1] != features.ndim - 1:
         raise ValueError(
-            f"points has shape {points.shape}; wanted (*query, {features.ndim - 1}): one coordinate for each spatial axis "
-            f"of features, whose shape is {features.shape}"
+            f"points has shape {points.shape}; wanted (*query, {features.ndim - 1}): one coordinate for each spatial "
+            f"axis of features, whose shape is {features.shape}"
         )
     spatial = features.shape[:-1]
     border, arrays = Border(spatial, canonical_padding_mode(padding_mode, len(spatial))), (features, points)
@@ -99,34 +101,35 @@ class Border(NamedTuple):
     padding_mode: tuple[str, ...]
 
 
-# Which pixels a point reads. "linear": the corners of its cell. "nearest": the nearest pixel along each axis, and half way
-# between two the even one. "floor": the pixel at or below the point along each axis.
+# Which pixels a point reads. "linear": the corners of its cell. "nearest": the nearest pixel along
+# each axis, half way the even one. "floor": the pixel at or below the point along each axis.
 METHODS = ("linear", "nearest", "floor")
 
 
 class Positions(NamedTuple):
-    """Positions, as a whole number plus an offset: so a large position takes no digits from the fraction of its offset."""
+    """Positions, each a whole number plus an offset; so a large map costs the offset no digits."""
 
     regular: jax.Array  # int32
     offset: jax.Array  # any float dtype; the two broadcast
 
 
 class Rows(NamedTuple):
-    """What points read of a map that is flattened to rows. A tuple has one array for each corner: 2^n, or 1 by `METHODS`."""
+    """What points read of a map that is flattened to rows: an array for each of the corners."""
 
-    row: tuple[jax.Array, ...]  # the index of the corner's row; one more than the last index if the corner is not read
+    row: tuple[jax.Array, ...]  # indices; the number of rows where the corner is not read
     weight: tuple[jax.Array, ...]
 
 
 def countable(rows: Size) -> bool:
-    """Whether int32 can hold the index of every row, and one index more. A symbolic size counts as small enough."""
+    """Whether int32 can hold the number of rows. A symbolic number is taken to be small enough."""
     return not isinstance(rows, int) or rows < 2**31
 
 
 def locate(points: Positions, scale: jax.Array | None, border: Border, method: str = "linear") -> Rows:
     """The rows that points read of a map `(*spatial, OG, Cg)`, flattened to rows of Cg channels.
 
-    Points `(*query, OG, n)` -> arrays `(*query, OG)`. Weights are multiplied by `scale`, `(*query, OG)`, if it is given.
+    Points `(*query, OG, n)` -> arrays `(*query, OG)`. `scale`, `(*query, OG)`, multiplies the
+    weights, if it is given.
     """
     regular, offset = points.regular, points.offset.astype(dtypes.wide(points.offset.dtype))
     groups = offset.shape[-2]
@@ -146,7 +149,7 @@ def locate_along(
     border: Border,
     method: str = "linear",
 ) -> Rows:
-    """`locate`, with positions given axis by axis and the index of each point's offset group: any shapes that broadcast."""
+    """`locate` of positions along each axis, and each one's offset group. Shapes broadcast."""
     rows = math.prod(border.spatial) * groups
     if not countable(rows):
         raise ValueError(
@@ -166,9 +169,10 @@ def locate_along(
 
 @jax.custom_jvp
 def sum_rows(features: jax.Array, at: Rows, summed: jax.Array | None = None) -> jax.Array:
-    """Σ over corners of weight · (row of features, or zero outside): `(R, Cg)`, corners `(*query,)` -> `(*query, Cg)`.
+    """Σ over corners of weight · (row of features `(R, Cg)`, or zero outside): `(*query, Cg)`.
 
-    `summed` is `features` in a wider dtype. If it is given, gradients flow to `summed` and not to `features`.
+    `summed` is `features` in a wider dtype. If it is given, gradients flow to `summed` and not to
+    `features`.
     """
     dtype = dtypes.wide(features.dtype, at.weight[0].dtype)
     read = [w[..., None].astype(dtype) * read_rows(features, i, summed).astype(dtype) for i, w in zip(*at, strict=True)]
@@ -176,23 +180,24 @@ def sum_rows(features: jax.Array, at: Rows, summed: jax.Array | None = None) -> 
 
 
 def _sum_rows_jvp(primals, tangents):
-    """The derivative that JAX would find, with a quicker transpose: it keeps no rows, and one scatter adds all corners."""
+    """The derivative as JAX finds it, but its transpose is one scatter, and keeps no rows."""
     (features, at, summed), (features_dot, at_dot, summed_dot) = primals, tangents
     y = sum_rows(features, at, summed)
     index = jnp.stack(at.row)
     moving = [i for i, w in enumerate(at_dot.weight) if not isinstance(w, SymbolicZero)]
     y_dot = jnp.zeros_like(y)
     if moving:
-        # Without this barrier XLA keeps the rows that y has gathered, which costs more than to gather them again. One product
-        # for all corners: XLA's CPU backend would compile a product for each.
+        # Without this barrier XLA keeps the rows that y has gathered, which costs more than to
+        # gather them again. One product for all corners: XLA's CPU backend compiles each product.
         moved = index if len(moving) == len(at.row) else jnp.stack([at.row[i] for i in moving])
         again = lax.optimization_barrier(moved)
         spread = _spread(jnp.stack([at_dot.weight[i] for i in moving]), y)
         y_dot = jnp.sum(spread * read_rows(features, again, summed).astype(y.dtype), axis=0)
     features_dot = features_dot if summed is None else summed_dot
     if not isinstance(features_dot, SymbolicZero):
-        # One gather for all corners: its transpose is one scatter-add, and so one map of zeros. This gather fills, so that its
-        # transpose drops corners outside. By `_gather_rows` they would all add zeros to the same pixel.
+        # One gather for all corners: its transpose is one scatter-add, and so one map of zeros. The
+        # gather fills, so its transpose drops corners outside. That of `_gather_rows` would add
+        # zeros to one pixel for all of them.
         read = features_dot.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
         y_dot = y_dot + jnp.sum(jnp.stack(at.weight)[..., None].astype(y.dtype) * read, axis=0)
     return y, y_dot
@@ -217,8 +222,8 @@ def _read_narrow_jvp(primals, tangents):
 
 
 def _gather_rows(features: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows of `features` `(R, Cg)` at indices up to R, `(*query, Cg)`. Row R is zero, and has no gradient."""
-    # Not by a gather that fills: its checks took a CPU as long as the rest of the reading, with 32 channels.
+    """Rows of `features` `(R, Cg)`: `(*query, Cg)`. Row R is zero, and has no gradient."""
+    # A gather that fills checks each index, which took a CPU as long as the rest of the reading.
     last = int32(features.shape[0]) - 1
     rows = features.at[jnp.minimum(index, last)].get(mode="promise_in_bounds", wrap_negative_indices=False)
     return _select(lax.broadcast_in_dim(index <= last, rows.shape, range(index.ndim)), rows, 0)
@@ -226,8 +231,8 @@ def _gather_rows(features: jax.Array, index: jax.Array) -> jax.Array:
 
 def _spread(weight: jax.Array, features: jax.Array) -> jax.Array:
     """`weight` `(*query,)` repeated for every channel of `features`: `(*query, Cg)`."""
-    # A matrix product with ones, whose transpose is a matrix product too. The transpose of a broadcast is a sum over the last
-    # axis, and XLA's CPU backend takes ten times as long for it.
+    # A matrix product with ones, whose transpose is a matrix product too. The transpose of a
+    # broadcast is a sum over the last axis, for which XLA's CPU backend takes ten times as long.
     ones = jnp.ones((1, features.shape[-1]), weight.dtype)
     return jnp.matmul(weight[..., None], ones, precision=lax.Precision.HIGHEST).astype(features.dtype)
 
@@ -235,9 +240,10 @@ def _spread(weight: jax.Array, features: jax.Array) -> jax.Array:
 def corners(
     position: Sequence[Positions], border: Border, method: str = "linear"
 ) -> Iterator[tuple[tuple[jax.Array, ...], jax.Array, jax.Array]]:
-    """The pixels that points read: for each corner (its index along each axis, its weight, whether it is read).
+    """For each corner of points: (its pixel along each axis, its weight, whether it is read).
 
-    `position` has an entry for each spatial axis. All operations are elementwise, so that kernels can call this too.
+    `position` has an entry for each spatial axis. All operations are elementwise, so that kernels
+    can call this too.
     """
     axes = [neighbours(p, size, mode, method) for p, size, mode in zip(position, *border, strict=True)]
     for corner in itertools.product(*axes):
@@ -250,7 +256,7 @@ _FAR = 2.0**30
 
 
 def neighbours(position: Positions, size: Size, mode: str, method: str):
-    """The pixels along one axis that a position reads: for each (its index in the map, its weight, whether it is read)."""
+    """The pixels on an axis that a position reads: each (index, weight, whether it is read)."""
     size = int32(size)
     offset, pixel, fraction, near = cell(position, size, mode)
     if method == "linear":
@@ -272,10 +278,10 @@ def neighbours(position: Positions, size: Size, mode: str, method: str):
 
 
 def cell(position: Positions, size: Size, mode: str) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Along one axis: a position's offset, the pixel at or below it, its distance from that pixel, and whether it is near."""
+    """A position's offset, the pixel at or below, the distance to it, whether it is near."""
     regular, offset = position
-    # A far offset becomes 0 here, because inf - floor(inf) is NaN. A NaN stays, makes the weights NaN, and is not near.
-    # jnp.clip cannot do this: the minimum and maximum of a GPU drop a NaN.
+    # A far offset becomes 0, because inf - floor(inf) is NaN. A NaN offset stays, makes the weights
+    # NaN, and is not near. Not by jnp.clip: the minimum and maximum of a GPU drop a NaN.
     distance = jnp.abs(offset)
     near, offset_near = distance < _FAR, lax.select(distance >= _FAR, jnp.zeros_like(offset), offset)
     below = jnp.floor(offset_near)
@@ -286,10 +292,11 @@ def cell(position: Positions, size: Size, mode: str) -> tuple[jax.Array, jax.Arr
 
 
 def _step(pixel: jax.Array, fraction: jax.Array, size: Size, mode: str, method: str) -> jax.Array:
-    """0 if a position reads `pixel`, 1 if it reads the one above; for the methods that read one pixel alone."""
+    """0 if a position reads `pixel` alone, 1 if it reads the pixel above alone."""
     if method == "floor":
         return jnp.zeros_like(pixel)
-    # Even or odd is the index in the map. In a mirrored part of the map an even index may stand for an odd pixel.
+    # Even or odd is the pixel of the map: where the map is mirrored, an even index may stand for an
+    # odd pixel.
     odd = (pixel if mode == "zeros" else INTO_MAP[mode](pixel, size)) % 2 == 1
     return ((fraction > 0.5) | ((fraction == 0.5) & odd)).astype(jnp.int32)
 
@@ -299,7 +306,7 @@ def _clip(index: jax.Array, size: Size) -> jax.Array:
 
 
 def _select(read: jax.Array, value: jax.Array, other: Any) -> jax.Array:
-    """`jnp.where` of arrays of one shape. `jnp.where` is a jitted function, and XLA would have to inline each of its calls."""
+    """`jnp.where`, which is a jitted function: XLA would have to inline each of its calls."""
     return lax.select(read, value, jnp.full_like(value, other))
 
 
@@ -314,5 +321,5 @@ def _symmetric(index: jax.Array, size: Size) -> jax.Array:
     return jnp.where(index < size, index, 2 * size - 1 - index)
 
 
-# The pixel of the map for an index that may lie beyond its border. With "zeros" such an index is not read.
+# The pixel of the map for an index that may lie beyond its border. With "zeros" that is not read.
 INTO_MAP = {"zeros": _clip, "edge": _clip, "wrap": jnp.mod, "reflect": _reflect, "symmetric": _symmetric}

@@ -25,19 +25,19 @@ def grid_sample(
     padding_mode: str | Sequence[str] = "zeros",
     align_corners: bool = False,
 ) -> jax.Array:
-    """Read maps at normalised positions by n-linear interpolation, with the numbers of torch's `grid_sample`.
+    """Read maps at normalised positions by n-linear interpolation, as torch's `grid_sample` does.
 
-        out(q) = features at the pixel   (g + 1) / 2 · (size - 1)     with align_corners, so that ±1 are the outermost pixel centres,
-                                         ((g + 1) · size - 1) / 2     without, so that ±1 are the edges of the map
+        out(q) = features at the pixel   (g + 1) / 2 · (size - 1)     with align_corners
+                                         ((g + 1) · size - 1) / 2     without
 
-    for each coordinate g of grid(q), and the size of the map along its axis. Between pixels it is
-    the linear interpolation of `linear_sample`, beyond the border of the map what `padding_mode`
-    says.
+    for each coordinate g of grid(q), and the size of the map along its axis: ±1 are the centres of
+    the outermost pixels with align_corners, and the edges of the map without. Between pixels and
+    beyond the border features are read as by `linear_sample`.
 
-    Differentiable in both arguments to any order, in both modes. At whole pixels the derivative
-    with respect to the grid is the right-hand one (torch takes 0 where "border" and "reflection"
-    clip). A coordinate of ±inf or 1e30 reads zero (with "edge" the border) with a zero gradient,
-    and a NaN makes NaN at its own query alone.
+    Differentiable in both arguments to any order, in forward and reverse mode. At whole pixels the
+    derivative with respect to the grid is the right-hand one (torch takes 0 where "border" and
+    "reflection" clip). A coordinate of ±inf or 1e30 reads zero (with "edge" the border) with a zero
+    gradient, and a NaN makes NaN at its own query alone.
 
     | torch | here |
     |---|---|
@@ -79,7 +79,7 @@ def grid_sample(
         >>> grid_sample(image, corners)[:, 0]
         Array([0.  , 0.75, 5.5 ], dtype=float32)
     """
-    spec, features, grid = _check_call(features, grid, method, padding_mode, align_corners)
+    spec, features, grid = _check_sampling(features, grid, method, padding_mode, align_corners)
     batch = features.ndim - len(spec.border.spatial) - 1
     arrays = features, grid
     return on_any_mesh(_sample_flat, spec, arrays, batched=arrays, batch=batch, whole=grid.ndim - batch)(*arrays)
@@ -93,7 +93,7 @@ class _Spec(NamedTuple):
     align_corners: bool
 
 
-def _check_call(features, grid, method, padding_mode, align_corners) -> tuple[_Spec, jax.Array, jax.Array]:
+def _check_sampling(features, grid, method, padding_mode, align_corners) -> tuple[_Spec, jax.Array, jax.Array]:
     features = checks.array("features", features, jnp.inexact)
     grid = checks.array("grid", grid, jnp.floating)
     if method not in METHODS:
@@ -123,11 +123,11 @@ def _check_call(features, grid, method, padding_mode, align_corners) -> tuple[_S
 
 
 def _sample_flat(spec: _Spec, features: jax.Array, grid: jax.Array) -> jax.Array:
-    """Bring the arrays to one batch axis and one of queries, and the result back."""
+    """The op, computed with one batch axis and one axis of queries."""
     spatial, channels, dtype = spec.border.spatial, features.shape[-1], features.dtype
     batch = features.shape[: -len(spatial) - 1]
     query = grid.shape[len(batch) : -1]
-    # A gradient is summed in the dtype that is read: hence in the wider one already here.
+    # The sum's gradients have the dtype of its operands, so these are widened before it.
     position = dtypes.wide(grid.dtype, jnp.finfo(dtype).dtype)
     rows = features.reshape(math.prod(batch), math.prod(spatial), channels)
     points = grid.reshape(math.prod(batch), math.prod(query), 1, len(spatial)).astype(position)
@@ -138,7 +138,7 @@ def _sample_flat(spec: _Spec, features: jax.Array, grid: jax.Array) -> jax.Array
 
 def _from_centres(position: jax.Array, size: jax.Array) -> jax.Array:
     """Pixels of positions that are -1 and 1 at the centres of the outermost pixels."""
-    # At ±inf, a map of one pixel would make it inf * 0.
+    # For a map of one pixel, ±inf · 0 would be NaN.
     return jnp.where(jnp.isinf(position), position, (position + 1) / 2 * (size - 1))
 
 

@@ -1,18 +1,19 @@
-"""The sum that `grid_sample` and `ms_deform_attn` share: maps are read at points, and the readings weighted and added.
+"""The sum that `grid_sample` and `ms_deform_attn` share: readings of maps, weighted and added.
 
     y(q, m) = Σ_l Σ_t  weight(q, m, t) · map_{l,m}(point(q, m, t))
 
 over levels l and the points t of each level, for a query q and a head m.
 
-The letters of the shapes: B images; S pixels of all levels; Q queries, or q in a block; M heads of D channels; T points
-of all levels, P of one level; n coordinates of a point; K corners, the pixels that one point reads. `*M` is one axis. In
-`grid_sample` it is no axis, because XLA's CPU backend would copy arrays that have an axis of one head.
+The letters of the shapes: B images; S pixels of all levels; Q queries, or q in a block; M heads of
+D channels; T points of all levels, P of one level; n coordinates of a point; K corners, the pixels
+that one point reads. `*M` is one axis. In `grid_sample` it is no axis, because XLA's CPU backend
+would copy arrays that have an axis of one head.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,6 @@ from jax import lax
 from dcn_jax._core.mesh import vary_alike
 from dcn_jax.geometry import Size, int32
 from dcn_jax.sampling import Border, Positions, Rows, countable, locate
-
-if TYPE_CHECKING:
-    from dcn_jax._core.platform_op import Algorithms
 
 
 class Level(NamedTuple):
@@ -43,7 +41,7 @@ class Level(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """The arrays of the sum. A loop slices points and weights, and the slices are `Operands` too."""
+    """The arrays of the sum. Slices of points and weights are `Operands` too."""
 
     features: Any  # (B, S, *M, D): the maps, one level's pixels after another's
     points: Any  # (B, Q, *M, T, n): coordinates that `to_pixels` understands, last spatial axis first
@@ -53,7 +51,7 @@ class Operands(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0)  # a call outside of jit compiles once, not each time
 def sum_readings(levels: tuple[Level, ...], operands: Operands) -> jax.Array:
     """The sum, `(B, Q, *M, D)`, in the dtype of the features."""
-    # Imported here: platform_op imports `jax.extend`, which imports Pallas, and `import dcn_jax` is to stay quick.
+    # Imported here: platform_op imports Pallas by way of `jax.extend`, and that is slow.
     from dcn_jax._core.platform_op import Op, platform_op, type_of
 
     if not countable(operands.features.shape[1]):
@@ -62,16 +60,16 @@ def sum_readings(levels: tuple[Level, ...], operands: Operands) -> jax.Array:
     return platform_op(Op(levels, type_of(_zeros, operands), algorithms(levels, operands)), operands)
 
 
-def algorithms(levels: tuple[Level, ...], operands: Operands) -> "tuple[Algorithms, Algorithms]":
-    """For each platform the algorithm of the sum, and for all platforms the one of its derivatives."""
+def algorithms(levels: tuple[Level, ...], operands: Operands) -> tuple[Any, Any]:
+    """By platform: the algorithm of the sum, and the algorithm of its derivatives."""
     from dcn_jax._core.platform_op import Algorithm
 
     def made(result, number):
         blocks = _divide(operands.points.shape[1], number)
         return Algorithm(result, _gradients, blocks, gradients_can_be_mapped=True)
 
-    # On a TPU the rows that a step gathers lie in memory, so a step takes a block of queries. For other platforms XLA fuses
-    # gather, weights and sum into one kernel.
+    # On a TPU the rows that a step gathers lie in memory, so a step takes a block of queries. For
+    # other platforms XLA fuses gather, weights and sum into one kernel.
     of_sum = ("default", made(_sum_by_points, 1)), ("tpu", made(_sum_by_points_in_blocks, _FEWEST))
     return of_sum, (("default", made(_sum_by_levels, _blocks_of_derivatives(levels, operands))),)
 
@@ -110,7 +108,7 @@ def _sum_by_points_in_blocks(levels: tuple[Level, ...], blocks: "_Blocks", opera
 
 
 def _sum_by_levels(levels: tuple[Level, ...], blocks: "_Blocks", operands: Operands) -> jax.Array:
-    """The sum, for JAX to find tangents from. Each step adds all points of a level, for one block of queries."""
+    """The sum, for its tangents. A step adds all points of a level, for a block of queries."""
     y = _zeros(operands)
     for level in levels:
 
@@ -133,17 +131,16 @@ def _sum_by_levels(levels: tuple[Level, ...], blocks: "_Blocks", operands: Opera
 def _gradients(
     levels: tuple[Level, ...], blocks: "_Blocks", active: tuple[str, ...], y_bar: jax.Array, operands: Operands
 ) -> dict[str, jax.Array]:
-    """The gradients of the operands named in `active`. Each step adds those of one level and one block of queries."""
+    """The gradients of the operands named in `active`, a level and a block of queries a step."""
     sums = {name: jnp.zeros_like(getattr(operands, name)) for name in active}
     for level in levels:
-        add = functools.partial(_add_gradients, level, blocks, operands, y_bar)
-        add = jax.checkpoint(add, prevent_cse=False)
+        add = jax.checkpoint(functools.partial(_add_gradients, level, blocks, operands, y_bar), prevent_cse=False)
         sums, _ = lax.scan(add, sums, jnp.arange(blocks.number, dtype=jnp.int32))
     return sums
 
 
 def _add_gradients(level: Level, blocks: "_Blocks", operands: Operands, y_bar: jax.Array, sums, block):
-    """One step of `_gradients`: `sums` with the gradients from one level and one block of queries added."""
+    """One step of `_gradients`: adds its level's and its block's share to `sums`."""
     sums, start = dict(sums), blocks.start(block)
     bar = lax.dynamic_slice_in_dim(y_bar, start, blocks.size, 1, allow_negative_indices=False)  # (B, q, *M, D)
     part = _take_level(level, _take_queries(blocks, block, operands))
@@ -168,8 +165,8 @@ def _add_gradients(level: Level, blocks: "_Blocks", operands: Operands, y_bar: j
 
 
 def _add_rows(features: jax.Array, pixel: jax.Array, added: jax.Array) -> jax.Array:
-    """Add rows `(B, q, *M, P, K, D)` to `features` at pixels `(B, q, *M, P, K)`. Pixel S does not exist: its rows are dropped."""
-    # One scatter with batching dimensions: `vmap` would move the heads of `features` to the front and back in each step.
+    """Add rows `(B, q, *M, P, K, D)` to `features` at `pixel`, or nowhere if that is S."""
+    # Not by `vmap`, which would move the heads of `features` to the front and back in each step.
     batching = (0, 2)[: features.ndim - 2]  # batch and heads
     numbers = lax.ScatterDimensionNumbers(
         update_window_dims=(added.ndim - 1,),
@@ -182,7 +179,7 @@ def _add_rows(features: jax.Array, pixel: jax.Array, added: jax.Array) -> jax.Ar
 
 
 def _add_window(total: jax.Array, part: jax.Array, start: tuple[Any, ...]) -> jax.Array:
-    """`total` with `part` added to a window of it. `start` is the window's first index, on the first axes; on others, 0."""
+    """Add `part` to the window of `total` that begins at `start`, on other axes at 0."""
     whole = [jnp.asarray(i, jnp.int32) for i in (*start, *[0] * (total.ndim - len(start)))]
     old = lax.dynamic_slice(total, whole, part.shape, allow_negative_indices=False)
     return lax.dynamic_update_slice(total, old + part, whole, allow_negative_indices=False)
@@ -192,7 +189,7 @@ def _add_window(total: jax.Array, part: jax.Array, start: tuple[Any, ...]) -> ja
 
 
 def _locate(level: Level, operands: Operands) -> Rows:
-    """Which rows of the level its points read, with which weights: for each corner, arrays `(B, q, *M, P)`."""
+    """For each corner, which row of the level a point reads, and the weight: `(B, q, *M, P)`."""
     axes = jnp.moveaxis(operands.points[..., ::-1], -1, 0)
     sizes = (jnp.asarray(int32(size), axes.dtype) for size in level.border.spatial)
     points = jnp.stack([level.to_pixels(x, size) for x, size in zip(axes, sizes, strict=True)], axis=-1)
@@ -202,23 +199,25 @@ def _locate(level: Level, operands: Operands) -> Rows:
 
 
 def _corners(level: Level, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """`_locate`, all corners in one array: their weights and their rows of the level, both `(B, q, *M, P, K)`."""
+    """What `_locate` finds, corners stacked: weights and rows, both `(B, q, *M, P, K)`."""
     at = _locate(level, operands)
     return jnp.stack(at.weight, -1), jnp.stack(at.row, -1)
 
 
 def _is_added(level: Level, blocks: "_Blocks", block: jax.Array, row: jax.Array) -> jax.Array:
-    """Whether each corner is added: it lies on the map, and no earlier block has added its query."""
-    return (row < int32(level.rows)) & blocks.fresh(block, row.ndim)
+    """Whether a corner is added: it lies on the map, and its query is in no earlier block."""
+    in_block = lax.broadcasted_iota(jnp.int32, (1, blocks.size, *[1] * (row.ndim - 2)), 1)
+    return (row < int32(level.rows)) & (blocks.start(block) + in_block >= block * int32(blocks.size))
 
 
 def _gather(level: Level, features: jax.Array, row: jax.Array) -> jax.Array:
-    """Rows of a level; its last row for corners outside the map: `(B, S, *M, D)`, `(B, q, *M, P, K)` -> `(B, q, *M, P, K, D)`."""
+    """Rows of a level: `(B, q, *M, …, D)` for `row` `(B, q, *M, …)`; outside, its last row."""
 
     def read(features, row):
         return features.at[row].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
-    # Image and head are not folded into the index of a row: split over devices, each would then gather all features.
+    # Image and head are not folded into the index of a row: where they are split over devices,
+    # every device would then gather all features.
     if features.ndim == 4:
         read = jax.vmap(read, in_axes=1, out_axes=1)
     return jax.vmap(read)(features, jnp.minimum(row, int32(level.rows) - 1) + int32(level.first_row))
@@ -228,7 +227,7 @@ def _gather(level: Level, features: jax.Array, row: jax.Array) -> jax.Array:
 
 
 class _Blocks(NamedTuple):
-    """Queries divided into blocks of one size. If it does not divide their number, the last block overlaps the one before."""
+    """Queries in blocks of one size. The last block may overlap the one before it."""
 
     queries: Size
     size: Size
@@ -238,18 +237,14 @@ class _Blocks(NamedTuple):
         """The first query of a block."""
         return jnp.minimum(block * int32(self.size), int32(self.queries) - int32(self.size))
 
-    def fresh(self, block: jax.Array, ndim: int) -> jax.Array:
-        """Which queries of a block are in no earlier block: `(1, size, 1, …)`, of `ndim` axes."""
-        number = self.start(block) + lax.broadcasted_iota(jnp.int32, (1, self.size, *[1] * (ndim - 2)), 1)
-        return number >= block * int32(self.size)
 
-
-# Fewest blocks of the derivatives, and a TPU's of the sum: with fewer, the rows of a block do not stay in a CPU's caches.
+# Blocks of the derivatives at least: with fewer, a block's rows do not stay in a CPU's caches. Also
+# the blocks of the sum on a TPU.
 _FEWEST = 8
 
 
 def _blocks_of_derivatives(levels: tuple[Level, ...], operands: Operands) -> int:
-    """How many: the rows that a block reads of a level take half as much memory as the larger of result and features."""
+    """So many that a block's rows of a level take half the memory of the result or the features."""
     pixels, queries = operands.features.shape[1], operands.points.shape[1]
     if not (isinstance(queries, int) and isinstance(pixels, int)):
         return _FEWEST

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention: out(q) = Σ over levels and points of attention weight · value at a location.
+"""Multi-scale deformable attention: sums of values read at learned locations on several maps.
 
 Read `call` (what a call is), `reference` (the formula in twenty lines), `xla` (the same, lean and
 fast), `api` (what users call). README.md tells why it is so.

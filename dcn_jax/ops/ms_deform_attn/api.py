@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 
 from dcn_jax.ops.ms_deform_attn import xla
-from dcn_jax.ops.ms_deform_attn.call import check_call
+from dcn_jax.ops.ms_deform_attn.call import check_attention
 
 
 def ms_deform_attn(
@@ -18,7 +18,7 @@ def ms_deform_attn(
     method: str = "linear",
     implementation: str | None = None,
 ) -> jax.Array:
-    """Sum values read at a few learned locations on maps of several scales: multi-scale deformable attention.
+    """Multi-scale deformable attention: sum values read at a few learned locations on several maps.
 
         out(q, m) = Σ_l Σ_p  attention_weights(q, m, l, p) · value_{l,m}(sampling_locations(q, m, l, p) · size_l - 0.5)
 
@@ -26,24 +26,23 @@ def ms_deform_attn(
     size_l its pixels along each axis: a location of 0 is the edge of the map, 1 the opposite one.
     The weights are used as they are (the layers take a softmax over L · P).
 
-    The legend of the shapes: L levels, their S pixels one after another; M heads of D channels; Q
-    queries; P points on each level; n = 1, 2 or 3 spatial axes.
+    The letters of the shapes: L levels, whose S pixels lie one level after another; M heads of D
+    channels; Q queries; P points on each level; n = 1, 2 or 3 spatial axes.
 
     Args:
         value: `(*batch, S, M, D)`; any number of leading batch axes, none included; floating-point
             or complex.
-        spatial_shapes: the maps' sizes, `((H1, W1), …)` or `((D1, H1, W1), …)`, known when the
+        spatial_shapes: the levels' sizes, `((H1, W1), …)` or `((D1, H1, W1), …)`, known when the
             function is traced; S is the sum of their products.
         sampling_locations: `(*batch, Q, M, L, P, n)`, in [0, 1] inside a map, the last spatial
             axis first: (x, y[, z]). Any float dtype; pixels are computed in float32 or wider.
         attention_weights: `(*batch, Q, M, L, P)`.
-        points_per_level: where levels differ in their points, how many each has, `(P1, …)`; the
-            locations are then `(*batch, Q, M, P1 + P2 + …, n)` and the weights `(*batch, Q, M, P1
-            + P2 + …)`. By default read off the shapes.
-        method: "linear"; "nearest" for the nearest pixel, half way the even one; "discrete" for
-            the pixel at trunc(location · size + 0.5), clamped to the map along each axis, which
-            RT-DETRv2 and D-FINE call so: it is half a pixel from "nearest". The last two give the
-            locations no gradient.
+        points_per_level: if levels differ in their points, how many each has, `(P1, …)`. Locations
+            are then `(*batch, Q, M, P1 + P2 + …, n)`, and weights the same without n. None: P for
+            each.
+        method: "linear"; "nearest" for the nearest pixel, half way the even one; or "discrete", as
+            RT-DETRv2 and D-FINE have it, for the pixel at trunc(location · size + 0.5), clamped to
+            the map, half a pixel from "nearest". The last two give the locations no gradient.
         implementation: "xla" (pure jax.numpy, everywhere), or None for the fastest that is sound;
             there are no GPU kernels.
 
@@ -55,12 +54,12 @@ def ms_deform_attn(
             what was wanted.
         TypeError: an argument is of the wrong kind.
 
-    Derivatives of every order, in both modes, with respect to every array. At whole pixels the
+    Every array is differentiable to any order, in forward and reverse mode. At whole pixels the
     derivative with respect to the location is the right-hand one. A location of ±inf or 1e30 reads
     zero (by "discrete" the border) with a zero gradient; a NaN makes NaN at its own query and head
-    alone. Memory beside the arguments and results, on a CPU: next to nothing forward, about once
-    the result with gradients, whatever L and P. Batch or heads may be split over devices under plain
-    `jit`: no device asks another for anything.
+    alone. Scratch memory on a CPU: next to none forward, with gradients about that of the result,
+    whatever L and P. Under plain `jit` batch or heads may be split over devices, without
+    communication between them.
 
     Source: Zhu et al., Deformable DETR (arXiv 2010.04159), equation 3.
 
@@ -72,13 +71,13 @@ def ms_deform_attn(
         >>> ms_deform_attn(value, ((1, 5), (1, 2)), locations[None, None], weights[None, None])
         Array([[106.]], dtype=float32)
     """
-    spec, arrays = check_call(
+    spec, arrays = check_attention(
         value, spatial_shapes, sampling_locations, attention_weights, points_per_level=points_per_level, method=method
     )
     if implementation == "pallas_gpu":
         raise ValueError(
-            "implementation='pallas_gpu' is not there for ms_deform_attn, which has no GPU kernels yet; use implementation='xla', "
-            "which runs everywhere, or None for the fastest there is"
+            "implementation='pallas_gpu' is not there for ms_deform_attn, which has no GPU kernels yet; use "
+            "implementation='xla', which runs everywhere, or None for the fastest there is"
         )
     if implementation not in (None, "xla"):
         raise ValueError(f"implementation={implementation!r} is not known; wanted 'xla' or None")

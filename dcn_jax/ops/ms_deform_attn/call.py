@@ -18,37 +18,29 @@ METHODS = ("linear", "nearest", "discrete")
 
 
 class Arrays(NamedTuple):
-    """The arrays of a call; the points of all levels, T of them, lie one after another."""
+    """The arrays of a call. T counts the points of all levels, which lie level after level."""
 
     value: jax.Array  # (*batch, S, M, D)
     locations: jax.Array  # (*batch, Q, M, T, n), in [0, 1], last spatial axis first
     weights: jax.Array  # (*batch, Q, M, T)
 
 
-class Level(NamedTuple):
-    """One of the maps that lie in `value` one after another."""
-
-    spatial: tuple[Size, ...]
-    pixels: slice  # of the S pixels of `value`
-    points: slice  # of the T points
-
-
 class Spec(NamedTuple):
-    """Everything about a call except its arrays; hashable, so that it can be a static argument."""
+    """Everything about a call except its arrays; hashable, so it can be a static argument."""
 
     spatial_shapes: tuple[tuple[Size, ...], ...]
     points_per_level: tuple[int, ...]
     method: str
 
     @property
-    def levels(self) -> tuple[Level, ...]:
-        """Where each level's pixels and points lie."""
-        pixels = map(math.prod, self.spatial_shapes)
-        return tuple(map(Level, self.spatial_shapes, _spans(pixels), _spans(self.points_per_level)))
+    def levels(self) -> list[tuple[tuple[Size, ...], slice, slice]]:
+        """For each level (its spatial shape, its pixels among the S, its points among the T)."""
+        pixels, points = map(math.prod, self.spatial_shapes), self.points_per_level
+        return list(zip(self.spatial_shapes, _spans(pixels), _spans(points), strict=True))
 
 
-def check_call(value, spatial_shapes, locations, weights, *, points_per_level, method) -> tuple[Spec, Arrays]:
-    """Check the arguments of `ms_deform_attn`.
+def check_attention(value, spatial_shapes, locations, weights, *, points_per_level, method) -> tuple[Spec, Arrays]:
+    """The checked arguments of `ms_deform_attn`.
 
     Raises:
         ValueError: a shape or an option does not fit; the message names it.
@@ -87,8 +79,8 @@ def check_spatial_shapes(given: Any) -> tuple[tuple[Size, ...], ...]:
     """`spatial_shapes` as tuples of ints.
 
     Raises:
-        ValueError: a size is below 1, or they are not 1, 2 or 3 for each level.
-        TypeError: it is not made of ints.
+        ValueError: a size is below 1, or a level has not 1, 2 or 3 sizes, or not as many as others.
+        TypeError: a size is not an int.
     """
     wanted = "wanted the sizes of each level, ((H1, W1), …), as ints that are known when the function is traced"
     if isinstance(given, jax.Array):
@@ -112,7 +104,7 @@ def check_spatial_shapes(given: Any) -> tuple[tuple[Size, ...], ...]:
 
 
 def _check_pixels(value: jax.Array, shapes: tuple[tuple[Size, ...], ...]) -> None:
-    """Raise where `value` has not the pixels of all levels."""
+    """Raise a ValueError if the pixels of `value` are not as many as those of all levels."""
     pixels = sum(map(math.prod, shapes))
     if value.shape[-3] != pixels:
         problem = (
@@ -137,6 +129,6 @@ def _check_points(points_per_level: Any, locations: jax.Array, levels: int) -> t
 
 
 def _spans(lengths) -> list[slice]:
-    """Where things of these lengths lie, one after another."""
+    """The slices that parts of these lengths take, one after another."""
     ends = list(itertools.accumulate(lengths))
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]

@@ -1,4 +1,4 @@
-"""The op in `jax.numpy`: it brings the arrays to one batch axis, and says what is read of each level."""
+"""The op in `jax.numpy`: brings the arrays to one batch axis, and describes the levels to the sum."""
 
 import math
 
@@ -19,7 +19,7 @@ def run(spec: Spec, arrays: Arrays) -> jax.Array:
 
 
 def _attend(spec: Spec, value, locations, weights) -> jax.Array:
-    """Bring the arrays to one batch axis, and the result back."""
+    """`run`, on a mesh without explicit axes."""
     batch, (heads, channels) = value.shape[:-3], value.shape[-2:]
     dtype = wide(value.dtype, locations.dtype, weights.dtype)
     position = wide(locations.dtype, jnp.finfo(value.dtype).dtype)
@@ -27,25 +27,20 @@ def _attend(spec: Spec, value, locations, weights) -> jax.Array:
     def flatten(array, dtype):
         return array.reshape(math.prod(batch), *array.shape[len(batch) :]).astype(dtype)
 
-    # A gradient is summed in the dtype that is read: hence in the result's already here.
+    # The sum's gradients have the dtype of its operands, so these are widened before it.
     operands = Operands(flatten(value, dtype), flatten(locations, position), flatten(weights, position))
     y = sum_readings(_levels(spec), operands)
     return y.reshape(*batch, y.shape[1], heads * channels).astype(value.dtype)
 
 
 def _levels(spec: Spec) -> tuple[Level, ...]:
-    """What is read of each level."""
-    discrete = spec.method == "discrete"
+    """Which pixels of each level its points read, and where both lie in the arrays."""
+    method, border, to_pixels = spec.method, "zeros", _from_edges
+    if method == "discrete":
+        method, border, to_pixels = "floor", "edge", _half_up
     return tuple(
-        Level(
-            Border(level.spatial, ("edge" if discrete else "zeros",) * len(level.spatial)),
-            "floor" if discrete else spec.method,
-            _half_up if discrete else _from_edges,
-            level.pixels.start,
-            level.points.start,
-            level.points.stop - level.points.start,
-        )
-        for level in spec.levels
+        Level(Border(spatial, (border,) * len(spatial)), method, to_pixels, pixels.start, t.start, t.stop - t.start)
+        for spatial, pixels, t in spec.levels
     )
 
 

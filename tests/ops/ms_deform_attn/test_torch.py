@@ -5,7 +5,7 @@ import pytest
 
 from dcn_jax import ms_deform_attn
 from dcn_jax.ops.ms_deform_attn import reference
-from dcn_jax.ops.ms_deform_attn.call import check_call
+from dcn_jax.ops.ms_deform_attn.call import check_attention
 from tests.support import family
 from tests.support.running import assert_close
 
@@ -15,7 +15,7 @@ NAMES = ("value", "locations", "weights")
 
 
 def by_reference(value, spatial_shapes, locations, weights, **options):
-    return reference.run(*check_call(value, spatial_shapes, locations, weights, **options))
+    return reference.run(*check_attention(value, spatial_shapes, locations, weights, **options))
 
 
 def bound(op, options):
