@@ -61,7 +61,7 @@ def test_a_row_for_each_network_that_can_train(one_layer, tmp_path, capsys):
     assert 0 < plain["peak_bytes"] < deformed["peak_bytes"]  # offset branches are parameters too
     printed = " ".join(capsys.readouterr().out.split())
     assert "2 layers deformed" in printed
-    assert "pallas: not available: " in printed
+    assert "pallas_gpu: not available: " in printed
     assert "images / s ratio" in printed
 
 
