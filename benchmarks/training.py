@@ -188,7 +188,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     names = "xla", "pallas_gpu", "default"
     p.add_argument("--device", choices=("cpu", "gpu"), help="cpu, gpu (default: JAX's own choice)")
-    p.add_argument("--implementation", nargs="+", choices=names, help="default: xla, and on a GPU pallas too")
+    p.add_argument("--implementation", nargs="+", choices=names, help="default: xla, and on a GPU pallas_gpu too")
     p.add_argument("--depth", type=int, choices=NETWORKS, default=50, help="of the ResNet (default: 50)")
     p.add_argument("--batch", type=int, default=32, metavar="N", help="images of a step (default: 32)")
     p.add_argument("--size", type=int, default=224, metavar="N", help="their height and width (default: 224)")
