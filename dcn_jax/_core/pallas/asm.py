@@ -59,7 +59,7 @@ def weighted_sum(pixels: Sequence[jax.Array], weights: Sequence[jax.Array], dtyp
         terms = [w * p.astype(jnp.float32) for w, p in zip(weights, pixels, strict=True)]
         return functools.reduce(operator.add, terms).astype(dtype)
     packed = narrow in _PACK and jnp.dtype(dtype).name == narrow
-    sums = ["sum0", "sum1"] if packed else ["sum0"]
+    sums = ["low", "high"] if packed else ["low"]
     lines = []
     for i in range(count):
         if packed:
@@ -70,7 +70,7 @@ def weighted_sum(pixels: Sequence[jax.Array], weights: Sequence[jax.Array], dtyp
             lines.append(f"{multiply}.rn.f32 {total}, {pixel}, {weight}{rest};")
     if not packed:
         pixels = [p.astype(jnp.float32) for p in pixels]
-    lines.append(_PACK[narrow].format(packed="$0", low="sum0", high="sum1") if packed else "mov.b32 $0, sum0;")
+    lines.append(_PACK[narrow].format(packed="$0", low="low", high="high") if packed else "mov.b32 $0, low;")
     [total] = _run_asm(lines, [*pixels, *weights], dtype if packed else jnp.float32)
     return total.astype(dtype)
 
