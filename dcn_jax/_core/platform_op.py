@@ -23,7 +23,7 @@ from jax.interpreters import ad, batching, mlir
 
 
 class Algorithm(NamedTuple):
-    """One way to compute an op. Hashable: platforms whose algorithms are equal share one program."""
+    """Two functions, which compute an op's result and its gradients; hashable. Where two are equal, one program serves both."""
 
     result: Callable  # (spec, blocks, operands) -> array
     gradients: Callable  # (spec, blocks, active, y_bar, operands) -> {name: gradient}, for each name in `active`
@@ -41,7 +41,9 @@ class Op(NamedTuple):
 
     spec: Any  # handed to each function of its algorithms
     result: Any  # the result's type, by `type_of`
-    algorithms: tuple[Algorithms, ...]  # of the result, of the first derivative, …; the last serve all that follow
+    algorithms: tuple[
+        Algorithms, ...
+    ]  # entry n is for the n-th derivative, entry 0 for the result; the last, for all higher
     # A jaxpr that never runs. JAX passes the list of devices to a lowering only if it finds, in the primitive's parameters, a
     # jaxpr with a call that needs it. `pallas_gpu` gives one.
     holds: Any = None
@@ -53,7 +55,7 @@ def type_of(compute: Callable, *arguments: Any) -> Any:
 
 
 def platform_op(op: Op, operands: Any) -> jax.Array:
-    """The result of an op; to be called under `jax.jit`. `operands` is a NamedTuple of arrays, of which some may be None."""
+    """Compute an op on `operands`, a NamedTuple of arrays, some of which may be None. Call it under `jax.jit`."""
     given = {name: array for name, array in operands._asdict().items() if array is not None}
     call = _Call(
         of=_Result(op.spec, type(operands), tuple(given)),
@@ -70,7 +72,7 @@ class _Call(NamedTuple):
     """Everything about a call of the primitive but its arrays."""
 
     of: Callable  # (algorithm, arrays) -> arrays
-    algorithms: tuple[Algorithms, ...]  # of this function, of its derivative, …
+    algorithms: tuple[Algorithms, ...]  # entry 0 is for this function, entry 1 for its derivative, and so on
     holds: Any
     results: tuple[Any, ...]  # their types
     matmul_precision: str | None  # as set where the call is made; where it is lowered, another may be set
@@ -91,7 +93,7 @@ class _Result(NamedTuple):
         return [algorithm.result(self.spec, algorithm.blocks, self._named(arrays))]
 
     def gradients(self, algorithm: Algorithm, active: tuple[int, ...], y_bar: Any, *arrays) -> list[Any]:
-        """The gradients of the arrays whose numbers are active."""
+        """The gradients of `arrays[i]`, for each i in `active`."""
         names = tuple(self.given[i] for i in active)
         found = algorithm.gradients(self.spec, algorithm.blocks, names, y_bar, self._named(arrays))
         return [found[name] for name in names]
@@ -102,7 +104,7 @@ class _Result(NamedTuple):
 
 
 class _Tangents(NamedTuple):
-    """The tangents of a function, along the arrays whose numbers are active. Their tangents follow the arrays."""
+    """How a function's results move when `arrays[i]` moves, for each i in `active`. Given the arrays, then those tangents."""
 
     of: Callable
     active: tuple[int, ...]
@@ -119,7 +121,7 @@ class _Tangents(NamedTuple):
 
 
 class _Transpose(NamedTuple):
-    """The transpose of a function that is linear in some arrays. The other arrays come first, then the cotangents."""
+    """The transpose of a function that is linear in some arrays. Given the other arrays, then a cotangent of each result."""
 
     of: Callable
     linear: tuple[Any, ...]  # the type of each array that the function is linear in; None for the others

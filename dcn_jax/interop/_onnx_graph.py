@@ -143,7 +143,7 @@ class Graph:
         return attributes, tuple(out if isinstance(s, int) else s if same else None for s, out, same in spatial)
 
     def refuse(self, sentence: str) -> NoReturn:
-        """Raise an error that names the module whose nodes are being added."""
+        """Raise ValueError with this sentence, after the path of the module that is being converted."""
         raise ValueError(f"{self._scope}: {sentence}" if self._scope else sentence)
 
     def _converter(self, part: Any) -> Callable[..., Value]:

@@ -161,7 +161,7 @@ class DeformConv(nn.Module):
 
     @nn.nowrap
     def _run_branch(self, seen: jax.Array) -> jax.Array:
-        """Run the branch on what it sees: the user's own, or a convolution like the main one."""
+        """Offsets and logits of the map `seen`, by the branch: `offset_conv_cls`, or by default a convolution."""
         features = sum(offset_conv.branch_channels(self))
         if self.offset_conv_cls is not None:
             return self.offset_conv_cls(features, name="offset_conv")(seen)
