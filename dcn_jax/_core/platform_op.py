@@ -21,6 +21,8 @@ from jax import lax
 from jax.extend.core import Primitive, unmapped_aval
 from jax.interpreters import ad, batching, mlir
 
+from dcn_jax._core.mesh import vary_alike
+
 
 class Algorithm(NamedTuple):
     """Two functions, which compute an op's result and its gradients; hashable. Where two are equal, one program serves both."""
@@ -56,7 +58,9 @@ def type_of(compute: Callable, *arguments: Any) -> Any:
 
 def platform_op(op: Op, operands: Any) -> jax.Array:
     """Compute an op on `operands`, a NamedTuple of arrays, some of which may be None. Call it under `jax.jit`."""
-    given = {name: array for name, array in operands._asdict().items() if array is not None}
+    # Within shard_map an array may be the same on devices over which another varies. All are made to vary alike here: so a
+    # gradient is summed over the devices once, after the algorithm's loop, and not in each step.
+    given = vary_alike({name: array for name, array in operands._asdict().items() if array is not None})
     call = _Call(
         of=_Result(op.spec, type(operands), tuple(given)),
         algorithms=op.algorithms,

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dcn_jax._core.mesh import vary_alike
+from dcn_jax._core.mesh import zeros_varying_like
 from dcn_jax.geometry import Size, int32
 from dcn_jax.sampling import Border, Positions, Rows, countable, locate
 
@@ -56,7 +56,6 @@ def sum_readings(levels: tuple[Level, ...], operands: Operands) -> jax.Array:
 
     if not countable(operands.features.shape[1]):
         raise ValueError(f"maps of {operands.features.shape[1]} pixels; wanted fewer than 2**31")
-    operands = vary_alike(operands)  # so that JAX sums each gradient over devices once, after the loops
     return platform_op(Op(levels, type_of(_zeros, operands), algorithms(levels, operands)), operands)
 
 
@@ -77,7 +76,7 @@ def algorithms(levels: tuple[Level, ...], operands: Operands) -> tuple[Any, Any]
 def _zeros(operands: Operands) -> jax.Array:
     """Zeros of the result's shape and type, for a loop to add to."""
     features, points, _ = operands
-    return jnp.zeros_like(features, shape=(*points.shape[:-2], features.shape[-1]))
+    return zeros_varying_like(operands, features.dtype, (*points.shape[:-2], features.shape[-1]))
 
 
 def _sum_by_points(levels: tuple[Level, ...], blocks: "_Blocks", operands: Operands) -> jax.Array:

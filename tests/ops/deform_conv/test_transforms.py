@@ -345,6 +345,16 @@ def test_shard_map(op, mesh):
     jax.tree.map(functools.partial(assert_close, tolerance=1e-5), *results)
 
 
+@needs("shard_map")
+def test_shard_map_sums_gradients_of_parameters_after_the_loop(op, mesh):
+    """The kernel is the same on all devices. Each sums its own steps, and the devices' sums are added once."""
+    cotangent = np.ones((8, 4, 5, 6), np.float32)
+    over_devices = jax.shard_map(op, mesh=mesh, in_specs=SPECS, out_specs=P("data"))
+    found = collectives(jax.jit(backward(over_devices, PLAIN)).lower(PLAIN.arrays, cotangent).compile().as_text())
+    assert {opcode for opcode, *_ in found} == {"all-reduce"}
+    assert not any(in_loop for *_, in_loop in found)
+
+
 @needs("sharding")
 def test_explicit_sharding(op):
     """On a mesh as `jax.make_mesh` makes it now, where shardings are part of the types."""

@@ -16,7 +16,7 @@ from jax.export import is_symbolic_dim
 from jax.sharding import AxisType
 
 from dcn_jax._core.dtypes import asked_precision, wide
-from dcn_jax._core.mesh import on_any_mesh, vary_alike, zeros_varying_like
+from dcn_jax._core.mesh import on_any_mesh, zeros_varying_like
 from dcn_jax._core.pallas import batching, partitioning
 from dcn_jax._core.pallas.derivatives import by_kernels
 from dcn_jax._core.pallas.launch import interpreting, launch, out_of_reach, stack_size
@@ -148,9 +148,7 @@ def _prepare(call: GpuCall, arrays: Arrays) -> tuple[_ForwardOperands, jax.Array
     flat = functools.partial(flatten_batch, batch)
     row, weight = locate_points(window, groups, flat(offset), None if mask is None else flat(mask))
     rows = flat(x).reshape(-1, math.prod(window.spatial) * groups, channels // groups)
-    operands = _ForwardOperands(rows, kernel.reshape(window.taps, *kernel.shape[-2:]), row, weight, bias)
-    operands = vary_alike(operands)
-    return operands._replace(row=None), operands.row
+    return _ForwardOperands(rows, kernel.reshape(window.taps, *kernel.shape[-2:]), None, weight, bias), row
 
 
 # --- the two passes, over arrays with a stack axis ----------------------------------------------------------------

@@ -14,7 +14,7 @@ from jax import lax
 from jax.export import is_symbolic_dim
 
 from dcn_jax._core import dtypes
-from dcn_jax._core.mesh import on_any_mesh, vary_alike
+from dcn_jax._core.mesh import on_any_mesh
 from dcn_jax._core.pallas import batching
 from dcn_jax._core.pallas.derivatives import by_kernels
 from dcn_jax._core.pallas.launch import interpreting, out_of_reach
@@ -110,7 +110,7 @@ def _arrange(static: tuple[TpuCall, Any], x, kernel, offset, mask, bias) -> jax.
         flat(jnp.ones(points, jnp.float32) if mask is None else mask.astype(jnp.float32)),
         (jnp.zeros(kernel.shape[-1:]) if bias is None else bias).astype(jnp.float32),
     )
-    y = _op(call, vary_alike(operands))
+    y = _op(call, operands)
     return y.reshape(*batch, *y.shape[1:]).astype(out_dtype)
 
 
