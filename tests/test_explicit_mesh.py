@@ -101,3 +101,14 @@ def test_ops_within_set_mesh(name, placed, mesh):
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_need_no_context(name, mesh):
     check(LAYERS[name](), (X,), on(mesh, (X,), (0,)), "data")
+
+
+def test_arrays_that_lie_apart(mesh):
+    """The offsets' batch lies over another axis than that of x: the result lies as x does."""
+    x, offset = normal(4, 4, 5, 6, 4), 0.3 * normal(4, 4, 5, 6, 18)
+    run = jax.jit(functools.partial(dcn_jax.deform_conv, kernel=KERNEL))
+    wanted = run(x, offset=offset)
+    across = jax.device_put(offset, jax.NamedSharding(mesh, jax.P(None, "data")))
+    found = run(*on(mesh, (x,), (0,)), offset=across)
+    assert jax.typeof(found).sharding.spec[:2] == ("data", None)
+    assert_close(found, wanted, 1e-5)
