@@ -64,7 +64,6 @@ def platform_op(op: Op, operands: Any) -> jax.Array:
     call = _Call(
         of=_Result(op.spec, type(operands), tuple(given)),
         algorithms=op.algorithms,
-        holds=op.holds,
         results=(op.result,),
         matmul_precision=jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
         x64=jax.config.jax_enable_x64,  # pyright: ignore[reportAttributeAccessIssue]
@@ -77,7 +76,6 @@ class _Call(NamedTuple):
 
     of: Callable  # (algorithm, arrays) -> arrays
     algorithms: tuple[Algorithms, ...]  # entry 0 is for this function, entry 1 for its derivative, and so on
-    holds: Any
     results: tuple[Any, ...]  # their types
     matmul_precision: str | None  # as set where the call is made; where it is lowered, another may be set
     x64: bool
@@ -195,8 +193,8 @@ _platform_op = Primitive("platform_op")
 _platform_op.multiple_results = True
 
 
-def _bind(call: _Call, *arrays) -> list[Any]:
-    return _platform_op.bind(*arrays, call=call, holds=call.holds)
+def _bind(call: _Call, holds: Any, *arrays) -> list[Any]:
+    return _platform_op.bind(*arrays, call=call, holds=holds)
 
 
 @_platform_op.def_abstract_eval
@@ -218,8 +216,8 @@ def _algorithm_for(call: _Call, platform: str) -> Algorithm:
 def _jvp(primals, tangents, *, call: _Call, holds):
     active = tuple(i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero))
     along = call._replace(of=_Tangents(call.of, active), algorithms=call.algorithms[1:] or call.algorithms)
-    moved = _bind(along, *primals, *(tangents[i] for i in active))
-    return _bind(call, *primals), moved
+    moved = _bind(along, holds, *primals, *(tangents[i] for i in active))
+    return _bind(call, holds, *primals), moved
 
 
 def _transpose(cotangents, *arrays, call: _Call, holds):
@@ -227,16 +225,16 @@ def _transpose(cotangents, *arrays, call: _Call, holds):
     fixed = [array for array in arrays if not ad.is_undefined_primal(array)]
     types = tuple(kind for kind in linear if kind is not None)
     back = call._replace(of=_Transpose(call.of, linear), results=types)
-    found = iter(_bind(back, *fixed, *map(ad.instantiate_zeros, cotangents)))
+    found = iter(_bind(back, holds, *fixed, *map(ad.instantiate_zeros, cotangents)))
     return [None if kind is None else next(found) for kind in linear]
 
 
 def _batch(axis, arrays, axes, *, call: _Call, holds):
     if all(along is None for along in axes):
-        return _bind(call, *arrays), [None] * len(call.results)
+        return _bind(call, holds, *arrays), [None] * len(call.results)
     mapped = _Mapped(call.of, tuple(axes), axis.size, axis.spmd_name)
     results = tuple(unmapped_aval(axis.size, 0, kind) for kind in call.results)
-    return _bind(call._replace(of=mapped, results=results), *arrays), [0] * len(results)
+    return _bind(call._replace(of=mapped, results=results), holds, *arrays), [0] * len(results)
 
 
 def _lower(context, *arrays, call: _Call, holds):
