@@ -24,7 +24,7 @@ PADDING_MODES = ("zeros", "edge", "wrap", "reflect", "symmetric")
 # Paddings of Flax's Conv that also say what lies beyond the border.
 _MODE_OF_PADDING = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
-# Names of other libraries, and ours for the same.
+# Other libraries' names of padding modes, and ours.
 _OTHER_NAMES = {
     "border": 'torch\'s "border" is "edge"',
     "replicate": '"replicate" is "edge"',
@@ -61,7 +61,7 @@ class Window(NamedTuple):
 
 
 def int32(size: Size) -> Any:
-    """A size for arithmetic in int32: an int unchanged, a symbolic one as an array."""
+    """A size for int32 arithmetic: a symbolic one becomes an int32 array, an int stays as it is."""
     return jnp.asarray(size, jnp.int32) if is_symbolic_dim(size) else size
 
 
@@ -176,7 +176,7 @@ def canonical_padding(padding: Padding, rank: int) -> str | tuple[tuple[int, int
 
 
 def canonical_padding_mode(padding_mode: str | Sequence[str], rank: int, padding: Any = None) -> tuple[str, ...]:
-    """`padding_mode`, checked, as one name per axis; `padding="CIRCULAR"` sets it too."""
+    """`padding_mode`, checked, as one name per axis; a padding of "CIRCULAR" or "REFLECT" sets it."""
     modes = (padding_mode,) * rank if isinstance(padding_mode, str) else padding_mode
     if not isinstance(modes, Sequence) or not all(isinstance(mode, str) for mode in modes):
         raise TypeError(
@@ -194,7 +194,7 @@ def canonical_padding_mode(padding_mode: str | Sequence[str], rank: int, padding
     said = _MODE_OF_PADDING.get(padding) if isinstance(padding, str) else None
     if said is None:
         return tuple(modes)
-    if padding_mode not in ("zeros", said):
+    if tuple(modes) not in (("zeros",) * rank, (said,) * rank):
         raise ValueError(
             f"padding={padding!r} means padding_mode={said!r}, and padding_mode={padding_mode!r} was given; leave it "
             "out, or pass padding as ints"
@@ -223,7 +223,7 @@ def sampling_points(
             ordered [offset group, tap, axis], first axis first, as in torchvision and mmcv.
         window: the kernel's size along each of the n spatial axes; K is its product.
         strides: pixels between neighbouring outputs; one for all axes, or one per axis.
-        padding: "SAME", "VALID", "CIRCULAR", "REFLECT", an int, or one int or pair per axis.
+        padding: "SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", an int, or one int or pair per axis.
         kernel_dilation: pixels between neighbouring taps; one for all axes, or one per axis.
         spatial: the input map's size along each spatial axis; it may be symbolic.
 

@@ -1,7 +1,7 @@
 """Reading features between pixels: the bilinear gather at the heart of deformable convolution.
 
 A point in n dimensions lies in a cell of 2^n pixels, its corners. It reads their mean, weighted
-along each axis by how near the point is to each. By two other methods it reads one pixel alone.
+along each axis by how near the point is to each. By "nearest" and "floor" it reads one pixel.
 
 This file defines what a point reads. Algorithms and kernels that compute the same in a quicker way
 say so, and are tested against it.
@@ -102,21 +102,21 @@ class Border(NamedTuple):
 
 
 # Which pixels a point reads. "linear": the corners of its cell. "nearest": the nearest pixel along
-# each axis, half way the even one. "floor": the pixel at or below the point along each axis.
+# each axis, at a tie the even one. "floor": the pixel at or below the point along each axis.
 METHODS = ("linear", "nearest", "floor")
 
 
 class Positions(NamedTuple):
-    """Positions, each a whole number plus an offset; so a large map costs the offset no digits."""
+    """Positions, each as a whole number and an offset, so that a large position does not round the offset."""
 
     regular: jax.Array  # int32
     offset: jax.Array  # any float dtype; the two broadcast
 
 
 class Rows(NamedTuple):
-    """What points read of a map that is flattened to rows: an array for each of the corners."""
+    """Which rows of a flattened map points read, and their weights: one array for each corner."""
 
-    row: tuple[jax.Array, ...]  # indices; the number of rows where the corner is not read
+    row: tuple[jax.Array, ...]  # the index of a row; the index after the last one where the corner is not read
     weight: tuple[jax.Array, ...]
 
 
@@ -180,7 +180,7 @@ def sum_rows(features: jax.Array, at: Rows, summed: jax.Array | None = None) -> 
 
 
 def _sum_rows_jvp(primals, tangents):
-    """The derivative as JAX finds it, but its transpose is one scatter, and keeps no rows."""
+    """JAX's derivative, written so that its transpose is one scatter and no rows are kept."""
     (features, at, summed), (features_dot, at_dot, summed_dot) = primals, tangents
     y = sum_rows(features, at, summed)
     index = jnp.stack(at.row)
@@ -196,8 +196,8 @@ def _sum_rows_jvp(primals, tangents):
     features_dot = features_dot if summed is None else summed_dot
     if not isinstance(features_dot, SymbolicZero):
         # One gather for all corners: its transpose is one scatter-add, and so one map of zeros. The
-        # gather fills, so its transpose drops corners outside. That of `_gather_rows` would add
-        # zeros to one pixel for all of them.
+        # gather fills, so its transpose drops corners outside. The transpose of `_gather_rows` would
+        # add the zeros of all of them to one pixel.
         read = features_dot.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
         y_dot = y_dot + jnp.sum(jnp.stack(at.weight)[..., None].astype(y.dtype) * read, axis=0)
     return y, y_dot

@@ -159,8 +159,9 @@ def test_paddings_that_say_what_lies_beyond(padding, mode, strides):
     window = resolve_window((3, 4), spatial=(9, 10), padding=padding, kernel_dilation=(2, 1), strides=strides)
     assert window.pads == ((2, 2), (1, 2))
     assert window.padding_mode == (mode, mode)
-    same = resolve_window((3, 4), spatial=(9, 10), padding=padding, kernel_dilation=(2, 1), padding_mode=mode)
-    assert same.padding_mode == (mode, mode)
+    for given in (mode, (mode, mode), ("zeros", "zeros")):
+        same = resolve_window((3, 4), spatial=(9, 10), padding=padding, kernel_dilation=(2, 1), padding_mode=given)
+        assert same.padding_mode == (mode, mode)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +174,7 @@ def test_paddings_that_say_what_lies_beyond(padding, mode, strides):
         (("wrap",), 1, ValueError, "padding_mode=('wrap',) has 1 entries; wanted one name, or 2, one per spatial axis"),
         (None, 1, TypeError, "padding_mode=None is a NoneType; wanted one of ('zeros', 'edge', 'wrap', 'reflect', 'symmetric'), or a sequence of one for each spatial axis"),
         (("wrap", None), 1, TypeError, "padding_mode=('wrap', None) is a tuple; wanted one of"),
+        (("wrap", "zeros"), "CIRCULAR", ValueError, "padding='CIRCULAR' means padding_mode='wrap', and padding_mode=('wrap', 'zeros') was given"),
         ("edge", "CIRCULAR", ValueError, "padding='CIRCULAR' means padding_mode='wrap', and padding_mode='edge' was given; leave it out, or pass padding as ints"),
     ],
 )  # fmt: skip

@@ -85,7 +85,7 @@ def floating_dtype(name: str, value: Any) -> jnp.dtype:
 
 
 def broadcasts(given: Sequence[Any], wanted: Sequence[Any]) -> bool:
-    """Whether axes `given` broadcast to `wanted`: each is 1 or equal; the first may be missing."""
+    """Whether axes `given` broadcast to `wanted`: each is 1 or equal, and leading ones may be missing."""
     pairs = zip(reversed(given), reversed(wanted), strict=False)
     return len(given) <= len(wanted) and all(n in (1, size) for n, size in pairs)
 

@@ -50,8 +50,8 @@ def wide_dtype(layer: Any) -> Any:
 def directions_init(layer: Any) -> Callable[..., jax.Array]:
     """The published initializer of the offsets' bias, which gives each head a direction.
 
-    Head m looks along (cos, sin) of the angle 2π m / M, stretched to the edge of a square. Point p
-    of a level lies p + 1 steps away.
+    Head m looks along (cos, sin) of the angle 2π m / M, stretched to the edge of a square. The
+    p-th point of a level lies p steps away, the first one step.
     """
     angles = 2 * np.pi / layer.num_heads * np.arange(layer.num_heads)
     directions = np.stack([np.cos(angles), np.sin(angles)], axis=-1)  # (M, 2)

@@ -102,7 +102,7 @@ def branch_options(layer: Any) -> dict[str, Any]:
     rank = len(window_size(layer.kernel_size))
     padding = canonical_padding(layer.padding, rank)
     if set(canonical_padding_mode(layer.padding_mode, rank, padding)) != {"zeros"}:
-        padding = "VALID"  # the branch sees a map that `_extend` has padded already
+        padding = "VALID"  # `_extend` has padded the map already
     kept = ("strides", "kernel_dilation", "dtype", "param_dtype", "precision")
     return {"padding": padding, **{name: getattr(layer, name) for name in kept}}
 
@@ -150,7 +150,7 @@ class Points(NamedTuple):
 
     offset: jax.Array  # (*batch, *out_spatial, OG * K * n)
     mask: jax.Array | None  # (*batch, *out_spatial, OG * K)
-    bound: float | None = None  # the op's `max_offset`, for the TPU kernels
+    bound: float | None = None  # passed to the op's TPU kernels, which need one; the layer has applied it
 
 
 def check_input(layer: Any, inputs: jax.Array, channels: int | None = None) -> Window:
@@ -250,13 +250,13 @@ def _branch_input(
         )
     if layer.offset_conv_cls is not None:
         return seen
-    _check_map(name, seen.shape, inputs, window.spatial, "channels", "the pixels of inputs", fits=True)
+    _check_map(name, seen.shape, inputs, window.spatial, "channels", "the pixels of inputs, then channels", fits=True)
     batch = seen.ndim - window.rank - 1
     return on_any_mesh(_extend, window, (seen,), batched=(seen,), batch=batch, whole=window.rank + 1)(seen)
 
 
 def _extend(window: Window, x: jax.Array) -> jax.Array:
-    """The map `(*batch, *spatial, C)`, padded as `padding_mode` says as far as the regular taps reach."""
+    """The map `(*batch, *spatial, C)`, padded by `window.pads` with the pixels that `padding_mode` says."""
     if set(window.padding_mode) == {"zeros"}:
         return x  # the convolution pads with zeros by itself
     # Not by jnp.pad: it refuses negative pads, and in modes that repeat the map symbolic sizes.
@@ -279,8 +279,10 @@ def _check_map(
     name: str, shape: Any, inputs: jax.Array, positions: Any, channels: str, meaning: str, fits: bool
 ) -> None:
     """`checks.map_axes` with the batch axes of `inputs`."""
-    wanted: Any = {"positions": positions, "channels": channels, "meaning": f"{meaning}, then channels", "fits": fits}
-    checks.map_axes(name, shape, other="inputs", batch=inputs.shape[: -len(positions) - 1], **wanted)
+    batch = inputs.shape[: -len(positions) - 1]
+    checks.map_axes(
+        name, shape, other="inputs", batch=batch, positions=positions, channels=channels, meaning=meaning, fits=fits
+    )
 
 
 def _split(
@@ -327,7 +329,8 @@ def _add_base(offset: jax.Array, base: jax.Array, inputs: jax.Array, window: Win
     base = checks.array("base_offset", base, jnp.floating)
     channels = dict.fromkeys([window.rank, offset.shape[-1]])
     wanted, fits = " or ".join(map(str, channels)), any(base.shape[-1:] == (n,) for n in channels)
-    _check_map("base_offset", base.shape, inputs, window.out_spatial, wanted, "the output positions", fits)
+    meaning = f"the output positions, then {window.rank} values for all taps together or {offset.shape[-1]} for each"
+    _check_map("base_offset", base.shape, inputs, window.out_spatial, wanted, meaning, fits)
     if base.shape[-1] != offset.shape[-1]:
         base = jnp.tile(base, offset.shape[-1] // window.rank)  # ordered [offset group, tap, axis], axis last
     axes, dtype = max(offset.ndim, base.ndim), dtypes.wide(offset.dtype, base.dtype)

@@ -127,7 +127,7 @@ class DCNv4(nn.Module):
 
     Every stride, padding, window and number of channels is allowed. The input is a map; the
     published layer takes a sequence and a shape. If the size of the map changes, offsets and
-    weights are made from the pixels at the centres of the op's windows.
+    weights come from the centres of the op's windows, or with `dw_kernel_size` around them.
 
     Attributes:
         channels: C, of the input and of the result.

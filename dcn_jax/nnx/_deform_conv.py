@@ -29,7 +29,7 @@ class DeformConv(nnx.Module):
 
     The offset convolution, called the branch, has the geometry of the main one. It emits the
     OG·K·n offsets first, then the OG·K logits, as mmcv's layers do. It starts at zero: a new layer
-    computes `mask_scale / 2` times the plain convolution.
+    computes the plain convolution, if modulated with `mask_scale / 2` times the kernel.
 
     Parameters: `kernel` `(*kernel_size, C // feature_group_count, features)`, `bias`
     `(features,)`, `offset_conv.kernel` and `offset_conv.bias`; `offset_conv` is None if
@@ -46,7 +46,8 @@ class DeformConv(nnx.Module):
         out_features: channels of the result, features.
         kernel_size: taps along each spatial axis; an int means one axis, as in Flax's Conv.
         strides: pixels between neighbouring outputs; one for all axes, or one per axis.
-        padding: "SAME", "VALID", an int, one int per axis, or one (low, high) pair per axis.
+        padding: "SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", an int, or an int or a (low,
+            high) pair per axis.
             "CIRCULAR" and "REFLECT" pad as Flax does and set `padding_mode`.
         kernel_dilation: pixels between neighbouring taps; one for all axes, or one per axis.
         feature_group_count: groups of channels of the main kernel; the branch sees all channels.

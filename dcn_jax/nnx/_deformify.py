@@ -61,9 +61,10 @@ def deformify(
         where: `where(path, module)` is called for each `nnx.Conv`; True makes it deformable. The
             path is that of `nnx.iter_graph`, with names of attributes and indices of lists:
             `("layer4", 0, "conv2")`. A module that is used in several places has its first path.
-            An `nnx` filter works too, such as `nnx.PathContains("layer4")`. `where` is not called
-            for the branches of layers that are deformable already.
-        mask_scale: the modulation's upper bound. Only 2.0 keeps the result; 1.0 halves it.
+            A callable filter of `nnx` works too, such as `nnx.PathContains("layer4")`. `where` is
+            not called for the branches of layers that are deformable already.
+        mask_scale: the modulation's upper bound. If modulated, only 2.0 keeps the result; 1.0
+            halves it, less the bias.
         rngs: keys for branches with random initializers; by default `nnx.Rngs(0)`.
         options: for all new layers, what only `DeformConv` takes: `modulated`, `offset_groups`, …
 

@@ -36,8 +36,8 @@ def grid_sample(
 
     Differentiable in both arguments to any order, in forward and reverse mode. At whole pixels the
     derivative with respect to the grid is the right-hand one (torch takes 0 where "border" and
-    "reflection" clip). A coordinate of ±inf or 1e30 reads zero (with "edge" the border) with a zero
-    gradient, and a NaN makes NaN at its own query alone.
+    "reflection" clip). A coordinate of ±inf or 1e30 reads zero (with "edge" the border), and has a
+    zero gradient itself. A NaN makes NaN at its own query alone.
 
     | torch | here |
     |---|---|
@@ -53,7 +53,7 @@ def grid_sample(
             query axes; inside the map from -1 to 1. The last axis is ordered as torch's, the last
             spatial axis first: (x,), (x, y), (x, y, z). Any float dtype; pixels are computed in
             float32 or wider.
-        method: "linear", or "nearest" for the nearest pixel along each axis, half way the even one
+        method: "linear", or "nearest" for the nearest pixel along each axis, at a tie the even one
             (no gradient for `grid`).
         padding_mode: "zeros", "edge", "wrap", "reflect" or "symmetric" (`linear_sample`); one for
             all axes, or one per spatial axis, in the order of `features`.

@@ -6,8 +6,8 @@ over levels l and the points t of each level, for a query q and a head m.
 
 The letters of the shapes: B images; S pixels of all levels; Q queries, or q in a block; M heads of
 D channels; T points of all levels, P of one level; n coordinates of a point; K corners, the pixels
-that one point reads. `*M` is one axis. In `grid_sample` it is no axis, because XLA's CPU backend
-would copy arrays that have an axis of one head.
+that one point reads. `*M` is the axis of heads. `grid_sample` leaves it out, because XLA's CPU
+backend copies arrays that have an axis of size 1.
 """
 
 import functools
@@ -107,7 +107,7 @@ def _sum_by_points_in_blocks(levels: tuple[Level, ...], blocks: "_Blocks", opera
 
 
 def _sum_by_levels(levels: tuple[Level, ...], blocks: "_Blocks", operands: Operands) -> jax.Array:
-    """The sum, for its tangents. A step adds all points of a level, for a block of queries."""
+    """The sum, in the form that JAX differentiates: a step adds all points of a level, for a block of queries."""
     y = _zeros(operands)
     for level in levels:
 
@@ -237,13 +237,13 @@ class _Blocks(NamedTuple):
         return jnp.minimum(block * int32(self.size), int32(self.queries) - int32(self.size))
 
 
-# Blocks of the derivatives at least: with fewer, a block's rows do not stay in a CPU's caches. Also
-# the blocks of the sum on a TPU.
+# The fewest blocks for derivatives: with fewer, a block's rows do not stay in a CPU's caches. Also the
+# number of blocks for the sum on a TPU.
 _FEWEST = 8
 
 
 def _blocks_of_derivatives(levels: tuple[Level, ...], operands: Operands) -> int:
-    """So many that a block's rows of a level take half the memory of the result or the features."""
+    """The number that makes a block's rows of a level half of the result, or of the features if they are larger."""
     pixels, queries = operands.features.shape[1], operands.points.shape[1]
     if not (isinstance(queries, int) and isinstance(pixels, int)):
         return _FEWEST

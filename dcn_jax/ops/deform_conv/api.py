@@ -52,8 +52,8 @@ def deform_conv(
             broadcast likewise.
         bias: `(features,)` or None.
         strides: pixels between neighbouring outputs; one for all axes, or one per axis.
-        padding: "SAME" or "VALID" as XLA defines them, "CIRCULAR" or "REFLECT" as Flax does, an int, one int per axis,
-            or one (low, high) pair per axis.
+        padding: "SAME", "SAME_LOWER" or "VALID" as XLA defines them, "CIRCULAR" or "REFLECT" as Flax does, an int, one
+            int per axis, or one (low, high) pair per axis.
         kernel_dilation: pixels between neighbouring taps; one for all axes, or one per axis.
         feature_group_count: groups of channels, each convolved with its own features.
         padding_mode: what the map is beyond its border, for offsets and padding alike: "zeros", "edge", "wrap",

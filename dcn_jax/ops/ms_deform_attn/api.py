@@ -40,7 +40,7 @@ def ms_deform_attn(
         points_per_level: if levels differ in their points, how many each has, `(P1, …)`. Locations
             are then `(*batch, Q, M, P1 + P2 + …, n)`, and weights the same without n. None: P for
             each.
-        method: "linear"; "nearest" for the nearest pixel, half way the even one; or "discrete", as
+        method: "linear"; "nearest" for the nearest pixel, at a tie the even one; or "discrete", as
             RT-DETRv2 and D-FINE have it, for the pixel at trunc(location · size + 0.5), clamped to
             the map, half a pixel from "nearest". The last two give the locations no gradient.
         implementation: "xla" (pure jax.numpy, everywhere), or None for the fastest that is sound;
@@ -57,8 +57,8 @@ def ms_deform_attn(
     Every array is differentiable to any order, in forward and reverse mode. At whole pixels the
     derivative with respect to the location is the right-hand one. A location of ±inf or 1e30 reads
     zero (by "discrete" the border) with a zero gradient; a NaN makes NaN at its own query and head
-    alone. Scratch memory on a CPU: next to none forward, with gradients about that of the result,
-    whatever L and P. Under plain `jit` batch or heads may be split over devices, without
+    alone. Scratch memory on a CPU: a tenth of the result forward, with gradients one to three times
+    the result, whatever L and P. Under plain `jit` batch or heads may be split over devices, without
     communication between them.
 
     Source: Zhu et al., Deformable DETR (arXiv 2010.04159), equation 3.

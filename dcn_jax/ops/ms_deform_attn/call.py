@@ -61,7 +61,7 @@ def check_attention(value, spatial_shapes, locations, weights, *, points_per_lev
     wanted = f"(*batch, Q, M, {'T' if points_per_level is not None else 'L, P'}, n)"
     rank, axes = len(shapes[0]), len(batch)
     queries = locations.shape[axes : axes + 1]
-    if locations.shape != (*batch, *queries, heads, *each, rank) or locations.ndim != axes + 3 + len(each):
+    if locations.shape != (*batch, *queries, heads, *each, rank):
         raise ValueError(
             f"sampling_locations has shape {locations.shape}; wanted {wanted} with the batch axes {tuple(batch)} and the "
             f"{heads} heads of value, {each} points and n = {rank}, as many coordinates as each of spatial_shapes has sizes"

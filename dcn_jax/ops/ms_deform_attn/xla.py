@@ -1,4 +1,4 @@
-"""The op in `jax.numpy`: brings the arrays to one batch axis, and describes the levels to the sum."""
+"""The op in `jax.numpy`: makes the batch axes one, and describes the levels to `sum_readings`."""
 
 import math
 
@@ -22,13 +22,13 @@ def _attend(spec: Spec, value, locations, weights) -> jax.Array:
     """`run`, on a mesh without explicit axes."""
     batch, (heads, channels) = value.shape[:-3], value.shape[-2:]
     dtype = wide(value.dtype, locations.dtype, weights.dtype)
-    position = wide(locations.dtype, jnp.finfo(value.dtype).dtype)
+    real = jnp.finfo(dtype).dtype
 
     def flatten(array, dtype):
         return array.reshape(math.prod(batch), *array.shape[len(batch) :]).astype(dtype)
 
     # The sum's gradients have the dtype of its operands, so these are widened before it.
-    operands = Operands(flatten(value, dtype), flatten(locations, position), flatten(weights, position))
+    operands = Operands(flatten(value, dtype), flatten(locations, real), flatten(weights, real))
     y = sum_readings(_levels(spec), operands)
     return y.reshape(*batch, y.shape[1], heads * channels).astype(value.dtype)
 

@@ -166,3 +166,11 @@ def test_the_derivative_at_a_whole_pixel_is_the_right_hand_one():
 def read_jax(row, xs):
     locations = jnp.stack([xs, jnp.full_like(xs, 0.5)], axis=-1)[:, None, None, None]
     return ms_deform_attn(row[:, None, None], ((1, 4),), locations, jnp.ones((len(xs), 1, 1, 1)))
+
+
+def test_wide_weights_are_not_rounded(x64):
+    """Weights of float64 beside values and locations of float32: they cancel to 1e-9, which float32 would lose."""
+    value, locations = jnp.ones((1, 1, 1), jnp.float32), jnp.full((1, 1, 1, 2, 2), 0.5, jnp.float32)
+    weights = jnp.array([1 + 1e-9, -1.0]).reshape(1, 1, 1, 2)
+    y = ms_deform_attn(value, ((1, 1),), locations, weights)
+    np.testing.assert_allclose(y, 1e-9, rtol=1e-3)
