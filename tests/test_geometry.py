@@ -159,8 +159,8 @@ def test_paddings_that_say_what_lies_beyond(padding, mode, strides):
     window = resolve_window((3, 4), spatial=(9, 10), padding=padding, kernel_dilation=(2, 1), strides=strides)
     assert window.pads == ((2, 2), (1, 2))
     assert window.padding_mode == (mode, mode)
-    for given in (mode, (mode, mode), ("zeros", "zeros")):
-        same = resolve_window((3, 4), spatial=(9, 10), padding=padding, kernel_dilation=(2, 1), padding_mode=given)
+    for modes in (mode, (mode, mode), ("zeros", "zeros")):
+        same = resolve_window((3, 4), spatial=(9, 10), padding=padding, kernel_dilation=(2, 1), padding_mode=modes)
         assert same.padding_mode == (mode, mode)
 
 
