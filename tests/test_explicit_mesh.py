@@ -112,3 +112,19 @@ def test_arrays_that_lie_apart(mesh):
     found = run(*on(mesh, (x,), (0,)), offset=across)
     assert jax.typeof(found).sharding.spec[:2] == ("data", None)
     assert_close(found, wanted, 1e-5)
+
+
+@pytest.mark.lenient
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "linen"])
+def test_gradients_by_parameters(name, mesh):
+    """JAX wants the parameters on the mesh too; `nnx.Conv` is held to the same."""
+
+    def loss(layer, x):
+        return jnp.mean(layer(x) ** 2)
+
+    layer = LAYERS[name]()
+    wanted = jax.jit(jax.grad(loss))(layer, X)
+    nnx.update(layer, jax.device_put(nnx.state(layer), jax.NamedSharding(mesh, jax.P())))
+    found = jax.jit(jax.grad(loss))(layer, *on(mesh, (X,), (0,)))
+    for gradient, exact in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert_close(gradient, exact, 1e-5)

@@ -114,7 +114,7 @@ class ResNet(nnx.Module):
         mask_scale: the modulation's upper bound. The papers and mmdetection have 1.0; with 2.0 a
             network with the weights of a plain one computes what that one does.
         max_offset: pixels, one bound for all offsets or one per axis; None for no bound.
-        implementation: of the op: "xla", "pallas_gpu" or None for the fastest that is sound.
+        implementation: of the op: "xla", "pallas_gpu", "pallas_tpu" or None, which takes "xla" today.
         remat: whether the backward pass recomputes the inside of each block to save memory.
         in_features: channels of the images.
         width: features of the stem; stages have 1, 2, 4, 8 times as many (times 4: `Bottleneck`).

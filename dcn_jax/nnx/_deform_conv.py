@@ -71,7 +71,7 @@ class DeformConv(nnx.Module):
         offset_kernel_init: initializer of `offset_conv/kernel`.
         offset_bias_init: initializer of `offset_conv/bias`.
         implementation: of the op: "xla", "pallas_gpu", "pallas_tpu" (on a TPU, where `max_offset`
-            bounds the branch's offsets), or None for the fastest that is sound.
+            bounds the branch's offsets), or None, which takes "xla" today.
         padding_mode: what lies beyond the border of the map: "zeros", "edge", "wrap", "reflect" or
             "symmetric", for all axes or one per axis. The default branch pads its input so too.
         offset_conv_cls: makes another branch instead of the default one, called as

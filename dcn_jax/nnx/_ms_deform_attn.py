@@ -52,7 +52,7 @@ class MSDeformAttn(nnx.Module):
         offset_bias_init: initializer of `sampling_offsets.bias`; by default the directions above.
         attention_kernel_init: initializer of `attention_weights.kernel`.
         attention_bias_init: initializer of `attention_weights.bias`.
-        implementation: of the op: "xla", or None for the fastest that is sound.
+        implementation: of the op: "xla", or None, which takes "xla" today.
         rngs: where the initializers' random keys come from.
 
     Raises:

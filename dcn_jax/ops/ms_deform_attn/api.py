@@ -43,7 +43,7 @@ def ms_deform_attn(
         method: "linear"; "nearest" for the nearest pixel, at a tie the even one; or "discrete", as
             RT-DETRv2 and D-FINE have it, for the pixel at trunc(location · size + 0.5), clamped to
             the map, half a pixel from "nearest". The last two give the locations no gradient.
-        implementation: "xla" (pure jax.numpy, everywhere), or None for the fastest that is sound;
+        implementation: "xla" (pure jax.numpy, everywhere), or None, which takes "xla" today;
             there are no GPU kernels.
 
     Returns:
