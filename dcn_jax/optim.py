@@ -10,7 +10,7 @@ def offset_labels(params: Any, names: str | Iterable[str] = ("offset_conv",)) ->
     """Label parameters under an `offset_conv` "offset", others "main", for `optax.multi_transform`.
 
     The papers train the branches that emit offsets and modulation at a tenth of the learning rate.
-    One line does that; the labels may also be this function's result:
+    Give Optax this function, or its result:
 
         optax.multi_transform({"main": optax.adam(1e-3), "offset": optax.adam(1e-4)}, offset_labels)
 

@@ -85,7 +85,7 @@ def find_layout(layer: str, names: Iterable[str]) -> Layout:
 
 
 def torch_axes(name: str, rank: int) -> tuple[int, ...]:
-    """The permutation of axes from Flax's kernel, (*window, in, out), to PyTorch's, (out, in, *window); none for other arrays."""
+    """The permutation of axes from Flax's kernel, (*window, in, out), to PyTorch's, (out, in, *window); the identity for others."""
     return (rank - 1, rank - 2, *range(rank - 2)) if name == "kernel" else tuple(range(rank))
 
 

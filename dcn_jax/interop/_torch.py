@@ -33,7 +33,7 @@ def from_torch(model: Model, state: Mapping[str, np.ndarray], *, prefix: str = "
     The attributes of the model give the names: `model.layer3[4].conv2` gets
     `layer3.4.conv2.weight` and `layer3.4.conv2.bias`. The modules of an `nnx.Sequential` are
     numbered as in PyTorch. Batch norms get their statistics too; `num_batches_tracked` is ignored.
-    A `DeformConv` may have any of these layouts. Each layer's is told by the names in `state`:
+    A `DeformConv` may have any of these layouts. The names in `state` tell each layer's layout:
 
     | layout | arrays |
     |---|---|
