@@ -31,10 +31,10 @@ def on_any_mesh(
     if mesh is None:
         return functools.partial(compute, spec)
     specs = [jax.typeof(array).sharding.spec[:batch] for array in batched]
-    over: list[
-        Any
-    ] = []  # for each batch axis the first mesh axis of any array, which can split no other batch axis too
-    for axes in zip(*specs, strict=True):
+    over: list[Any] = []
+    for axes in zip(
+        *specs, strict=True
+    ):  # the first mesh axis of any array that splits no other axis of the result yet
         over.append(next((axis for axis in axes if axis is not None and axis not in over), None))
     out = NamedSharding(mesh, PartitionSpec(*over, *[None] * whole))
     # With no mesh in the context, arrays of one device have to move to the mesh of the others, and only jit does that.

@@ -6,7 +6,7 @@ import functools
 from dcn_jax import deform_conv
 from dcn_jax._core.pallas.launch import interpret
 
-# "pallas_tpu" is not among them: it takes few of these calls (tests/ops/deform_conv/test_pallas_tpu.py).
+# "pallas_tpu" is not among them: it takes few of these calls (tests/ops/deform_conv/pallas_tpu/test_backend.py).
 # What each can do beyond values and first gradients, in float32, of 1 and 2 spatial axes.
 IMPLEMENTATIONS = {
     "xla": {"float64", "half", "complex", "rank 3", "forward_mode", "second_order", "export", "sharding", "shard_map"},

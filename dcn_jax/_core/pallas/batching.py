@@ -18,9 +18,7 @@ def run_pass(which: Pass, call: Any, operands):
     def map_stack(members, mapped, operands):
         (mapped,) = mapped
         stack = max(jax.tree.leaves(jax.tree.map(lambda a, m: a.shape[1 if m else 0], operands, mapped)))
-        launched = max(
-            members, 1
-        )  # a kernel cannot take arrays without elements: of no members, one is made and dropped
+        launched = max(members, 1)  # a kernel takes no empty array: where there are no members, one is made and dropped
 
         def fold(a, mapped):
             if not mapped and a.shape[0] == 1:
