@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from dcn_jax.interop._fill import Slot, fill, read, slot, variables
 
@@ -38,14 +39,7 @@ def to_linen(layer: nnx.Module) -> dict[str, Any]:
     slots, problems = _slots(layer)
     if problems:
         raise ValueError("\n  ".join(["the layer has variables that are not parameters:", *problems]))
-    params: dict[str, Any] = {}
-    for name, array in read(slots).items():
-        *modules, own = name.split("/")
-        place = params
-        for module in modules:
-            place = place.setdefault(module, {})
-        place[own] = array
-    return params
+    return unflatten_dict(read(slots), sep="/")
 
 
 def from_linen(layer: Layer, params: Mapping[str, Any]) -> Layer:

@@ -9,17 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 
-from dcn_jax._core import extras
 from dcn_jax._layers import offset_conv
 from dcn_jax.interop._onnx_graph import USE_JAX_EXPORT, Graph, Value
-
-try:
-    from flax import nnx
-except ModuleNotFoundError as error:
-    raise extras.missing("dcn_jax.interop", "interop") from error
-
 from dcn_jax.models.resnet import BasicBlock, Bottleneck, ResNet
 from dcn_jax.nnx import DeformConv
 
@@ -151,11 +145,8 @@ def _batch_norm(graph: Graph, layer: nnx.BatchNorm, x: Value) -> Value:
             f"axis={layer.axis} is not the axis of channels, which ONNX's BatchNormalization needs: make it -1"
         )
     _check_channels(graph, x, layer.num_features)
-    absent = np.ones(x.channels, np.float32), np.zeros(x.channels, np.float32)
-    scale, bias = (
-        none if given is None else given
-        for given, none in zip((_array(layer.scale), _array(layer.bias)), absent, strict=True)
-    )
+    scale = np.ones(x.channels, np.float32) if layer.scale is None else _array(layer.scale)
+    bias = np.zeros(x.channels, np.float32) if layer.bias is None else _array(layer.bias)
     return graph.node(
         "BatchNormalization", x, scale, bias, _array(layer.mean), _array(layer.var), epsilon=float(layer.epsilon)
     )
