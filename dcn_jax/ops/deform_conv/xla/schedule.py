@@ -4,7 +4,7 @@
 |---|---|---|
 | cpu | `all_taps`; `one_tap` where `_blocks_of_all_taps_on_cpu` finds none | so many that a block fits the caches |
 | tpu | `pixel_pairs`; `one_tap` where `_can_pair` says no | 4 or 5; 32 where each channel is convolved alone |
-| any other | `one_tap` | 1, as each step costs launches; 4 in the derivative where each channel is convolved alone |
+| any other, so a GPU | `two_stage`; `depthwise` where each channel is convolved alone | as few as `_blocks_on_gpu` allows; 1 |
 
 More blocks take less scratch memory, and each block costs time. A symbolic size counts as if it were 1.
 """
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from dcn_jax._core.platform_op import Algorithm, Algorithms
 from dcn_jax.geometry import Size
 from dcn_jax.ops.deform_conv.call import Spec
-from dcn_jax.ops.deform_conv.xla import all_taps, one_tap, pixel_pairs
+from dcn_jax.ops.deform_conv.xla import all_taps, depthwise, one_tap, pixel_pairs, two_stage
 from dcn_jax.ops.deform_conv.xla.blocks import Blocks, Operands, is_depthwise
 from dcn_jax.sampling import countable
 
@@ -32,7 +32,7 @@ def algorithms(spec: Spec, operands: Operands, *, derivative: bool) -> Algorithm
     of_all_taps = _blocks_of_all_taps_on_cpu(spec, operands, derivative)
     of_one_tap = _blocks_of_one_tap_on_cpu(spec, operands, derivative, narrow)
     chosen = {
-        "default": (one_tap, _blocks_on_gpu(spec, operands, derivative)),
+        "default": _on_gpu(spec, operands, derivative),
         "cpu": (all_taps, of_all_taps) if of_all_taps else (one_tap, of_one_tap),
         "tpu": (pixel_pairs if _can_pair(spec, operands) else one_tap, _blocks_on_tpu(spec, operands)),
     }
@@ -52,9 +52,35 @@ def _algorithm(spec: Spec, module: ModuleType, number: int, *, widen_by_block: b
     return Algorithm(module.result, module.gradients, Blocks(number, size, widen_by_block))
 
 
+def _on_gpu(spec: Spec, operands: Operands, derivative: bool) -> tuple[ModuleType, int]:
+    """The algorithm, and its blocks."""
+    if is_depthwise(spec, operands.rows.shape[-1]):
+        return depthwise, 1
+    return two_stage, _blocks_on_gpu(spec, operands, derivative)
+
+
+# Scratch memory that a GPU of 80 GB does not miss, in bytes; and if the columns are large, a share of them.
+_SPARE = 256e6
+_SHARE_OF_COLUMNS = {"result": 0.30, "derivative": 0.75}
+# What a block takes beside its columns, or with their gradient too: weights, rows, and a part of the result.
+_COLUMNS_OF_A_BLOCK = {"result": 1.15, "derivative": 2.2}
+
+
 def _blocks_on_gpu(spec: Spec, operands: Operands, derivative: bool) -> int:
-    # The derivative of a depthwise convolution keeps more of a step in memory, and more blocks cost it no time.
-    return 4 if derivative and is_depthwise(spec, operands.rows.shape[-1]) else 1
+    """So few that scratch memory stays within a bound: each block launches 5 kernels, or 10 and more with gradients."""
+    *batch, _, channels = operands.rows.shape
+    positions, kind = math.prod(spec.window.out_spatial), "derivative" if derivative else "result"
+    known = math.prod(n for n in (*batch, positions) if isinstance(n, int))
+    columns = known * spec.window.taps * spec.offset_groups * channels * jnp.dtype(spec.dtype).itemsize
+    # The gradient of a narrow map is summed in float32.
+    sums = (
+        4 * math.prod(n for n in operands.rows.shape if isinstance(n, int))
+        if derivative and _is_narrow(operands)
+        else 0
+    )
+    bound = max(_SPARE, _SHARE_OF_COLUMNS[kind] * columns)
+    number = math.ceil(_COLUMNS_OF_A_BLOCK[kind] * columns / max(bound - sums, bound / 2))
+    return _dividing(number, positions)
 
 
 def _blocks_on_tpu(spec: Spec, operands: Operands) -> int:
