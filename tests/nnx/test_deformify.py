@@ -233,6 +233,14 @@ def test_options_reach_the_layers():
     assert deformify(conv(), everywhere, mask_scale=1.0).mask_scale == 1.0
 
 
+def test_an_activation_of_the_offsets_is_handed_on():
+    """A new branch emits zeros, so a function with f(0) = 0 changes nothing."""
+    layer = conv()
+    deformable = deformify(layer, everywhere, offset_activation=jnp.tanh)
+    assert deformable.offset_activation is jnp.tanh
+    assert_close(*jax.jit(lambda x: (deformable(x), layer(x)))(X), 1e-6)
+
+
 def test_without_modulation():
     layer = conv()
     actual, wanted = jax.jit(lambda x: (deformify(layer, everywhere, modulated=False)(x), layer(x)))(X)
