@@ -84,6 +84,15 @@ def floating_dtype(name: str, value: Any) -> jnp.dtype:
     return dtype
 
 
+def one_layer(shape: Sequence[int], axes: int) -> None:
+    """Raise if a layer's kernel of this shape has more than `axes` axes."""
+    if len(shape) > axes:
+        raise ValueError(
+            f"the layer's kernel has shape {shape}, {len(shape)} axes; one layer's has {axes}. This is a stack of "
+            "layers, as nnx.vmap makes it: call it in nnx.scan or nnx.vmap, which take the layers one by one"
+        )
+
+
 def broadcasts(given: Sequence[Any], wanted: Sequence[Any]) -> bool:
     """Whether axes `given` broadcast to `wanted`: each is 1 or equal, and leading ones may be missing."""
     pairs = zip(reversed(given), reversed(wanted), strict=False)

@@ -208,6 +208,7 @@ class DeformConv(nnx.Module):
             ValueError: an option or argument does not fit the input; the message names it.
             TypeError: an option or argument is of the wrong kind.
         """
+        checks.one_layer(self.kernel.shape, len(self.kernel_size) + 2)
         window = offset_conv.check_input(self, inputs, self.in_features)
         points = offset_conv.place_points(
             self, self.offset_conv, window, inputs, offset, mask, offset_inputs, base_offset, self.offset_in_features

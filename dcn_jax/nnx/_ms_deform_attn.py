@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dcn_jax._core import extras
+from dcn_jax._core import checks, extras
 from dcn_jax._layers import ms_deform_attn
 
 try:
@@ -138,6 +138,7 @@ class MSDeformAttn(nnx.Module):
             ValueError: an option or argument does not fit; the message names it.
             TypeError: an option or argument is of the wrong kind.
         """
+        checks.one_layer(self.sampling_offsets.kernel.shape, 2)
         arguments = ms_deform_attn.check_arguments(self, query, reference_points, value, spatial_shapes, padding_mask)
         locations = ms_deform_attn.place_points(self, self.sampling_offsets(arguments.query), arguments)
         weights = ms_deform_attn.softmax(self, self.attention_weights(arguments.query))
