@@ -42,12 +42,12 @@ def per_axis(name: str, value: Any, rank: int, *, minimum: int) -> tuple[int, ..
     return tuple(operator.index(v) for v in values)
 
 
-def per_level(name: str, value: Any, levels: int) -> tuple[int, ...]:
-    """`value` as one int per level, each at least 1."""
+def per_level(name: str, value: Any, levels: int, *, minimum: int) -> tuple[int, ...]:
+    """`value` as one int per level, each at least `minimum`."""
     if not isinstance(value, Sequence) or not all(map(is_int, value)):
         raise TypeError(f"{name}={value!r} is not made of ints; wanted {levels} ints, one per level")
-    if len(value) != levels or any(v < 1 for v in value):
-        raise ValueError(f"{name}={value!r}; wanted {levels} ints of at least 1, one per level")
+    if len(value) != levels or any(v < minimum for v in value):
+        raise ValueError(f"{name}={value!r}; wanted {levels} ints of at least {minimum}, one per level")
     return tuple(map(operator.index, value))
 
 

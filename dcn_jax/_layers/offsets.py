@@ -76,9 +76,9 @@ def _activate(layer: Any, window: Window, z: jax.Array) -> jax.Array:
         return z
     split = z.reshape(*z.shape[:-1], layer.offset_groups, window.taps, window.rank)
     y = layer.offset_activation(split)
-    shape, dtype = getattr(y, "shape", None), getattr(y, "dtype", None)
-    if shape != split.shape or not jnp.issubdtype(dtype, jnp.floating):
-        given = f"an array of shape {shape} and dtype {dtype}" if shape is not None else f"a {type(y).__name__}"
+    is_array = hasattr(y, "shape") and hasattr(y, "dtype")
+    if not is_array or y.shape != split.shape or not jnp.issubdtype(y.dtype, jnp.floating):
+        given = f"an array of shape {y.shape} and dtype {y.dtype}" if is_array else f"a {type(y).__name__}"
         raise ValueError(
             f"offset_activation returned {given}; wanted real offsets of the shape that it was given, {split.shape}: "
             "(*batch, *out_spatial, offset groups, taps, spatial axes)"
