@@ -93,6 +93,11 @@ def one_layer(shape: Sequence[int], axes: int) -> None:
         )
 
 
+def channels_first(name: str, rank: int) -> str:
+    """The end of an error for an array that lies as PyTorch's do; `rank` is the number of its spatial axes."""
+    return f". It looks channels first, as PyTorch's arrays are: pass jnp.moveaxis({name}, {-rank - 1}, -1)"
+
+
 def broadcasts(given: Sequence[Any], wanted: Sequence[Any]) -> bool:
     """Whether axes `given` broadcast to `wanted`: each is 1 or equal, and leading ones may be missing."""
     pairs = zip(reversed(given), reversed(wanted), strict=False)
@@ -109,7 +114,8 @@ def map_axes(
     """
     axes = len(positions) + 1
     if not fits or shape[-axes:-1] != positions or not broadcasts(shape[:-axes], batch):
+        first = channels_first(name, len(positions)) if shape[1 - axes :] == positions and len(shape) >= axes else ""
         raise ValueError(
             f"{name} has shape {shape}; wanted (*batch, {', '.join(map(str, positions))}, {channels}): batch axes that "
-            f"broadcast to those of {other}, {batch}, then {meaning}"
+            f"broadcast to those of {other}, {batch}, then {meaning}{first}"
         )

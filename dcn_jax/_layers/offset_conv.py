@@ -27,8 +27,17 @@ from dcn_jax._layers.offsets import (
     offset_and_mask,
     window_size,
 )
-from dcn_jax.geometry import Size, Window, canonical_padding, canonical_padding_mode, int32, resolve_window
+from dcn_jax.geometry import (
+    Size,
+    Window,
+    canonical_padding,
+    canonical_padding_mode,
+    check_window,
+    int32,
+    resolve_window,
+)
 from dcn_jax.ops.deform_conv import deform_conv
+from dcn_jax.ops.deform_conv.api import check_implementation
 from dcn_jax.sampling import INTO_MAP
 
 # ---- options
@@ -40,10 +49,12 @@ def geometry(layer: Any) -> dict[str, Any]:
 
 
 def check_options(layer: Any, channels: int, *, module: type, call: str) -> None:
-    """Raise if an option of `DeformConv` alone makes no sense, or does not fit the channels.
+    """Raise if an option makes no sense, or does not fit the channels.
 
     `module` is the framework's class of modules; `call` says how `offset_conv_cls` is called.
     """
+    check_window(window_size(layer.kernel_size), **geometry(layer))
+    check_implementation(layer.implementation)
     checks.count("offset_groups", layer.offset_groups)
     if channels % layer.offset_groups:
         raise ValueError(f"offset_groups={layer.offset_groups} must divide the {channels} channels of the input")
@@ -142,9 +153,11 @@ def check_input(layer: Any, inputs: jax.Array, channels: int | None = None) -> W
     size = window_size(layer.kernel_size)
     rank = len(size)
     if len(inputs.shape) < rank + 1 or channels not in (None, inputs.shape[-1]):
+        is_first = channels is not None and inputs.shape[-rank - 1 : -rank] == (channels,)
+        first = checks.channels_first("inputs", rank) if is_first else ""
         raise ValueError(
             f"inputs has shape {inputs.shape}; wanted (*batch, *spatial, {channels or 'C'}) with {rank} spatial axes, "
-            f"as kernel_size={size} has"
+            f"as kernel_size={size} has{first}"
         )
     # The op checks this too, but the branch runs first and would raise a message of Flax's.
     return resolve_window(size, spatial=inputs.shape[-rank - 1 : -1], **geometry(layer))
