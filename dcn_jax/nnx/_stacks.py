@@ -42,11 +42,12 @@ def _axes(module: Any) -> dict[str, int]:
 
 
 def stack_problems(model: Any) -> list[str]:
-    """A sentence for each layer of a model that is a stack of layers."""
+    """A sentence for each layer of a model that is a stack of layers, and in no other of them."""
+    nodes = {path: module for path, module in nnx.iter_graph(model) if axes_too_many(module) > 0}
     return [
         f"{'.'.join(map(str, path)) or 'the model itself'} is a stack of layers, as nnx.vmap makes it: its arrays have "
-        f"{axes} more axes than those of one {type(module).__name__}; take the layers one by one: graph, state = "
-        "nnx.split(stack), and nnx.merge(graph, jax.tree.map(lambda array: array[i], state)) is layer i"
-        for path, module in nnx.iter_graph(model)
-        if (axes := axes_too_many(module)) > 0
+        f"{axes_too_many(module)} more axes than those of one {type(module).__name__}; take the layers one by one: "
+        "graph, state = nnx.split(stack), and nnx.merge(graph, jax.tree.map(lambda array: array[i], state)) is layer i"
+        for path, module in nodes.items()
+        if not any(path[:i] in nodes for i in range(len(path)))
     ]
