@@ -86,6 +86,13 @@ def test_a_kernel_with_an_axis_too_many_is_no_window(name):
         stack(make, 4)(*arguments)
 
 
+def test_linen_s_layers_refuse_stacked_parameters_too():
+    """In Flax's words: a layer knows the shapes of its parameters."""
+    params = jax.tree.map(lambda array: jnp.stack([array] * 3), to_linen(deform(nnx.Rngs(0))))
+    with pytest.raises(Exception, match=r"expected.*shape.*\(3, 3, 3, 4, 4\)|\(3, 3, 3, 4, 27\)"):
+        dcn_jax.linen.DeformConv(4, (3, 3)).apply({"params": params}, X)
+
+
 def test_layers_from_pytorch_are_stacked_and_taken_apart():
     """As docs/migrating.md shows: single layers are filled, then their states are stacked."""
     layers = [deform(nnx.Rngs(seed)) for seed in range(3)]
