@@ -98,19 +98,11 @@ def resolve_window(
         >>> resolve_window((3, 3), spatial=(8, 8), strides=2).out_spatial
         (4, 4)
     """
-    if not isinstance(size, Sequence):
-        raise TypeError(f"window={size!r} is a {type(size).__name__}; wanted 1, 2 or 3 ints, one per spatial axis")
-    if len(size) not in (1, 2, 3):
-        raise ValueError(f"window={size!r} has {len(size)} entries; wanted 1, 2 or 3 ints, one per spatial axis")
-    rank = len(size)
-    size = checks.per_axis("window", size, rank, minimum=1)
-    spatial = checks.sizes("spatial", spatial, rank)
-    # None is 1 everywhere, as in Flax.
-    strides = checks.per_axis("strides", 1 if strides is None else strides, rank, minimum=1)
-    dilation = checks.per_axis("kernel_dilation", 1 if kernel_dilation is None else kernel_dilation, rank, minimum=1)
+    size, strides, dilation, named, modes = check_window(
+        size, strides=strides, padding=padding, kernel_dilation=kernel_dilation, padding_mode=padding_mode
+    )
+    spatial = checks.sizes("spatial", spatial, len(size))
     extent = tuple((k - 1) * d + 1 for k, d in zip(size, dilation, strict=True))
-    named = canonical_padding(padding, rank)
-    modes = canonical_padding_mode(padding_mode, rank, named)
     pads = _pads(named, spatial, extent, strides)
     out_spatial = _out_spatial(spatial, extent, strides, named, pads)
     if any(isinstance(positions, int) and positions < 1 for positions in out_spatial):
@@ -119,6 +111,28 @@ def resolve_window(
             f"not fit in a map of size {spatial} with padding {pads}; pad more, or use a smaller kernel or dilation"
         )
     return Window(size, strides, dilation, pads, spatial, out_spatial, modes)
+
+
+def check_window(
+    size: Sequence[int],
+    *,
+    strides: int | Sequence[int] | None,
+    padding: Padding,
+    kernel_dilation: int | Sequence[int] | None,
+    padding_mode: str | Sequence[str] = "zeros",
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], str | tuple, tuple[str, ...]]:
+    """Size, strides, dilation, padding and padding mode, checked and per axis: all that needs no map."""
+    if not isinstance(size, Sequence):
+        raise TypeError(f"window={size!r} is a {type(size).__name__}; wanted 1, 2 or 3 ints, one per spatial axis")
+    if len(size) not in (1, 2, 3):
+        raise ValueError(f"window={size!r} has {len(size)} entries; wanted 1, 2 or 3 ints, one per spatial axis")
+    rank = len(size)
+    size = checks.per_axis("window", size, rank, minimum=1)
+    # None is 1 everywhere, as in Flax.
+    strides = checks.per_axis("strides", 1 if strides is None else strides, rank, minimum=1)
+    dilation = checks.per_axis("kernel_dilation", 1 if kernel_dilation is None else kernel_dilation, rank, minimum=1)
+    named = canonical_padding(padding, rank)
+    return size, strides, dilation, named, canonical_padding_mode(padding_mode, rank, named)
 
 
 def _pads(padding: str | tuple, spatial, extent, strides) -> tuple[tuple[Size, Size], ...]:

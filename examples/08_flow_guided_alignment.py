@@ -6,6 +6,9 @@ rest; its branch sees the features that the flow has moved, those of the frame i
 
     offset = max_offset · tanh(z / max_offset) + flow,   z = offset_conv(warped, current, flow)
 
+BasicVSR++ itself computes 10 · tanh(z) + flow. For its weights, the layer takes
+`offset_activation=lambda z: 10 * jnp.tanh(z)` instead of `max_offset`.
+
 The flow here is that of a network which underestimates: a quarter too short.
 
 Source: Chan et al., BasicVSR++ (arXiv 2104.13371), section 3.2.

@@ -267,7 +267,7 @@ def test_options_that_do_not_fit(framework, options, error, message):
     ("change", "error", "message"),
     [
         ({"query": zeros(2, 5, 7)}, ValueError, "query has shape (2, 5, 7); wanted (*batch, Q, 8): the batch axes of value, (2,)"),
-        ({"query": zeros(5, 8)}, ValueError, "query has shape (5, 8)"),
+        ({"query": zeros(3, 5, 8)}, ValueError, "query has shape (3, 5, 8)"),
         ({"query": zeros(2, 5, 8, dtype=np.int32)}, TypeError, "query has dtype int32"),
         ({"value": zeros(2, 20, 8)}, ValueError, "value has shape (2, 20, 8); wanted (*batch, 29, 8): the pixels of all levels one after another, as spatial_shapes=((5, 4), (3, 2), (1, 3)) has them"),
         ({"value": zeros(2, 29, 4)}, ValueError, "and embed_dim channels"),

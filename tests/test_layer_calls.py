@@ -238,6 +238,81 @@ def test_a_layer_whose_depth_stays_undeformed(make):
     np.testing.assert_allclose(jax.jit(layer.apply)(params, x), flat, rtol=1e-5, atol=1e-5)
 
 
+# ---- a function of the raw offsets
+
+
+def published(z):
+    """BasicVSR++, E2FGVI and ProPainter: M · tanh(z), and not M · tanh(z / M)."""
+    return 10 * jnp.tanh(z)
+
+
+def test_offsets_are_activated_then_bounded_then_added_to_the_base(make):
+    """Against NumPy in float64: 3 · tanh(10 · tanh(z) / 3) + base."""
+    plain, layer = (make(4, 6, (2, 2), offset_groups=2, **options) for options in (
+        {}, {"offset_activation": published, "max_offset": 3}
+    ))  # fmt: skip
+    params, base = fill(layer), 4 * normal(5, 6, 2, seed=4)
+    run = jax.jit(lambda p: (plain.look(p, X), layer.look(p, X, base_offset=base), layer.apply(p, X, base_offset=base)))
+    raw, seen, y = run(params)
+    z = np.asarray(raw["offset"], np.float64)
+    wanted = 3 * np.tanh(10 * np.tanh(z) / 3) + np.tile(base, 8)
+    np.testing.assert_allclose(seen["offset"], wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(seen["mask"], raw["mask"])
+    y_of_wanted = jax.jit(dcn_jax.deform_conv)(X, params["kernel"], **seen, bias=params["bias"])
+    np.testing.assert_allclose(y, y_of_wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("activation", "wanted"),
+    [(published, 4.621171572600098), (functools.partial(jnp.clip, min=-0.3, max=0.3), 0.3), (None, 0.5)],
+    ids=["BasicVSR++", "ALIKED", "none"],
+)
+def test_a_raw_offset_of_a_half(make, activation, wanted):
+    half = jax.nn.initializers.constant(0.5)
+    layer = make(4, 6, (2, 2), offset_activation=activation, offset_bias_init=half)
+    np.testing.assert_allclose(layer.look(layer.init(), X)["offset"], wanted, rtol=1e-6)
+
+
+def test_an_activation_sees_groups_taps_and_axes_in_a_wide_dtype(make):
+    """So that it can tell dy from dx, and one offset group from another."""
+    seen = []
+
+    def vertical(z):
+        seen.append((z.shape, z.dtype))
+        return z * jnp.array([1.0, 0.0])
+
+    options = {"offset_groups": 2, "modulated": False, "dtype": jnp.bfloat16}
+    layer = make(4, 6, (2, 3), offset_activation=vertical, **options)
+    params = fill(layer)
+    offset, plain = layer.look(params, X)["offset"], make(4, 6, (2, 3), **options).look(params, X)["offset"]
+    assert seen[-1] == ((2, 5, 6, 2, 6, 2), jnp.float32)
+    np.testing.assert_array_equal(offset[..., 1::2], 0)
+    np.testing.assert_array_equal(offset[..., ::2], plain[..., ::2])
+
+
+def test_an_offset_from_outside_is_not_activated(make):
+    layer = make(4, 6, (2, 2), offset_activation=published)
+    np.testing.assert_array_equal(layer.look(fill(layer), X, OFFSET)["offset"], OFFSET)
+
+
+@pytest.mark.parametrize(
+    ("activation", "error", "message"),
+    [
+        (lambda z: z[..., 0], ValueError, r"returned an array of shape \(.*, 1, 4\) and .* given, \(.*, 1, 4, 2\):"),
+        (lambda z: z > 0, ValueError, r"returned an array of shape \(.*, 1, 4, 2\) and dtype bool; wanted real"),
+        (lambda z: None, ValueError, "offset_activation returned a NoneType; wanted real offsets"),
+        ("tanh", TypeError, "offset_activation='tanh' is a str; wanted a function of the branch's offsets"),
+    ],
+)
+def test_activations_that_make_no_sense(make, activation, error, message):
+    def trace():
+        layer = make(4, 6, (2, 2), offset_activation=activation)
+        jax.eval_shape(layer.apply, jax.eval_shape(layer.init), X)
+
+    with pytest.raises(error, match=message):
+        trace()
+
+
 # ---- errors
 
 CALLS = {

@@ -42,12 +42,12 @@ def per_axis(name: str, value: Any, rank: int, *, minimum: int) -> tuple[int, ..
     return tuple(operator.index(v) for v in values)
 
 
-def per_level(name: str, value: Any, levels: int) -> tuple[int, ...]:
-    """`value` as one int per level, each at least 1."""
+def per_level(name: str, value: Any, levels: int, *, minimum: int) -> tuple[int, ...]:
+    """`value` as one int per level, each at least `minimum`."""
     if not isinstance(value, Sequence) or not all(map(is_int, value)):
         raise TypeError(f"{name}={value!r} is not made of ints; wanted {levels} ints, one per level")
-    if len(value) != levels or any(v < 1 for v in value):
-        raise ValueError(f"{name}={value!r}; wanted {levels} ints of at least 1, one per level")
+    if len(value) != levels or any(v < minimum for v in value):
+        raise ValueError(f"{name}={value!r}; wanted {levels} ints of at least {minimum}, one per level")
     return tuple(map(operator.index, value))
 
 
@@ -84,6 +84,20 @@ def floating_dtype(name: str, value: Any) -> jnp.dtype:
     return dtype
 
 
+def one_layer(shape: Sequence[int], axes: int) -> None:
+    """Raise if a layer's kernel of this shape has more than `axes` axes."""
+    if len(shape) > axes:
+        raise ValueError(
+            f"the layer's kernel has shape {shape}, {len(shape)} axes; one layer's has {axes}. This is a stack of "
+            "layers, as nnx.vmap makes it: call it in nnx.scan or nnx.vmap, which take the layers one by one"
+        )
+
+
+def channels_first(name: str, rank: int) -> str:
+    """The end of an error for an array that lies as PyTorch's do; `rank` is the number of its spatial axes."""
+    return f". It looks channels first, as PyTorch's arrays are: pass jnp.moveaxis({name}, {-rank - 1}, -1)"
+
+
 def broadcasts(given: Sequence[Any], wanted: Sequence[Any]) -> bool:
     """Whether axes `given` broadcast to `wanted`: each is 1 or equal, and leading ones may be missing."""
     pairs = zip(reversed(given), reversed(wanted), strict=False)
@@ -100,7 +114,8 @@ def map_axes(
     """
     axes = len(positions) + 1
     if not fits or shape[-axes:-1] != positions or not broadcasts(shape[:-axes], batch):
+        first = channels_first(name, len(positions)) if shape[1 - axes :] == positions and len(shape) >= axes else ""
         raise ValueError(
             f"{name} has shape {shape}; wanted (*batch, {', '.join(map(str, positions))}, {channels}): batch axes that "
-            f"broadcast to those of {other}, {batch}, then {meaning}"
+            f"broadcast to those of {other}, {batch}, then {meaning}{first}"
         )

@@ -13,7 +13,7 @@ from jax import lax
 
 from dcn_jax._core import checks, dtypes
 from dcn_jax.geometry import Window
-from dcn_jax.ops.dcnv3 import Grid, centre, make_grid
+from dcn_jax.ops.dcnv3 import Grid, centre, check_grid_options, make_grid
 
 Pair = int | Sequence[int]
 
@@ -42,12 +42,13 @@ def depthwise_bias_init(window: tuple[int, ...]) -> Callable[..., jax.Array]:
 
 
 def check_options(layer: Any) -> None:
-    """Raise if the window has not two axes, or the groups do not divide the channels."""
+    """Raise if an option makes no sense, whatever the map."""
     square("kernel_size", layer.kernel_size)
     checks.count("channels", layer.channels)
     checks.count("group", layer.group)
     if layer.channels % layer.group:
         raise ValueError(f"group={layer.group} must divide channels={layer.channels}")
+    check_grid_options(**op_options(layer))
 
 
 def op_options(layer: Any) -> dict[str, Any]:
@@ -107,7 +108,10 @@ def check_input(layer: Any, inputs: Any) -> tuple[jax.Array, Grid]:
     """`inputs` `(*batch, H, W, channels)` in the layer's dtype, checked, and the taps over it."""
     inputs = checks.array("inputs", inputs, jnp.inexact)
     if inputs.ndim < 3 or inputs.shape[-1] != layer.channels:
-        raise ValueError(f"inputs has shape {inputs.shape}; wanted (*batch, H, W, {layer.channels}), as channels says")
+        first = checks.channels_first("inputs", 2) if inputs.shape[-3:-2] == (layer.channels,) else ""
+        raise ValueError(
+            f"inputs has shape {inputs.shape}; wanted (*batch, H, W, {layer.channels}), as channels says{first}"
+        )
     grid = make_grid(inputs.shape, **op_options(layer))
     return (inputs if layer.dtype is None else inputs.astype(layer.dtype)), grid
 

@@ -8,8 +8,7 @@ makes its own. A layer calls `check_input`, then `place_points`, which runs the 
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
-from numbers import Real
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,22 +18,29 @@ from jax.custom_derivatives import SymbolicZero
 
 from dcn_jax._core import checks, dtypes
 from dcn_jax._core.mesh import on_any_mesh
-from dcn_jax.geometry import Size, Window, canonical_padding, canonical_padding_mode, int32, resolve_window
+from dcn_jax._layers.offsets import (
+    bound_for_op,
+    bounds_of,
+    branch_channels,
+    check_map,
+    is_number,
+    offset_and_mask,
+    window_size,
+)
+from dcn_jax.geometry import (
+    Size,
+    Window,
+    canonical_padding,
+    canonical_padding_mode,
+    check_window,
+    int32,
+    resolve_window,
+)
 from dcn_jax.ops.deform_conv import deform_conv
+from dcn_jax.ops.deform_conv.api import check_implementation
 from dcn_jax.sampling import INTO_MAP
 
-Bound = float | Sequence[float | None] | None
-
-
 # ---- options
-
-
-def window_size(kernel_size: int | Sequence[int]) -> tuple[int, ...]:
-    """`kernel_size` as taps per spatial axis; an int means one axis, as in Flax's Conv."""
-    rank = len(kernel_size) if isinstance(kernel_size, Sequence) else 1
-    if rank not in (1, 2, 3):
-        raise ValueError(f"kernel_size={kernel_size!r} has {rank} entries; wanted 1, 2 or 3, one per spatial axis")
-    return checks.per_axis("kernel_size", kernel_size, rank, minimum=1)
 
 
 def geometry(layer: Any) -> dict[str, Any]:
@@ -43,10 +49,12 @@ def geometry(layer: Any) -> dict[str, Any]:
 
 
 def check_options(layer: Any, channels: int, *, module: type, call: str) -> None:
-    """Raise if an option of `DeformConv` alone makes no sense, or does not fit the channels.
+    """Raise if an option makes no sense, or does not fit the channels.
 
     `module` is the framework's class of modules; `call` says how `offset_conv_cls` is called.
     """
+    check_window(window_size(layer.kernel_size), **geometry(layer))
+    check_implementation(layer.implementation)
     checks.count("offset_groups", layer.offset_groups)
     if channels % layer.offset_groups:
         raise ValueError(f"offset_groups={layer.offset_groups} must divide the {channels} channels of the input")
@@ -54,11 +62,16 @@ def check_options(layer: Any, channels: int, *, module: type, call: str) -> None
         if not isinstance(value := getattr(layer, name), bool):
             raise TypeError(f"{name}={value!r} is a {type(value).__name__}; wanted True or False")
     scale, wanted = layer.mask_scale, "the modulation's upper bound: 1.0, or 2.0 to start as a plain convolution"
-    if not _is_number(scale):
+    if not is_number(scale):
         raise TypeError(f"mask_scale={scale!r} is a {type(scale).__name__}; wanted {wanted}")
     if not 0 < scale < math.inf:
         raise ValueError(f"mask_scale={scale!r} must be positive and finite: {wanted}")
     bounds_of(layer.max_offset, len(window_size(layer.kernel_size)))
+    if layer.offset_activation is not None and not callable(layer.offset_activation):
+        raise TypeError(
+            f"offset_activation={layer.offset_activation!r} is a {type(layer.offset_activation).__name__}; wanted a "
+            "function of the branch's offsets (…, OG, K, n), such as lambda z: 10 * jnp.tanh(z), or None"
+        )
     maker = layer.offset_conv_cls
     if maker is not None and (not callable(maker) or isinstance(maker, module)):
         raise TypeError(
@@ -69,32 +82,12 @@ def check_options(layer: Any, channels: int, *, module: type, call: str) -> None
         raise ValueError("offset_conv_cls makes a branch, and offset_branch=False wants none; leave one of them out")
 
 
-def bounds_of(max_offset: Bound, rank: int) -> tuple[float | None, ...]:
-    """`max_offset`, checked, as one bound per spatial axis; None is no bound."""
-    wanted = f"a number of pixels, None for no bound, or one of these for each of the {rank} spatial axes"
-    one = max_offset is None or _is_number(max_offset)
-    bounds: Any = (max_offset,) * rank if one else max_offset
-    if not isinstance(bounds, Sequence) or not all(bound is None or _is_number(bound) for bound in bounds):
-        raise TypeError(f"max_offset={max_offset!r} is a {type(max_offset).__name__}; wanted {wanted}")
-    if len(bounds) != rank:
-        raise ValueError(f"max_offset={max_offset!r} has {len(bounds)} entries; wanted {wanted}")
-    if not all(bound is None or 0 <= bound < math.inf for bound in bounds):
-        raise ValueError(f"max_offset={max_offset!r} must be finite and not negative: {wanted} (0: no offset at all)")
-    return tuple(None if bound is None else float(bound) for bound in bounds)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 # ---- the default branch
 
 
-def branch_channels(layer: Any) -> tuple[int, int]:
-    """How many channels the branch emits as offsets, OG·K·n, and as logits, OG·K or none."""
-    size = window_size(layer.kernel_size)
-    taps = layer.offset_groups * math.prod(size)
-    return taps * len(size), taps * layer.modulated
+def branch_features(layer: Any) -> int:
+    """How many channels the branch emits: offsets, then logits."""
+    return sum(branch_channels(layer))
 
 
 def branch_options(layer: Any) -> dict[str, Any]:
@@ -160,9 +153,11 @@ def check_input(layer: Any, inputs: jax.Array, channels: int | None = None) -> W
     size = window_size(layer.kernel_size)
     rank = len(size)
     if len(inputs.shape) < rank + 1 or channels not in (None, inputs.shape[-1]):
+        is_first = channels is not None and inputs.shape[-rank - 1 : -rank] == (channels,)
+        first = checks.channels_first("inputs", rank) if is_first else ""
         raise ValueError(
             f"inputs has shape {inputs.shape}; wanted (*batch, *spatial, {channels or 'C'}) with {rank} spatial axes, "
-            f"as kernel_size={size} has"
+            f"as kernel_size={size} has{first}"
         )
     # The op checks this too, but the branch runs first and would raise a message of Flax's.
     return resolve_window(size, spatial=inputs.shape[-rank - 1 : -1], **geometry(layer))
@@ -188,8 +183,8 @@ def place_points(
     if offset is not None:
         return Points(offset, mask)
     seen = _branch_input(layer, window, inputs, offset_inputs, channels)
-    offset, mask = _split(layer, window, inputs, branch(seen), base_offset)
-    return Points(offset, mask, _bound_for_op(layer, window.rank) if base_offset is None else None)
+    offset, mask = offset_and_mask(layer, window, inputs, branch(seen), base_offset)
+    return Points(offset, mask, bound_for_op(layer, window.rank) if base_offset is None else None)
 
 
 def convolve(
@@ -250,7 +245,7 @@ def _branch_input(
         )
     if layer.offset_conv_cls is not None:
         return seen
-    _check_map(name, seen.shape, inputs, window.spatial, "channels", "the pixels of inputs, then channels", fits=True)
+    check_map(name, seen.shape, inputs, window.spatial, "channels", "the pixels of inputs, then channels", fits=True)
     batch = seen.ndim - window.rank - 1
     return on_any_mesh(_extend, window, (seen,), batched=(seen,), batch=batch, whole=window.rank + 1)(seen)
 
@@ -273,66 +268,3 @@ def _read_along(x: jax.Array, axis: int, index: jax.Array, size: Size, mode: str
         outside = (index < 0) | (index >= int32(size))
         return jnp.take(x, jnp.where(outside, int32(size), index), axis=axis, mode="fill", fill_value=0)
     return jnp.take(x, INTO_MAP[mode](index, int32(size)), axis=axis, mode="clip")
-
-
-def _check_map(
-    name: str, shape: Any, inputs: jax.Array, positions: Any, channels: str, meaning: str, fits: bool
-) -> None:
-    """`checks.map_axes` with the batch axes of `inputs`."""
-    batch = inputs.shape[: -len(positions) - 1]
-    checks.map_axes(
-        name, shape, other="inputs", batch=batch, positions=positions, channels=channels, meaning=meaning, fits=fits
-    )
-
-
-def _split(
-    layer: Any, window: Window, inputs: jax.Array, z: jax.Array, base_offset: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
-    """Offset `(…, OG * K * n)` and mask `(…, OG * K)` from the branch's output z.
-
-    offset = max_offset · tanh(z / max_offset) + base_offset, without a bound z + base_offset
-    mask = mask_scale · sigmoid(logits), or None
-    """
-    offsets, logits = branch_channels(layer)
-    name, emitted = "the output of the branch, offset_conv,", offsets + logits
-    meaning = f"the output positions, with {offsets} offsets and {logits} logits each"
-    _check_map(name, z.shape, inputs, window.out_spatial, str(emitted), meaning, z.shape[-1:] == (emitted,))
-    z = z.astype(dtypes.wide(z.dtype))
-    offset = _bound(z[..., :offsets], bounds_of(layer.max_offset, window.rank))
-    if base_offset is not None:
-        offset = _add_base(offset, base_offset, inputs, window)
-    return offset, float(layer.mask_scale) * jax.nn.sigmoid(z[..., offsets:]) if logits else None
-
-
-def _bound_for_op(layer: Any, rank: int) -> float | None:
-    """The op's `max_offset`, for the TPU kernels alone. The layer has applied it already."""
-    bounds = [bound for bound in bounds_of(layer.max_offset, rank) if bound is not None]
-    return max(bounds) if layer.implementation == "pallas_tpu" and len(bounds) == rank else None
-
-
-def _bound(z: jax.Array, bounds: tuple[float | None, ...]) -> jax.Array:
-    """max_offset · tanh(z / max_offset), axis by axis: `(…, OG * K * n)`."""
-    if len(set(bounds)) == 1:
-        return _bound_axis(z, bounds[0])
-    axes = [_bound_axis(z[..., axis :: len(bounds)], bound) for axis, bound in enumerate(bounds)]
-    return jnp.stack(axes, axis=-1).reshape(z.shape)
-
-
-def _bound_axis(z: jax.Array, bound: float | None) -> jax.Array:
-    if bound is None:
-        return z
-    return bound * jnp.tanh(z / bound) if bound else jnp.zeros_like(z)  # a Python float keeps z's dtype
-
-
-def _add_base(offset: jax.Array, base: jax.Array, inputs: jax.Array, window: Window) -> jax.Array:
-    """`offset` `(…, OG * K * n)` + `base` of as many channels, or of n: one vector for all taps."""
-    base = checks.array("base_offset", base, jnp.floating)
-    channels = dict.fromkeys([window.rank, offset.shape[-1]])
-    wanted, fits = " or ".join(map(str, channels)), any(base.shape[-1:] == (n,) for n in channels)
-    meaning = f"the output positions, then {window.rank} values for all taps together or {offset.shape[-1]} for each"
-    _check_map("base_offset", base.shape, inputs, window.out_spatial, wanted, meaning, fits)
-    if base.shape[-1] != offset.shape[-1]:
-        base = jnp.tile(base, offset.shape[-1] // window.rank)  # ordered [offset group, tap, axis], axis last
-    axes, dtype = max(offset.ndim, base.ndim), dtypes.wide(offset.dtype, base.dtype)
-    offset, base = (lax.expand_dims(a, range(axes - a.ndim)).astype(dtype) for a in (offset, base))
-    return offset + base

@@ -1,6 +1,6 @@
 """Filling a model's variables from a state with the names of another library."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,28 +9,57 @@ import numpy as np
 from flax import nnx
 
 
+class Order(NamedTuple):
+    """How the axes of a variable lie in another library."""
+
+    theirs: Callable[[np.ndarray], np.ndarray] | None  # makes their array of ours; None where nobody asks for it
+    ours: Callable[[np.ndarray], np.ndarray] | None  # and ours of theirs
+
+
+def transposed(axes: Sequence[int]) -> Order:
+    """The order in which their array is ours with its axes transposed by `axes`."""
+    return Order(lambda ours: ours.transpose(axes), lambda theirs: theirs.transpose(np.argsort(axes)))
+
+
+SAME = Order(lambda array: array, lambda array: array)
+
+
 class Slot(NamedTuple):
     """A variable, and the arrays of another library that hold the same numbers.
 
-    `variable` transposed by `axes` is the concatenation of these arrays along the first axis.
+    In their order, the variable is the concatenation of these arrays along the first axis.
     """
 
     variable: Any
-    axes: tuple[int, ...]
+    order: Order
     names: tuple[str, ...]
-    sizes: tuple[int, ...]  # of each array along the first axis
+    sizes: tuple[int, ...]  # of each array along the first axis; of one array alone they do not matter
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each array."""
-        _, *rest = [self.variable.shape[axis] for axis in self.axes]
-        return {name: (size, *rest) for name, size in zip(self.names, self.sizes, strict=True)}
+    def shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """The shape of each array; None if the order does not tell."""
+        if self.order.theirs is None:
+            return dict.fromkeys(self.names)
+        whole = self.order.theirs(np.broadcast_to(np.float32(0), self.variable.shape)).shape
+        if len(self.names) == 1:
+            return {self.names[0]: whole}
+        return {name: (size, *whole[1:]) for name, size in zip(self.names, self.sizes, strict=True)}
+
+    def split(self, value: np.ndarray) -> list[np.ndarray]:
+        """Their arrays of our one."""
+        assert self.order.theirs is not None
+        whole = self.order.theirs(value)
+        return [whole] if len(self.names) == 1 else np.split(whole, np.cumsum(self.sizes)[:-1])
+
+    def join(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """Our array of theirs."""
+        assert self.order.ours is not None
+        return np.asarray(self.order.ours(arrays[0] if len(arrays) == 1 else np.concatenate(arrays)))
 
 
-def slot(variable: Any, *names: str, axes: Sequence[int] | None = None, sizes: Sequence[int] | None = None) -> Slot:
+def slot(variable: Any, *names: str, order: Order = SAME, sizes: Sequence[int] = ()) -> Slot:
     """A `Slot`; by default the array has the variable's axes."""
-    axes = tuple(range(len(variable.shape)) if axes is None else axes)
-    return Slot(variable, axes, names, tuple(sizes or (variable.shape[axes[0]],)))
+    return Slot(variable, order, names, tuple(sizes))
 
 
 def variables(model: Any) -> Iterator[tuple[tuple, Any]]:
@@ -47,12 +76,14 @@ def variables(model: Any) -> Iterator[tuple[tuple, Any]]:
 def read(slots: Sequence[Slot]) -> dict[str, np.ndarray]:
     """The arrays of `slots`, as contiguous copies."""
     state = {}
-    for variable, axes, names, sizes in slots:
-        value = variable.get_value()
+    for each in slots:
+        value = each.variable.get_value()
         if isinstance(value, jax.ShapeDtypeStruct):
-            raise ValueError(f"{names[0]} has no value yet, only a shape, {variable.shape}: fill the model first")
-        pieces = np.split(np.asarray(value).transpose(axes), np.cumsum(sizes)[:-1])
-        state |= {name: np.array(piece, order="C") for name, piece in zip(names, pieces, strict=True)}
+            raise ValueError(
+                f"{each.names[0]} has no value yet, only a shape, {each.variable.shape}: fill the model first"
+            )
+        pieces = each.split(np.asarray(value))
+        state |= {name: np.array(piece, order="C") for name, piece in zip(each.names, pieces, strict=True)}
     return state
 
 
@@ -72,8 +103,16 @@ def fill(
     """
     wanted = {name: shape for each in slots for name, shape in each.shapes.items()}
     arrays = {name: np.asarray(state[name]) for name in wanted if name in state}
-    missing = [f"{name} {shape}" for name, shape in wanted.items() if name not in state]
+    missing = [f"{name} {shape or ''}".strip() for name, shape in wanted.items() if name not in state]
     misfits = [misfit for name, array in arrays.items() if (misfit := _misfit(name, array, wanted[name]))]
+    values = (
+        {} if missing or misfits else {id(each): each.join([arrays[name] for name in each.names]) for each in slots}
+    )
+    misfits += [
+        f"{each.names[0]} became an array of shape {values[id(each)].shape} by arrays; the model wants {each.variable.shape}"
+        for each in slots
+        if id(each) in values and values[id(each)].shape != each.variable.shape
+    ]
     found = {
         "missing": missing,
         "unexpected": [f"{name} {getattr(state[name], 'shape', '')}" for name in unexpected],
@@ -84,19 +123,39 @@ def fill(
         lines = ["\n    ".join([f"  {kind} ({len(each)}):", *each]) for kind, each in found.items() if each]
         hint = _prefix_hint(wanted, state) if missing else []
         raise ValueError("\n".join(["the state does not fit the model, which was left as it was:", *lines, *hint]))
-    for variable, axes, names, _ in slots:
-        whole = np.concatenate([arrays[name] for name in names]).transpose(np.argsort(axes))
-        value = jnp.asarray(whole.astype(variable.dtype))  # a copy: the model does not share memory with `state`
+    for each in slots:
+        variable = each.variable
+        value = jnp.asarray(values[id(each)].astype(variable.dtype))  # a copy: no memory is shared with `state`
         old = variable.get_value()
         variable.set_value(jax.device_put(value, old.sharding) if isinstance(old, jax.Array) else value)
 
 
-def _misfit(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | None:
-    if array.shape != shape:
-        return f"{name} has shape {array.shape}; the model wants {shape}"
+def _misfit(name: str, array: np.ndarray, shape: tuple[int, ...] | None) -> str | None:
+    if shape is not None and array.shape != shape:
+        return f"{name} has shape {array.shape}; the model wants {shape}{_order_hint(array.shape, shape)}"
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         return f"{name} has dtype {array.dtype}; wanted floating-point numbers"
     return None
+
+
+def _order_hint(given: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """Half a sentence, if `given` is `wanted` with the channels in another place."""
+    rank = len(given)
+    if rank != len(wanted) or rank < 2:
+        return ""
+    window = range(rank - 2)
+    first_two, last_two = (1, 0, *range(2, rank)), (*window, rank - 1, rank - 2)
+    reasons = {
+        first_two: "a linear layer's is (out, in), a convolution's (out, in, *window), a transposed one's, for "
+        "nnx.ConvTranspose, (in, out, *window)",
+        last_two: "Flax's kernels are (*window, in, out)",
+        (*range(2, rank), 1, 0): "PyTorch's order; Flax's is (*window, in, out)",
+        (rank - 1, rank - 2, *window): "Flax's order; PyTorch's is (out, in, *window)",
+    }
+    for axes, reason in reasons.items():
+        if tuple(given[axis] for axis in axes) == wanted:
+            return f". array.transpose{axes} has that shape ({reason})"
+    return ""
 
 
 def _prefix_hint(wanted: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:

@@ -1,11 +1,12 @@
 """The names of a layer's arrays in PyTorch and Paddle, and the options that they do not have."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from flax import nnx
 
+from dcn_jax.interop._convolutions import each_axis
 from dcn_jax.nnx import DCNv3, DCNv4, DeformConv, MSDeformAttn
 from dcn_jax.nnx._dcn import DepthwiseBlock
 
@@ -42,6 +43,7 @@ _NORM = {"scale": "weight", "bias": "bias"}
 _BLEND = {name: name for name in ("center_feature_scale_proj_weight", "center_feature_scale_proj_bias")}
 NAMES = {
     nnx.Conv: _NAMES,
+    nnx.ConvTranspose: _NAMES,
     nnx.Linear: _NAMES,
     DeformConv: _NAMES,
     nnx.BatchNorm: {**_NORM, "mean": "running_mean", "var": "running_var"},
@@ -84,11 +86,6 @@ def find_layout(layer: str, names: Iterable[str]) -> Layout:
     return max((layout.at(layer) for layout in LAYOUTS.values()), key=evidence)
 
 
-def torch_axes(name: str, rank: int) -> tuple[int, ...]:
-    """The permutation of axes from Flax's kernel, (*window, in, out), to PyTorch's, (out, in, *window); the identity for others."""
-    return (rank - 1, rank - 2, *range(rank - 2)) if name == "kernel" else tuple(range(rank))
-
-
 def branch_sizes(layer: DeformConv, layout: Layout, channels: int) -> tuple[int, ...]:
     """How many channels of a layer's branch each module of the layout emits."""
     if len(layout.branch) == 1 or not layer.modulated:
@@ -97,32 +94,12 @@ def branch_sizes(layer: DeformConv, layout: Layout, channels: int) -> tuple[int,
     return (channels - logits, logits)
 
 
-def padding_problems(name: str, layer: Any) -> list[str]:
-    """Why PyTorch has no such padding, if so: its padding never depends on the size of the map."""
-    if not isinstance(layer.padding, str) or layer.padding.upper() not in ("SAME", "SAME_LOWER"):
-        return []
-    rank = len(layer.kernel_size)
-    strides, dilation = _each(layer.strides, rank), _each(layer.kernel_dilation, rank)
-    extent = [(size - 1) * step + 1 for size, step in zip(layer.kernel_size, dilation, strict=True)]
-    if all(stride == 1 or size == 1 for stride, size in zip(strides, extent, strict=True)):
-        return []
-    pairs = tuple(((size - 1) // 2, (size - 1) // 2) for size in extent)
-    return [
-        f"{name or 'the layer'} has padding={layer.padding!r} at strides {tuple(strides)}, which depends on the "
-        f"size of the map; PyTorch's never does: make the layer with PyTorch's padding, usually padding={pairs}"
-    ]
-
-
 def dilation_problems(name: str, layer: DeformConv, layout: Layout) -> list[str]:
     """Why a layer's branch reads other pixels than that of its layout, if so."""
-    dilation = _each(layer.kernel_dilation, len(layer.kernel_size))
+    dilation = each_axis(layer.kernel_dilation, len(layer.kernel_size))
     if layout.dilated or layer.offset_conv_cls is not None or set(dilation) == {1}:
         return []
     return [
         f"{name or 'the layer'} has kernel_dilation {tuple(dilation)}, and Paddle's branch has none; make the layer "
         "with Paddle's branch: offset_conv_cls=functools.partial(nnx.Conv, kernel_size=…, strides=…, padding=…)"
     ]
-
-
-def _each(value: int | Sequence[int] | None, rank: int) -> list[int]:
-    return [1] * rank if value is None else [value] * rank if isinstance(value, int) else list(value)

@@ -17,7 +17,8 @@ def to_linen(layer: nnx.Module) -> dict[str, Any]:
         params["offset_conv"]["kernel"] = layer.offset_conv.kernel
 
     Args:
-        layer: an nnx layer. In a list of modules, `layers[0]` becomes `layers_0`, as in linen.
+        layer: an nnx layer. In a list of modules, `layers[0]` becomes `layers_0`, as in linen. A
+            stack of layers (`nnx.vmap`) becomes the parameters of linen's stack (`nn.scan`).
 
     Returns:
         NumPy arrays: the value of "params" in linen's variables.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from dcn_jax._core import checks, extras
 from dcn_jax.interop._onnx_graph import AxisSize, Graph, Value
 from dcn_jax.interop._onnx_parts import CONVERTERS, nnx
+from dcn_jax.nnx._stacks import stack_problems
 
 if TYPE_CHECKING:
     import onnx
@@ -88,6 +89,8 @@ def to_onnx(
         raise TypeError(
             f"layer is a {type(layer).__name__}; wanted a flax.nnx module (from_linen fills one from linen)"
         )
+    if stacks := stack_problems(layer):
+        raise ValueError("\n".join(stacks))
     sizes = _sizes(input_shape)
     batch, *spatial, channels = sizes
     paths = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(layer)}

@@ -73,6 +73,11 @@ def _split(graph: Graph, layer: DeformConv, z: Value) -> tuple[Value, Value | No
     offsets, logits = offset_conv.branch_channels(layer)
     if z.channels != offsets + logits:
         graph.refuse(f"its branch emits {z.channels} channels; wanted {offsets + logits}")
+    if layer.offset_activation is not None:
+        graph.refuse(
+            "its offset_activation has no known nodes: make the function part of the branch by offset_conv_cls, with a "
+            f"converter for that class, {USE_JAX_EXPORT}"
+        )
     offset = _bound(graph, _channels(graph, z, 0, offsets), offset_conv.bounds_of(layer.max_offset, 2))
     if not layer.modulated:
         return offset, None

@@ -1,12 +1,14 @@
 """Whole models and layers, from PyTorch's names and axes to ours and back."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
 from flax import nnx
 
-from dcn_jax.interop._fill import Slot, fill, read, slot, variables
+from dcn_jax.interop._convolutions import convolution_problems, kernel_order
+from dcn_jax.interop._fill import SAME, Slot, fill, read, slot, variables
 from dcn_jax.interop._layouts import (
     LAYOUTS,
     NAMES,
@@ -17,18 +19,23 @@ from dcn_jax.interop._layouts import (
     joined,
     module_key,
     not_needed,
-    padding_problems,
-    torch_axes,
 )
+from dcn_jax.interop._own import Rules, check_rules, is_own, order_of
 from dcn_jax.nnx import DeformConv
+from dcn_jax.nnx._stacks import stack_problems
 
 Model = TypeVar("Model", bound=nnx.Module)
 
 
-def from_torch(model: Model, state: Mapping[str, np.ndarray], *, prefix: str = "") -> Model:
+def from_torch(
+    model: Model, state: Mapping[str, np.ndarray], *, prefix: str = "", arrays: Rules = MappingProxyType({})
+) -> Model:
     """Fill an nnx layer or model from the arrays of a PyTorch one, and return it.
 
         kernel (*window, in, out) = weight (out, in, *window), transposed
+
+    The weight of a transposed convolution is (in, out // groups, *window): `nnx.ConvTranspose` gets
+    it, and an `nnx.Conv` with an `input_dilation`, with the window turned around where Flax's is.
 
     The attributes of the model give the names: `model.layer3[4].conv2` gets
     `layer3.4.conv2.weight` and `layer3.4.conv2.bias`. The modules of an `nnx.Sequential` are
@@ -47,18 +54,29 @@ def from_torch(model: Model, state: Mapping[str, np.ndarray], *, prefix: str = "
     `dw_conv.1.1` for `dw_conv.conv` and `dw_conv.norm`. The attention
     of HF, mmcv and RT-DETRv2 has them too.
 
-    The names do not tell the padding, `mask_scale` or `max_offset`: make the layer with the values
-    of the other one. A layer with "SAME" at a stride above 1 is refused: PyTorch
-    pads both sides alike, and XLA then may not.
+    An `nnx.Param` that is an attribute of a module of your own, such as `gamma1`, gets the array of
+    its path. With one axis or none it is taken as it is; for more, `arrays` says how it lies.
+
+    The names do not tell the padding, `mask_scale` or bounds: make the layer with the values
+    of the other one. A padding that no convolution of PyTorch has is refused: "SAME" at a stride
+    above 1, where PyTorch pads both sides alike and XLA may not; pairs that differ; in deformable
+    layers a `padding_mode` other than "zeros".
+
+    Stacks of layers, as `nnx.vmap` makes them, are refused: fill single layers, and stack these.
+    Random keys of an abstract model (of its dropouts) stay abstract. If the model is to be trained,
+    make it without `nnx.eval_shape`, or give it keys: `nnx.reseed(model, dropout=0)`.
 
     Args:
-        model: an `nnx.Module` of `nnx.Conv`, `nnx.Linear`, `nnx.Embed`, `nnx.BatchNorm`,
-            `nnx.LayerNorm`, `nnx.GroupNorm` and the layers of `dcn_jax.nnx`, or one of them. It
-            may be abstract (`nnx.eval_shape`), which saves initializing it.
+        model: an `nnx.Module` of `nnx.Conv`, `nnx.ConvTranspose`, `nnx.Linear`, `nnx.Embed`,
+            `nnx.BatchNorm`, `nnx.LayerNorm`, `nnx.GroupNorm`, parameters of your own and the layers
+            of `dcn_jax.nnx`, or one of them. It may be abstract (`nnx.eval_shape`), which saves
+            initializing it.
         state: the state of a PyTorch module as NumPy arrays by name (`{k: v.numpy() for k, v in
             module.state_dict().items()}`, or `read_checkpoint`). They get the dtypes of the model.
         prefix: the name in `state` of the module that `model` stands for, such as "backbone.";
             names without it are ignored.
+        arrays: for parameters of your own, by name or by the end of it, a function that makes the
+            parameter's array of PyTorch's: `{"level_embed": lambda array: array}`.
 
     Returns:
         `model` itself.
@@ -66,7 +84,7 @@ def from_torch(model: Model, state: Mapping[str, np.ndarray], *, prefix: str = "
     Raises:
         ValueError: arrays are missing, unexpected or misshapen, or PyTorch has no counterpart for
             a module or a padding of the model. The message lists all; the model is unchanged.
-        TypeError: `model` is not an `nnx.Module`.
+        TypeError: `model` is not an `nnx.Module`, or `arrays` has something that is no function.
 
     Source: the published code of torchvision, mmcv and the layers, for names and orders.
 
@@ -85,14 +103,14 @@ def from_torch(model: Model, state: Mapping[str, np.ndarray], *, prefix: str = "
         ((3, 3, 4, 8), (3, 3, 4, 27))
     """
     prefix = prefix.removesuffix(".")
-    slots, problems, spare = _slots(model, prefix, lambda name: find_layout(name, state))
+    slots, problems, spare = _slots(model, prefix, lambda name: find_layout(name, state), arrays, to_torch=False)
     known = {name for each in slots for name in each.names} | spare
     unexpected = [name for name in state if name.startswith(f"{prefix}." * bool(prefix)) and name not in known]
     fill(slots, state, unexpected=unexpected, problems=problems)
     return model
 
 
-def to_torch(model: nnx.Module, *, layout: str = "mmcv") -> dict[str, np.ndarray]:
+def to_torch(model: nnx.Module, *, layout: str = "mmcv", arrays: Rules = MappingProxyType({})) -> dict[str, np.ndarray]:
     """The arrays of an nnx layer or model in PyTorch's names and axes: `from_torch` reversed.
 
         weight (out, in, *window) = kernel (*window, in, out), transposed
@@ -100,6 +118,7 @@ def to_torch(model: nnx.Module, *, layout: str = "mmcv") -> dict[str, np.ndarray
     Args:
         model: what `from_torch` takes.
         layout: that of deformable layers, one of the table at `from_torch`.
+        arrays: as for `from_torch`, but each function makes PyTorch's array of the parameter's.
 
     Returns:
         Contiguous NumPy copies in the dtypes of the model; `torch.from_numpy` takes them.
@@ -107,7 +126,7 @@ def to_torch(model: nnx.Module, *, layout: str = "mmcv") -> dict[str, np.ndarray
     Raises:
         ValueError: `layout` is not known, or PyTorch has no counterpart for something in the
             model; the message names it.
-        TypeError: `model` is not an `nnx.Module`.
+        TypeError: `model` is not an `nnx.Module`, or `arrays` has something that is no function.
 
     Source: the published code of torchvision, mmcv and the layers, for names and orders.
 
@@ -125,40 +144,56 @@ def to_torch(model: nnx.Module, *, layout: str = "mmcv") -> dict[str, np.ndarray
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is not known; wanted one of {tuple(LAYOUTS)}")
-    slots, problems, _ = _slots(model, "", LAYOUTS[layout].at)
+    slots, problems, _ = _slots(model, "", LAYOUTS[layout].at, arrays, to_torch=True)
     if problems:
         raise ValueError("\n  ".join(["the model has no counterpart in PyTorch:", *problems]))
     return read(slots)
 
 
-def _slots(model: Any, prefix: str, layout_of: Callable[[str], Layout]) -> tuple[list[Slot], list[str], set[str]]:
+def _slots(
+    model: Any, prefix: str, layout_of: Callable[[str], Layout], arrays: Rules, *, to_torch: bool
+) -> tuple[list[Slot], list[str], set[str]]:
     """The slots of a model, problems as sentences, and names in PyTorch that may be ignored."""
     learnt = dict(variables(model))
+    if stacks := stack_problems(model):
+        return [], stacks, set()
     nodes = dict(nnx.iter_graph(model))
     names = {path: _module_name(path, nodes, prefix) for path in nodes}
     layouts = {path: layout_of(names[path]) for path, node in nodes.items() if isinstance(node, DeformConv)}
-    slots, problems = [], []
+    slots, problems, own = [], [], []
     for path, variable in learnt.items():
-        *_, own = path
-        kind = next((kind for kind in NAMES if isinstance(nodes.get(path[:-1]), kind)), None)
-        theirs = NAMES[kind].get(own) if kind else None
-        if theirs is None:
-            owner = type(nodes.get(path[:-1], model)).__name__
-            problems.append(
-                f"{joined(names[path[:-1]], str(own))} {variable.shape}: PyTorch's name for it in {owner} is not known"
-            )
+        owner = nodes.get(path[:-1])
+        theirs = next((NAMES[kind] for kind in NAMES if isinstance(owner, kind)), {}).get(path[-1])
+        if theirs is not None:
+            slots.append(_known(path, variable, theirs, nodes, names, layouts))
             continue
-        axes = torch_axes(own, len(variable.shape))
-        modules, sizes = _modules(path, variable.shape[axes[0]], nodes, names, layouts)
-        slots.append(slot(variable, *(joined(module, theirs) for module in modules), axes=axes, sizes=sizes))
+        name = joined(_module_name(path[:-1], nodes, prefix), str(path[-1]))
+        if not is_own(path, variable, nodes):
+            kind = type(nodes.get(path[:-1], model)).__name__
+            problems.append(f"{name} {variable.shape}: PyTorch's name for it in {kind} is not known")
+            continue
+        own.append(name)
+        order = order_of(name, variable.shape, arrays, to_torch=to_torch)
+        if isinstance(order, str):
+            problems.append(order)
+        else:
+            slots.append(slot(variable, name, order=order))
+    check_rules(arrays, own)
     # A default branch has the padding of its layer, so its problems would be listed twice.
     branches = {(*path, "offset_conv") for path in layouts if nodes[path].offset_conv_cls is None}
     for path, node in nodes.items():
-        if isinstance(node, nnx.Conv | DeformConv) and path not in branches:
-            problems += padding_problems(names[path], node)
+        if isinstance(node, nnx.Conv | nnx.ConvTranspose | DeformConv) and path not in branches:
+            problems += convolution_problems(names[path], node)
         if isinstance(node, DeformConv):
             problems += dilation_problems(names[path], node, layouts[path])
     return slots, problems, {joined(names[path], own) for path, node in nodes.items() for own in not_needed(node)}
+
+
+def _known(path: tuple, variable: Any, theirs: str, nodes: Mapping, names: Mapping, layouts: Mapping) -> Slot:
+    """The slot of a variable of a layer that has a counterpart, in which it is called `theirs`."""
+    order = kernel_order(nodes[path[:-1]], len(variable.shape)) if path[-1] == "kernel" else SAME
+    modules, sizes = _modules(path, variable.shape[-1], nodes, names, layouts)
+    return slot(variable, *(joined(module, theirs) for module in modules), order=order, sizes=sizes)
 
 
 def _module_name(path: tuple, nodes: Mapping[tuple, Any], prefix: str) -> str:

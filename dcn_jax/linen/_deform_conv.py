@@ -61,6 +61,9 @@ class DeformConv(nn.Module):
         mask_scale: the modulation's upper bound; 2.0 makes a new layer a plain convolution.
         max_offset: bounds each offset smoothly to ±max_offset pixels, by max_offset · tanh(z /
             max_offset). One number, or one per axis: None leaves an axis unbounded, 0 undeformed.
+        offset_activation: a function of the branch's offsets, `(…, OG, K, n)` in float32 or wider,
+            that returns as many, before `max_offset` bounds them: `lambda z: 10 * jnp.tanh(z)`,
+            as BasicVSR++ has it, or `functools.partial(jnp.clip, min=-8, max=8)`.
         offset_kernel_init: initializer of `offset_conv/kernel`.
         offset_bias_init: initializer of `offset_conv/bias`.
         implementation: of the op: "xla", "pallas_gpu", "pallas_tpu" (on a TPU, where `max_offset`
@@ -115,6 +118,7 @@ class DeformConv(nn.Module):
     padding_mode: str | Sequence[str] = "zeros"
     offset_conv_cls: Any = None
     offset_branch: bool = True
+    offset_activation: Any = None
 
     @nn.compact
     def __call__(
@@ -135,7 +139,7 @@ class DeformConv(nn.Module):
                 or 1, and those of the arrays below too.
             mask: `(*batch, *out_spatial, OG * K)`, used unchanged with `offset`; by default 1.
             offset_inputs: what the branch sees instead of `inputs`, of any number of channels.
-            base_offset: added to the branch's offsets after they are bounded:
+            base_offset: added to the branch's offsets after activation and bound:
                 `(*batch, *out_spatial, n)`, one displacement for all taps (optical flow, as dy,
                 dx), or `(*batch, *out_spatial, OG * K * n)`.
 
@@ -163,7 +167,7 @@ class DeformConv(nn.Module):
     @nn.nowrap
     def _run_branch(self, seen: jax.Array) -> jax.Array:
         """Offsets and logits of the map `seen`, by the branch: `offset_conv_cls`, or by default a convolution."""
-        features = sum(offset_conv.branch_channels(self))
+        features = offset_conv.branch_features(self)
         if self.offset_conv_cls is not None:
             return self.offset_conv_cls(features, name="offset_conv")(seen)
         convolutions = ("conv_general_dilated", "conv_general_dilated_cls")

@@ -52,6 +52,9 @@ class MSDeformAttn(nn.Module):
         attention_kernel_init: initializer of `attention_weights/kernel`.
         attention_bias_init: initializer of `attention_weights/bias`.
         implementation: of the op: "xla", or None, which takes "xla" today.
+        num_axes: n, spatial axes of the maps: 2, or 1 (sound, video) or 3 (voxels). Points are then
+            (x,) or (x, y, z), and boxes twice as long. Heads look right and left in turn over one
+            axis, and in directions spread over a sphere over three.
 
     Source: Zhu et al., Deformable DETR (arXiv 2010.04159), and its published code.
 
@@ -85,6 +88,7 @@ class MSDeformAttn(nn.Module):
     attention_kernel_init: nn.initializers.Initializer = nn.initializers.zeros
     attention_bias_init: nn.initializers.Initializer = nn.initializers.zeros
     implementation: str | None = None
+    num_axes: int = 2
 
     @nn.compact
     def __call__(
@@ -98,12 +102,15 @@ class MSDeformAttn(nn.Module):
         """Let each query look at the maps: `(*batch, Q, embed_dim)`.
 
         Args:
-            query: `(*batch, Q, embed_dim)`, position embeddings already added.
+            query: `(*batch, Q, embed_dim)`, position embeddings already added. Batch axes may be 1
+                or missing: one set of queries then looks at all maps (those of several cameras).
             reference_points: `(*batch, Q, num_levels, 2)`, points (x, y), or
                 `(*batch, Q, num_levels, 4)`, boxes (x, y, width, height) with (x, y) the centre;
-                in [0, 1] inside a map. The axis of levels may be 1, batch axes 1 or missing.
+                in [0, 1] inside a map. The axis of levels may be 1, batch axes 1 or missing. With
+                another `num_axes`, n or 2 n coordinates, the last spatial axis first.
             value: `(*batch, S, embed_dim)`, the pixels of all levels one after another.
             spatial_shapes: the sizes of the maps, `((H1, W1), …)`, as ints; S is the sum of H · W.
+                With another `num_axes`, n sizes for each map, such as `((D1, H1, W1), …)`.
             padding_mask: `(*batch, S)` of bools; where it is True, the projected value is 0.
 
         Raises:
@@ -115,10 +122,10 @@ class MSDeformAttn(nn.Module):
         points, wide = ms_deform_attn.point_count(self), ms_deform_attn.wide_dtype(self)
         offset_inits = self.offset_kernel_init, self.offset_bias_init or ms_deform_attn.directions_init(self)
         attention_inits = self.attention_kernel_init, self.attention_bias_init
-        offset = self._dense("sampling_offsets", 2 * points, wide, *offset_inits)(arguments.query)
+        offset = self._dense("sampling_offsets", self.num_axes * points, wide, *offset_inits)(arguments.query)
         logits = self._dense("attention_weights", points, wide, *attention_inits)(arguments.query)
         locations = ms_deform_attn.place_points(self, offset, arguments)
-        weights = ms_deform_attn.softmax(self, logits)
+        weights = ms_deform_attn.softmax(self, logits, arguments)
         self.sow("intermediates", "sampling_locations", locations)
         self.sow("intermediates", "sampling_weights", weights)
 

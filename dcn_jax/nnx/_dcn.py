@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dcn_jax._core import extras
+from dcn_jax._core import checks, extras
 from dcn_jax._layers import dcn
 from dcn_jax._layers.dcn import Pair
 from dcn_jax.ops.dcnv3 import dcnv3
@@ -127,6 +127,7 @@ class DCNv3(nnx.Module):
             ValueError: an option does not fit the input; the message names it.
             TypeError: an option or the input is of the wrong kind.
         """
+        checks.one_layer(self.offset.kernel.shape, 2)
         inputs, grid = dcn.check_input(self, inputs)
         x = self.input_proj(inputs)
         z = self.dw_conv(dcn.around_centres(inputs, grid.window, self.dw_conv.conv.kernel_size))
@@ -250,6 +251,7 @@ class DCNv4(nnx.Module):
             ValueError: an option does not fit the input; the message names it.
             TypeError: an option or the input is of the wrong kind.
         """
+        checks.one_layer(self.offset_mask.kernel.shape, 2)
         inputs, grid = dcn.check_input(self, inputs)
         x = inputs if self.value_proj is None else self.value_proj(inputs)
         if self.offset_mask_dw is None:

@@ -68,6 +68,9 @@ class DeformConv(nnx.Module):
         mask_scale: the modulation's upper bound; 2.0 makes a new layer a plain convolution.
         max_offset: bounds each offset smoothly to ±max_offset pixels, by max_offset · tanh(z /
             max_offset). One number, or one per axis: None leaves an axis unbounded, 0 undeformed.
+        offset_activation: a function of the branch's offsets, `(…, OG, K, n)` in float32 or wider,
+            that returns as many, before `max_offset` bounds them: `lambda z: 10 * jnp.tanh(z)`,
+            as BasicVSR++ has it, or `functools.partial(jnp.clip, min=-8, max=8)`.
         offset_kernel_init: initializer of `offset_conv/kernel`.
         offset_bias_init: initializer of `offset_conv/bias`.
         implementation: of the op: "xla", "pallas_gpu", "pallas_tpu" (on a TPU, where `max_offset`
@@ -134,6 +137,7 @@ class DeformConv(nnx.Module):
         offset_conv_cls: Any = None,
         offset_branch: bool = True,
         offset_in_features: int | None = None,
+        offset_activation: Any = None,
     ):
         window = offset_conv.window_size(kernel_size)
         checks.count("in_features", in_features)
@@ -163,6 +167,7 @@ class DeformConv(nnx.Module):
         self.offset_conv_cls = offset_conv_cls
         self.offset_branch = offset_branch
         self.offset_in_features = offset_in_features
+        self.offset_activation = offset_activation
         call = "offset_conv_cls(in_features, features, rngs=rngs)"
         offset_conv.check_options(self, in_features, module=nnx.Module, call=call)
         shape = kernel_shape(window, in_features, out_features, feature_group_count)
@@ -193,7 +198,7 @@ class DeformConv(nnx.Module):
             mask: `(*batch, *out_spatial, OG * K)`, used unchanged with `offset`; by default 1.
             offset_inputs: the branch's input instead of `inputs`, with `offset_in_features`
                 channels.
-            base_offset: added to the branch's offsets after they are bounded:
+            base_offset: added to the branch's offsets after activation and bound:
                 `(*batch, *out_spatial, n)`, one displacement for all taps (optical flow, as dy,
                 dx), or `(*batch, *out_spatial, OG * K * n)`.
             out_sharding: of the result, as in `flax.nnx.Conv`: under a mesh of explicit axes, a
@@ -203,6 +208,7 @@ class DeformConv(nnx.Module):
             ValueError: an option or argument does not fit the input; the message names it.
             TypeError: an option or argument is of the wrong kind.
         """
+        checks.one_layer(self.kernel.shape, len(self.kernel_size) + 2)
         window = offset_conv.check_input(self, inputs, self.in_features)
         points = offset_conv.place_points(
             self, self.offset_conv, window, inputs, offset, mask, offset_inputs, base_offset, self.offset_in_features
@@ -221,7 +227,7 @@ class DeformConv(nnx.Module):
 
     def _make_branch(self, kernel_init: Any, bias_init: Any, conv_general_dilated: Any, rngs: nnx.Rngs) -> Any:
         """The branch: the user's own, or a convolution like the main one."""
-        features = sum(offset_conv.branch_channels(self))
+        features = offset_conv.branch_features(self)
         if self.offset_conv_cls is not None:
             return self.offset_conv_cls(self.offset_in_features, features, rngs=rngs)
         default = conv_general_dilated is lax.conv_general_dilated

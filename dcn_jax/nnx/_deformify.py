@@ -9,6 +9,7 @@ from jax import lax
 
 from dcn_jax._core import extras
 from dcn_jax.nnx._deform_conv import DeformConv
+from dcn_jax.nnx._stacks import axes_too_many
 
 try:
     from flax import nnx
@@ -40,6 +41,7 @@ def deformify(
     where: Callable[[tuple, Any], bool],
     *,
     mask_scale: float = 2.0,
+    use_bias: bool | None = None,
     rngs: nnx.Rngs | None = None,
     **options: Any,
 ) -> Model:
@@ -56,6 +58,9 @@ def deformify(
     of their variables. Make a new optimizer: an old one does not know the new branches, which
     should learn slowly (`dcn_jax.optim.offset_labels`).
 
+    A stack of convolutions, which `nnx.vmap` makes for `nnx.scan`, becomes a stack of deformable
+    layers, if the axis of the stack is the first.
+
     Args:
         model: any nnx model, or a container of models.
         where: `where(path, module)` is called for each `nnx.Conv`; True makes it deformable. The
@@ -65,6 +70,8 @@ def deformify(
             not called for the branches of layers that are deformable already.
         mask_scale: the modulation's upper bound. If modulated, only 2.0 keeps the result; 1.0
             halves it, less the bias.
+        use_bias: True gives a bias of zeros to the layers whose convolution has none. False
+            refuses a convolution that has one, which would be lost. None keeps what there is.
         rngs: keys for branches with random initializers; by default `nnx.Rngs(0)`.
         options: for all new layers, what only `DeformConv` takes: `modulated`, `offset_groups`, …
 
@@ -102,12 +109,14 @@ def deformify(
         raise TypeError(
             f"model is a {type(model).__name__} without nnx modules; wanted an nnx.Module, or a container of them"
         )
+    if use_bias not in (None, True, False):
+        raise TypeError(f"use_bias={use_bias!r} is a {type(use_bias).__name__}; wanted True, False or None")
     rngs = nnx.Rngs(0) if rngs is None else rngs
     copy = nnx.clone(model, arrays=True, graph=True)
     modules = [(path, node) for path, node in nnx.iter_graph(copy, graph=True) if isinstance(node, nnx.Pytree)]
     branches = {id(node) for _, layer in modules if isinstance(layer, DeformConv) for _, node in nnx.iter_graph(layer)}
     layers = {
-        id(module): _deformable(path, module, rngs, {"mask_scale": mask_scale, **options})
+        id(module): _deformable(path, module, rngs, use_bias, {"mask_scale": mask_scale, **options})
         for path, module in modules
         if isinstance(module, nnx.Conv) and id(module) not in branches and where(path, module)
     }
@@ -126,29 +135,43 @@ def _replaced(value: Any, layers: dict[int, DeformConv]) -> Any:
     return structure.unflatten([layers.get(id(leaf), leaf) for leaf in leaves])
 
 
-def _deformable(path: tuple, conv: Any, rngs: nnx.Rngs, options: dict[str, Any]) -> DeformConv:
+def _deformable(path: tuple, conv: Any, rngs: nnx.Rngs, use_bias: bool | None, options: dict[str, Any]) -> DeformConv:
     """The deformable layer with the variables and options of `conv`."""
     at = "/".join(map(str, path)) or "the model itself"
-    if reason := _refusal(conv):
+    if reason := _refusal(conv, use_bias):
         raise ValueError(f"{at} cannot become deformable: {reason}; leave it out in `where`")
-    try:
-        layer = DeformConv(
+    kept = {name: getattr(conv, name) for name in _KEPT} | ({"use_bias": True} if use_bias else {})
+    stack = conv.kernel.shape[: axes_too_many(conv)]
+
+    def make(rngs: nnx.Rngs) -> DeformConv:
+        return DeformConv(
             conv.in_features,
             conv.out_features,
             conv.kernel_size,
-            **{name: getattr(conv, name) for name in _KEPT},
-            kernel_init=lambda *_: conv.kernel[...],
-            bias_init=lambda *_: conv.bias[...],
+            **kept,
+            kernel_init=nnx.initializers.zeros_init(),  # replaced below
             rngs=rngs,
             **options,
         )
+
+    try:
+        layer = _stacked(make, stack, rngs)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{at} cannot become deformable: {error}") from error
-    layer.kernel, layer.bias = conv.kernel, conv.bias
+    layer.kernel = conv.kernel
+    if conv.bias is not None:
+        layer.bias = conv.bias
     return layer
 
 
-def _refusal(conv: Any) -> str | None:
+def _stacked(make: Callable[[nnx.Rngs], DeformConv], stack: tuple[int, ...], rngs: nnx.Rngs) -> DeformConv:
+    """A layer, or a stack of layers whose variables have the axes `stack` in front."""
+    if not stack:
+        return make(rngs)
+    return nnx.vmap(lambda rngs: _stacked(make, stack[1:], rngs))(rngs.split(stack[0]))
+
+
+def _refusal(conv: Any, use_bias: bool | None) -> str | None:
     """Why no deformable layer computes what a convolution does, or None."""
     if type(conv) is not nnx.Conv:
         return f"it is a {type(conv).__name__}, and what it does beyond nnx.Conv would be lost"
@@ -160,4 +183,10 @@ def _refusal(conv: Any) -> str | None:
         return 'padding="CAUSAL", and an offset may read later positions'
     if conv.conv_general_dilated is not lax.conv_general_dilated:
         return "it has its own conv_general_dilated, which takes no offsets"
+    if use_bias is False and conv.bias is not None:
+        return "use_bias=False, and it has a bias, without which it computes something else"
+    stacked, shape = axes_too_many(conv), conv.kernel.shape
+    one = (*conv.kernel_size, conv.in_features // conv.feature_group_count, conv.out_features)
+    if shape[stacked:] != one or (conv.bias is not None and conv.bias.shape != (*shape[:stacked], conv.out_features)):
+        return f"it is a stack of layers whose arrays (kernel {shape}) are not stacked along the first axis"
     return None

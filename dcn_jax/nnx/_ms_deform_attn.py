@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dcn_jax._core import extras
+from dcn_jax._core import checks, extras
 from dcn_jax._layers import ms_deform_attn
 
 try:
@@ -53,6 +53,9 @@ class MSDeformAttn(nnx.Module):
         attention_kernel_init: initializer of `attention_weights.kernel`.
         attention_bias_init: initializer of `attention_weights.bias`.
         implementation: of the op: "xla", or None, which takes "xla" today.
+        num_axes: n, spatial axes of the maps: 2, or 1 (sound, video) or 3 (voxels). Points are then
+            (x,) or (x, y, z), and boxes twice as long. Heads look right and left in turn over one
+            axis, and in directions spread over a sphere over three.
         rngs: where the initializers' random keys come from.
 
     Raises:
@@ -93,6 +96,7 @@ class MSDeformAttn(nnx.Module):
         attention_kernel_init: nnx.Initializer = nnx.initializers.zeros_init(),
         attention_bias_init: nnx.Initializer = nnx.initializers.zeros_init(),
         implementation: str | None = None,
+        num_axes: int = 2,
         rngs: nnx.Rngs,
     ):
         self.embed_dim = embed_dim
@@ -104,13 +108,14 @@ class MSDeformAttn(nnx.Module):
         self.param_dtype = param_dtype
         self.precision = precision
         self.implementation = implementation
+        self.num_axes = num_axes
         ms_deform_attn.check_options(self)
         points, wide = ms_deform_attn.point_count(self), ms_deform_attn.wide_dtype(self)
         linear: Any = functools.partial(nnx.Linear, embed_dim, param_dtype=param_dtype, precision=precision, rngs=rngs)
         offset_bias_init = offset_bias_init or ms_deform_attn.directions_init(self)
         offset_inits = {"kernel_init": offset_kernel_init, "bias_init": offset_bias_init}
         attention_inits = {"kernel_init": attention_kernel_init, "bias_init": attention_bias_init}
-        self.sampling_offsets = linear(2 * points, dtype=wide, **offset_inits)
+        self.sampling_offsets = linear(num_axes * points, dtype=wide, **offset_inits)
         self.attention_weights = linear(points, dtype=wide, **attention_inits)
         self.value_proj = linear(embed_dim, dtype=dtype, kernel_init=kernel_init, bias_init=bias_init)
         self.output_proj = linear(embed_dim, dtype=dtype, kernel_init=kernel_init, bias_init=bias_init)
@@ -126,21 +131,25 @@ class MSDeformAttn(nnx.Module):
         """Let each query look at the maps: `(*batch, Q, embed_dim)`.
 
         Args:
-            query: `(*batch, Q, embed_dim)`, position embeddings already added.
+            query: `(*batch, Q, embed_dim)`, position embeddings already added. Batch axes may be 1
+                or missing: one set of queries then looks at all maps (those of several cameras).
             reference_points: `(*batch, Q, num_levels, 2)`, points (x, y), or
                 `(*batch, Q, num_levels, 4)`, boxes (x, y, width, height) with (x, y) the centre;
-                in [0, 1] inside a map. The axis of levels may be 1, batch axes 1 or missing.
+                in [0, 1] inside a map. The axis of levels may be 1, batch axes 1 or missing. With
+                another `num_axes`, n or 2 n coordinates, the last spatial axis first.
             value: `(*batch, S, embed_dim)`, the pixels of all levels one after another.
             spatial_shapes: the sizes of the maps, `((H1, W1), …)`, as ints; S is the sum of H · W.
+                With another `num_axes`, n sizes for each map, such as `((D1, H1, W1), …)`.
             padding_mask: `(*batch, S)` of bools; where it is True, the projected value is 0.
 
         Raises:
             ValueError: an option or argument does not fit; the message names it.
             TypeError: an option or argument is of the wrong kind.
         """
+        checks.one_layer(self.sampling_offsets.kernel.shape, 2)
         arguments = ms_deform_attn.check_arguments(self, query, reference_points, value, spatial_shapes, padding_mask)
         locations = ms_deform_attn.place_points(self, self.sampling_offsets(arguments.query), arguments)
-        weights = ms_deform_attn.softmax(self, self.attention_weights(arguments.query))
+        weights = ms_deform_attn.softmax(self, self.attention_weights(arguments.query), arguments)
         # Only under nnx.capture: see DeformConv.
         if hasattr(self, "__captures__"):
             self.sow(nnx.Intermediate, "sampling_locations", locations)

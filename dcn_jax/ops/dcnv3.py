@@ -16,7 +16,7 @@ from jax import lax
 
 from dcn_jax._core import checks, dtypes
 from dcn_jax._core.mesh import on_any_mesh
-from dcn_jax.geometry import Padding, Window, resolve_window
+from dcn_jax.geometry import Padding, Window, check_window, resolve_window
 from dcn_jax.ops.deform_conv import deform_conv
 
 
@@ -143,10 +143,20 @@ def make_grid(
     remove_center: Any,
 ) -> Grid:
     """The taps over a map of `shape` `(*batch, H, W, C)`; checks all options."""
+    check_grid_options(window, strides, padding, kernel_dilation, offset_scale, remove_center)
     size = checks.per_axis("window", window, 2, minimum=1)
     resolved = resolve_window(
         size, spatial=shape[-3:-1], strides=strides, padding=padding, kernel_dilation=kernel_dilation
     )
+    return Grid(resolved, float(offset_scale), bool(remove_center))
+
+
+def check_grid_options(
+    window: Any, strides: Any, padding: Any, kernel_dilation: Any, offset_scale: Any, remove_center: Any
+) -> None:
+    """Raise if an option makes no sense, whatever the map."""
+    size = checks.per_axis("window", window, 2, minimum=1)
+    check_window(size, strides=strides, padding=padding, kernel_dilation=kernel_dilation)
     if not isinstance(offset_scale, Real) or isinstance(offset_scale, bool):
         raise TypeError(
             f"offset_scale={offset_scale!r} is a {type(offset_scale).__name__}; wanted a number such as 1.0"
@@ -159,7 +169,6 @@ def make_grid(
         raise ValueError(
             f"remove_center=True, but window={size} has no middle tap, or no other tap; wanted odd sizes, not all 1"
         )
-    return Grid(resolved, float(offset_scale), bool(remove_center))
 
 
 def check_points(

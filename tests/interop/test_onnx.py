@@ -308,6 +308,7 @@ REFUSED = {
     "crop": ((4, 3, (3, 3)), {"padding": -1}, "padding=-1 crops.*jax.export"),
     "one axis": ((4, 3, (3,)), {}, "kernel_size=.3,. has 1 spatial axes.*jax.export"),
     "no branch": ((4, 3, (3, 3)), {"offset_branch": False}, "offset_branch=False.*graph.add"),
+    "activation": ((4, 3, (3, 3)), {"offset_activation": jnp.tanh}, "its offset_activation has no known nodes.*jax.export"),
     "channels": ((5, 3, (3, 3)), {}, "its input has 4 channels; wanted 5"),
 }  # fmt: skip
 

@@ -180,6 +180,21 @@ def test_an_abstract_model_is_filled_without_being_initialized():
     np.testing.assert_array_equal(model(jnp.ones((1, 8))), np.full((1, 5), 8.0))
 
 
+def test_random_keys_of_an_abstract_model_are_given_afterwards():
+    """As the docstring says: they stay abstract, and `nnx.reseed` makes them."""
+
+    def make_net():
+        rngs = nnx.Rngs(params=0, dropout=1)
+        return nnx.Sequential(nnx.Linear(2, 3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
+
+    state = {"0.weight": np.ones((3, 2)), "0.bias": np.ones(3)}
+    model = from_torch(nnx.eval_shape(make_net), state)
+    nnx.reseed(model, dropout=1)
+    y = model(jnp.ones((1, 2)))
+    np.testing.assert_array_equal(y, from_torch(make_net(), state)(jnp.ones((1, 2))))
+    assert set(y[0].tolist()) == {0.0, 6.0}  # it drops, and doubles what it keeps
+
+
 def test_a_model_does_not_share_memory_with_the_state():
     state = {name: value.astype(np.float32) for name, value in interop.state("mmcv").items()}
     layer = from_torch(make("mmcv"), state)
@@ -302,7 +317,7 @@ def test_norms_and_embeddings_keep_their_axes():
 def test_what_has_no_counterpart_is_named():
     model = nnx.Module()
     model.norm = nnx.InstanceNorm(3, rngs=nnx.Rngs(0))
-    model.kept = nnx.data({"scales": [nnx.Param(jnp.ones(2))]})
+    model.kept = nnx.data({"scales": [nnx.BatchStat(jnp.ones(2))]})
     with pytest.raises(ValueError, match="no counterpart in PyTorch") as caught:
         to_torch(model)
     for line in (

@@ -27,6 +27,7 @@ OWN = {
     "padding_mode": "zeros",
     "offset_conv_cls": None,
     "offset_branch": True,
+    "offset_activation": None,
 }
 NORMAL = nn.initializers.normal(0.3)
 noisy = functools.partial(DeformConv, offset_kernel_init=NORMAL)

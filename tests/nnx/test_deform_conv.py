@@ -26,6 +26,7 @@ OWN = {
     "offset_conv_cls": None,
     "offset_branch": True,
     "offset_in_features": None,
+    "offset_activation": None,
 }
 
 

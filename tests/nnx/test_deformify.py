@@ -233,6 +233,14 @@ def test_options_reach_the_layers():
     assert deformify(conv(), everywhere, mask_scale=1.0).mask_scale == 1.0
 
 
+def test_an_activation_of_the_offsets_is_handed_on():
+    """A new branch emits zeros, so a function with f(0) = 0 changes nothing."""
+    layer = conv()
+    deformable = deformify(layer, everywhere, offset_activation=jnp.tanh)
+    assert deformable.offset_activation is jnp.tanh
+    assert_close(*jax.jit(lambda x: (deformable(x), layer(x)))(X), 1e-6)
+
+
 def test_without_modulation():
     layer = conv()
     actual, wanted = jax.jit(lambda x: (deformify(layer, everywhere, modulated=False)(x), layer(x)))(X)
@@ -327,3 +335,27 @@ def test_arguments_that_make_no_sense():
         ValueError, match="the model itself cannot become deformable: offset_groups=3 must divide the 4"
     ):
         deformify(conv(), everywhere, offset_groups=3)
+
+
+# ---- biases
+
+
+def test_layers_without_a_bias_may_get_one():
+    """Of zeros; those that have one keep it. None adds none."""
+    net = nnx.List([conv(use_bias=False, param_dtype=jnp.bfloat16), conv()])
+    copy = deformify(net, everywhere, use_bias=True)
+    np.testing.assert_array_equal(copy[0].bias[...], np.zeros(4))
+    assert (copy[0].use_bias, copy[0].bias.dtype) == (True, jnp.bfloat16)
+    np.testing.assert_array_equal(copy[1].bias[...], net[1].bias[...])
+    actual, wanted = jax.jit(lambda x: (copy[1](copy[0](x)), net[1](net[0](x))))(X)
+    assert_close(actual, wanted, 1e-2)  # bfloat16 parameters
+    for without in (deformify(net, everywhere), deformify(nnx.List([net[0]]), everywhere, use_bias=False)):
+        assert (without[0].bias, without[0].use_bias) == (None, False)
+
+
+def test_a_bias_is_not_dropped_in_silence():
+    net = nnx.List([conv(use_bias=False), conv()])
+    with pytest.raises(ValueError, match=r"^1 cannot become deformable: use_bias=False, and it has a bias"):
+        deformify(net, everywhere, use_bias=False)
+    with pytest.raises(TypeError, match="use_bias='yes' is a str; wanted True, False or None"):
+        deformify(net, everywhere, use_bias="yes")

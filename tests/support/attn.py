@@ -63,12 +63,13 @@ def draw(coordinates=2, *, batch=(2,), queries=5, embed_dim=8, seed=0):
 def linen(**made):
     """(parameters of a fresh layer, a function of parameters and arguments, what that sows)."""
     layer = dcn_jax.linen.MSDeformAttn(**(SMALL | made))
-    shapes = LEVELS[:1] * layer.num_levels
-    pixels = layer.num_levels * LEVELS[0][0] * LEVELS[0][1]
+    shapes = ((2,) * layer.num_axes,) * layer.num_levels
+    pixels = layer.num_levels * 2**layer.num_axes
     query, value = (jnp.zeros((n, layer.embed_dim), jnp.float32) for n in (1, pixels))
+    points = jnp.zeros((1, layer.num_levels, layer.num_axes))
 
     def init():
-        return layer.init(jax.random.key(0), query, jnp.zeros((1, layer.num_levels, 2)), value, shapes)["params"]
+        return layer.init(jax.random.key(0), query, points, value, shapes)["params"]
 
     def apply(params, *args):
         return layer.apply({"params": params}, *args)

@@ -159,6 +159,15 @@ def select_implementation(
     return _choose(spec, arrays, implementation)
 
 
+def check_implementation(implementation: str | None) -> None:
+    """Raise if there is no such implementation."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        renamed = f" (it is called {_FORMER_NAMES[implementation]!r} now)" if implementation in _FORMER_NAMES else ""
+        raise ValueError(
+            f"implementation={implementation!r} is not known; wanted one of {IMPLEMENTATIONS} or None{renamed}"
+        )
+
+
 def _backend(name: str) -> ModuleType:
     """The backend of that name: a `refusal` and a `run`."""
     # Each is imported when it is asked for: importing Pallas takes time that most users need not spend.
@@ -178,11 +187,7 @@ def _choose(spec: Spec, arrays: Arrays, implementation: str | None) -> tuple[str
         if _deterministic():
             reason += ", and they add gradients atomically, in any order, which --xla_gpu_deterministic_ops rules out"
         return "xla", f"{reason}; on a GPU, ask for them with implementation='pallas_gpu'"
-    if implementation not in IMPLEMENTATIONS:
-        renamed = f" (it is called {_FORMER_NAMES[implementation]!r} now)" if implementation in _FORMER_NAMES else ""
-        raise ValueError(
-            f"implementation={implementation!r} is not known; wanted one of {IMPLEMENTATIONS} or None{renamed}"
-        )
+    check_implementation(implementation)
     if problem := _backend(implementation).refusal(spec, arrays):
         raise ValueError(
             f"implementation={implementation!r} cannot take this call: {problem}; use implementation='xla', or None"

@@ -66,6 +66,7 @@ def check_call(
     offset = array("offset", arrays.offset, jnp.floating)
 
     rank = _window_rank(kernel)
+    _check_layout(x, kernel, offset, rank, feature_group_count)
     batch, spatial, channels = _split_shape(x, kernel, rank)
     window = resolve_window(
         kernel.shape[:rank],
@@ -152,6 +153,34 @@ def _window_rank(kernel: jax.Array) -> int:
     return rank
 
 
+def _check_layout(x: jax.Array, kernel: jax.Array, offset: jax.Array, rank: int, groups: Any) -> None:
+    """Raise if kernel or x fits only as PyTorch's: (features, C // groups, *window), (*batch, C, *spatial)."""
+    if not checks.is_int(groups) or groups < 1 or x.ndim <= rank:
+        return
+
+    def counts(channels: tuple[int, ...], window: tuple[int, ...]) -> bool:
+        """Whether one of these numbers of channels is that of offsets for whole groups of a window's taps."""
+        per_group = rank * math.prod(window)
+        return per_group > 0 and any(n > 0 and n % per_group == 0 for n in channels)
+
+    channels, first = x.shape[-1], x.shape[-rank - 1]
+    ours, theirs = kernel.shape[-2] * groups, kernel.shape[1] * groups
+    fits, fits_turned = ours == channels, theirs in (channels, first)
+    last, anywhere = offset.shape[-1:], (*offset.shape[-1:], *offset.shape[-rank - 1 : -rank])
+    turned = kernel.shape[0] % groups == 0 and fits_turned and counts(anywhere, kernel.shape[2:])
+    if turned and not (fits and counts(last, kernel.shape[:rank])):
+        axes = (*range(2, rank + 2), 1, 0)
+        raise ValueError(
+            f"kernel has shape {kernel.shape}; wanted (*window, C // feature_group_count, features). It looks like "
+            f"PyTorch's, (features, C // feature_group_count, *window): pass kernel.transpose{axes}"
+        )
+    if kernel.shape[-1] % groups == 0 and not fits and first == ours:
+        raise ValueError(
+            f"x has shape {x.shape}; wanted (*batch, *spatial, C) with C = {ours}, as kernel {kernel.shape} and "
+            f"feature_group_count={groups} have{checks.channels_first('x', rank)}"
+        )
+
+
 def _split_shape(x: jax.Array, kernel: jax.Array, rank: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """The batch axes, the spatial axes and the channels of x."""
     if len(x.shape) < rank + 1:
@@ -197,9 +226,10 @@ def _check_offset(offset: jax.Array, window: Window, channels: int) -> int:
 def _check_mask(mask: jax.Array, window: Window, batch: tuple[int, ...], offset_groups: int) -> None:
     wanted = (*window.out_spatial, offset_groups * window.taps)
     if mask.shape[-window.rank - 1 :] != wanted:
+        is_first = mask.shape[-window.rank - 1 :] == (wanted[-1], *wanted[:-1])
         raise ValueError(
             f"mask has shape {mask.shape}; wanted {(*batch, *wanted)}: one value for each tap ({window.taps}) of each "
-            f"offset group ({offset_groups}, as in offset)"
+            f"offset group ({offset_groups}, as in offset){checks.channels_first('mask', window.rank) if is_first else ''}"
         )
 
 

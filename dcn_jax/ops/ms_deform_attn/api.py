@@ -39,7 +39,7 @@ def ms_deform_attn(
         attention_weights: `(*batch, Q, M, L, P)`.
         points_per_level: if levels differ in their points, how many each has, `(P1, …)`. Locations
             are then `(*batch, Q, M, P1 + P2 + …, n)`, and weights the same without n. None: P for
-            each.
+            each. Without points (P of 0) a level adds nothing; without any the result is zero.
         method: "linear"; "nearest" for the nearest pixel, at a tie the even one; or "discrete", as
             RT-DETRv2 and D-FINE have it, for the pixel at trunc(location · size + 0.5), clamped to
             the map, half a pixel from "nearest". The last two give the locations no gradient.
@@ -74,6 +74,12 @@ def ms_deform_attn(
     spec, arrays = check_attention(
         value, spatial_shapes, sampling_locations, attention_weights, points_per_level=points_per_level, method=method
     )
+    check_implementation(implementation)
+    return xla.run(spec, arrays)
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Raise if there is no such implementation."""
     if implementation == "pallas_gpu":
         raise ValueError(
             "implementation='pallas_gpu' is not there for ms_deform_attn, which has no GPU kernels yet; use "
@@ -81,4 +87,3 @@ def ms_deform_attn(
         )
     if implementation not in (None, "xla"):
         raise ValueError(f"implementation={implementation!r} is not known; wanted 'xla' or None")
-    return xla.run(spec, arrays)

@@ -49,8 +49,7 @@ def check_attention(value, spatial_shapes, locations, weights, *, points_per_lev
     value = checks.array("value", value, jnp.inexact)
     locations = checks.array("sampling_locations", locations, jnp.floating)
     weights = checks.array("attention_weights", weights, jnp.floating)
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is not known; wanted one of {METHODS}")
+    check_method(method)
     if value.ndim < 3:
         raise ValueError(f"value has shape {value.shape}; wanted (*batch, S, M, D): pixels, heads, channels of a head")
     shapes = check_spatial_shapes(spatial_shapes)
@@ -75,6 +74,12 @@ def check_attention(value, spatial_shapes, locations, weights, *, points_per_lev
     return Spec(shapes, points, method), Arrays(value, locations.reshape(*flat, rank), weights.reshape(flat))
 
 
+def check_method(method: Any) -> None:
+    """Raise if no way of reading a map has this name."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not known; wanted one of {METHODS}")
+
+
 def check_spatial_shapes(given: Any) -> tuple[tuple[Size, ...], ...]:
     """`spatial_shapes` as tuples of ints.
 
@@ -93,6 +98,8 @@ def check_spatial_shapes(given: Any) -> tuple[tuple[Size, ...], ...]:
     if not all(is_symbolic_dim(size) or checks.is_int(size) for shape in shapes for size in shape):
         raise TypeError(f"spatial_shapes={given!r} is not made of ints; {wanted}")
     shapes = tuple(tuple(s if is_symbolic_dim(s) else operator.index(s) for s in shape) for shape in shapes)
+    if not shapes:
+        raise ValueError(f"spatial_shapes={given!r} has no levels; wanted at least one, ((H1, W1),)")
     ranks = {len(shape) for shape in shapes}
     if not (ranks <= {1, 2, 3} and len(ranks) == 1) or any(
         isinstance(s, int) and s < 1 for shape in shapes for s in shape
@@ -119,7 +126,7 @@ def _check_pixels(value: jax.Array, shapes: tuple[tuple[Size, ...], ...]) -> Non
 def _check_points(points_per_level: Any, locations: jax.Array, levels: int) -> tuple[int, ...]:
     """How many points each level has."""
     if points_per_level is not None:
-        return checks.per_level("points_per_level", points_per_level, levels)
+        return checks.per_level("points_per_level", points_per_level, levels, minimum=0)
     if locations.ndim < 5 or locations.shape[-3] != levels:
         raise ValueError(
             f"sampling_locations has shape {locations.shape}; wanted (*batch, Q, M, {levels}, P, n): as many points on each of "

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dcn_jax._core.dtypes import wide
-from dcn_jax._core.mesh import on_any_mesh
+from dcn_jax._core.mesh import on_any_mesh, zeros_varying_like
 from dcn_jax.ops.ms_deform_attn.call import Arrays, Spec
 from dcn_jax.ops.weighted_reads import Level, Operands, sum_readings
 from dcn_jax.sampling import Border
@@ -29,18 +29,22 @@ def _attend(spec: Spec, value, locations, weights) -> jax.Array:
 
     # The sum's gradients have the dtype of its operands, so these are widened before it.
     operands = Operands(flatten(value, dtype), flatten(locations, real), flatten(weights, real))
-    y = sum_readings(_levels(spec), operands)
+    if levels := _levels(spec):
+        y = sum_readings(levels, operands)
+    else:  # no points at all
+        y = zeros_varying_like(operands, dtype, (*operands.points.shape[:-2], channels))
     return y.reshape(*batch, y.shape[1], heads * channels).astype(value.dtype)
 
 
 def _levels(spec: Spec) -> tuple[Level, ...]:
-    """Which pixels of each level its points read, and where both lie in the arrays."""
+    """Which pixels its points read, and where both lie in the arrays, for each level that has points."""
     method, border, to_pixels = spec.method, "zeros", _from_edges
     if method == "discrete":
         method, border, to_pixels = "floor", "edge", _half_up
     return tuple(
         Level(Border(spatial, (border,) * len(spatial)), method, to_pixels, pixels.start, t.start, t.stop - t.start)
         for spatial, pixels, t in spec.levels
+        if t.stop > t.start
     )
 
 

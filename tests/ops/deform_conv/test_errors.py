@@ -20,6 +20,13 @@ SHAPE_ERRORS = [
     ({"kernel": ()}, "kernel has shape (); wanted"),
     ({"kernel": (3, 0, 2, 8)}, "kernel has shape (3, 0, 2, 8); wanted (*window, C // feature_group_count, features) with a window of 1, 2 or 3 axes, none of them empty"),
     ({"kernel": (3, 2, 4, 8)}, "kernel has shape (3, 2, 4, 8); wanted (3, 2, 2, 8): (*window, C // feature_group_count, features) with C = 4, the channels of x, and feature_group_count=2"),
+    # PyTorch's order
+    ({"kernel": (8, 2, 3, 2)}, "kernel has shape (8, 2, 3, 2); wanted (*window, C // feature_group_count, features). It looks like PyTorch's, (features, C // feature_group_count, *window): pass kernel.transpose(2, 3, 1, 0)"),
+    ({"x": (2, 4, 6, 7)}, "x has shape (2, 4, 6, 7); wanted (*batch, *spatial, C) with C = 4, as kernel (3, 2, 2, 8) and feature_group_count=2 have. It looks channels first, as PyTorch's arrays are: pass jnp.moveaxis(x, -3, -1)"),
+    ({"x": (2, 4, 6, 7), "kernel": (8, 2, 3, 2)}, "pass kernel.transpose(2, 3, 1, 0)"),
+    ({"x": (2, 4, 6, 7), "kernel": (8, 2, 3, 2), "offset": (2, 24, 6, 7)}, "pass kernel.transpose(2, 3, 1, 0)"),
+    ({"kernel": (3, 2, 4, 0)}, "kernel has shape (3, 2, 4, 0); wanted (3, 2, 2, 0)"),
+    ({"mask": (2, 12, 6, 7)}, "one value for each tap (6) of each offset group (2, as in offset). It looks channels first, as PyTorch's arrays are: pass jnp.moveaxis(mask, -3, -1)"),
     # x
     ({"x": (7, 4)}, "x has shape (7, 4); wanted (*batch, *spatial, C) with 2 spatial axes, the rank of the window of kernel, whose shape is (3, 2, 2, 8)"),
     ({"x": ()}, "x has shape (); wanted (*batch, *spatial, C) with 2 spatial axes"),
@@ -117,6 +124,15 @@ def test_shapes(changed, message):
     check(ValueError, message, lambda: jax.eval_shape(call, *arrays(**changed)))
     if "bias" not in changed:
         check(ValueError, message, lambda: select_implementation(*arrays(**changed)[:4], **right()))
+
+
+def test_a_kernel_of_pytorch_s_whose_shape_fits_is_told_by_the_offsets():
+    """Of three channels and a window of 3 × 3 the kernel alone does not tell."""
+    zeros = functools.partial(np.zeros, dtype=np.float32)
+    x, kernel, offset = zeros((1, 9, 9, 3)), zeros((8, 3, 3, 3)), zeros((1, 9, 9, 18))
+    check(ValueError, "pass kernel.transpose(2, 3, 1, 0)", lambda: deform_conv(x, kernel, offset))
+    assert jax.eval_shape(deform_conv, x, kernel.transpose(2, 3, 1, 0), offset).shape == (1, 9, 9, 8)
+    assert jax.eval_shape(deform_conv, x, kernel, zeros((1, 9, 9, 48))).shape == (1, 9, 9, 3)  # a window of 8 × 3
 
 
 @pytest.mark.parametrize(("changed", "error", "message"), OPTION_ERRORS, ids=name)
