@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +135,8 @@ def _check_opset(opset: Any, newest: int, decompose: bool) -> None:
 def _check_layer(layer: Any, table: Mapping[Any, Any]) -> None:
     """Raise if `layer` is neither an nnx module nor a function that is known."""
     function = layer.func if isinstance(layer, functools.partial) else layer
-    if isinstance(layer, nnx.Module) or (inspect.isroutine(function) and function in table):
+    known = not isinstance(function, type) and isinstance(function, Hashable) and function in table
+    if known or isinstance(layer, nnx.Module):
         return
     problem = f"layer is a {type(layer).__name__}; wanted a flax.nnx module"
     if type(layer).__module__.startswith("flax.linen") or hasattr(layer, "init_with_output"):

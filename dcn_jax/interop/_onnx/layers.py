@@ -26,11 +26,13 @@ def check_usual(graph: Graph, layer: Any, *options: str) -> None:
         given = getattr(layer, name)
         given = getattr(given, "promote_dtype", given)  # a branch's, which wraps the usual one
         if given not in _USUAL[name]:
-            graph.refuse(f"a {name} of its own has no known nodes: leave it out, {USE_JAX_EXPORT}")
+            graph.refuse(f"its own {name} has no known nodes: leave it out, {USE_JAX_EXPORT}")
 
 
 def check_channels(graph: Graph, x: Value, wanted: int, name: str = "its input") -> None:
     """Refuse an array that has not as many channels as a layer was made for."""
+    if not isinstance(x.channels, int):
+        graph.refuse(f"{name} has no number of channels; make the last size in input_shape the int {wanted}")
     if x.channels != wanted:
         graph.refuse(f"{name} has {x.channels} channels; wanted {wanted}: the last size of input_shape says how many")
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dcn_jax._core import checks
 from dcn_jax._layers.ms_deform_attn import points_per_level as points_of_layer
 from dcn_jax.interop._onnx import sampling
 from dcn_jax.interop._onnx.graph import Graph, Value
@@ -123,10 +122,9 @@ def _check_shapes(graph: Graph, given: Any, value: Value) -> tuple[tuple[int, ..
 
 def _zero_at(graph: Graph, padding_mask: Value, value: Value) -> Value:
     """`value`, zero where the mask `(B, S)` is True."""
-    if len(padding_mask.shape) != 2:
-        graph.refuse(
-            f"padding_mask has shape {padding_mask.shape}; wanted (batch, S): one bool for each pixel of value"
-        )
+    wanted = value.shape[:2]
+    if len(padding_mask.shape) != 2 or not all(map(_may_be_equal, padding_mask.shape, wanted)):
+        graph.refuse(f"padding_mask has shape {padding_mask.shape}; wanted {wanted}: one bool for each pixel of value")
     mask = graph.emit("Unsqueeze", graph.typed(padding_mask, bool), np.array([2]))
     return value._replace(name=graph.emit("Where", mask, np.float32(0), value))
 
@@ -137,11 +135,8 @@ def _locations(graph: Graph, levels: _Levels, offset: str, reference: Value, que
     if len(reference.shape) == 3:  # without a batch axis
         reference = Value(graph.emit("Unsqueeze", reference, np.array([0])), (1, *reference.shape), channels_last=True)
     wanted = (query.shape[0], query.shape[1], len(levels.shapes))
-    axes = zip(reference.shape[:3], wanted, (True, False, True), strict=False)
-    fits = [
-        size == want or not checks.is_int(size) or not checks.is_int(want) or (one and size == 1)
-        for size, want, one in axes
-    ]
+    shared = [(1,), (), (1,)]  # sizes of the batch and of the levels that stand for all
+    fits = [_may_be_equal(*pair) or pair[0] in one for *pair, one in zip(reference.shape, wanted, shared, strict=False)]
     if len(reference.shape) != 4 or not all(fits) or reference.channels not in (rank, 2 * rank):
         graph.refuse(
             f"reference_points has shape {reference.shape}; wanted {(*wanted, f'{rank} or {2 * rank}')}: a point or a box "
@@ -158,6 +153,11 @@ def _locations(graph: Graph, levels: _Levels, offset: str, reference: Value, que
         share = levels.each_point([[0.5 / count] * rank for count in levels.points]).ravel().astype(np.float32)
         step = graph.emit("Mul", graph.reshape(graph.slice(each, rank, 2 * rank, 3), 0, 0, 1, flat), share)
     return graph.emit("Add", centre, graph.emit("Mul", offset, step))
+
+
+def _may_be_equal(size: Any, wanted: Any) -> bool:
+    """Whether two sizes are equal, or one of them is open."""
+    return size == wanted or not (isinstance(size, int) and isinstance(wanted, int))
 
 
 def _attend(graph: Graph, levels: _Levels, value: Value, locations: str, weights: str, query: Value) -> Value:

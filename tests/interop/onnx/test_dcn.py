@@ -31,7 +31,13 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "options"), CASES.values(), ids=CASES.keys())
+ALWAYS = ("v3, every option", "v4, every option")  # the others are slow together
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [pytest.param(*CASES[name], id=name, marks=[] if name in ALWAYS else [pytest.mark.slow]) for name in CASES],
+)
 def test_a_layer_over_open_sizes(kind, options):
     model = filled(lambda rngs: kind(**({"channels": 4, "group": 2} | options), rngs=rngs), scale=0.8)
     check(checked(model, SHAPE), model, images(2, 6, 7, 4), images(1, 9, 8, 4))

@@ -50,7 +50,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("options", "reference"), CASES.values(), ids=CASES.keys())
+ALWAYS = ("linear", "discrete, points that differ", "one reference for all levels")  # the others are slow together
+
+
+@pytest.mark.parametrize(
+    ("options", "reference"),
+    [pytest.param(*CASES[name], id=name, marks=[] if name in ALWAYS else [pytest.mark.slow]) for name in CASES],
+)
 def test_the_layer_over_open_sizes(options, reference):
     model, arguments = attention(**options), draw(reference=reference)
     points = arguments["reference_points"].shape
@@ -77,6 +83,7 @@ def test_reference_points_that_stay_the_same():
     check(proto, functools.partial(model, **constants), arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shapes", [((7,), (3,)), ((2, 3, 4), (1, 2, 2))], ids=["1-D", "3-D"])
 @pytest.mark.parametrize("method", ["linear", "discrete"])
 def test_the_op_over_one_and_three_axes(shapes, method):

@@ -40,9 +40,7 @@ def test_borders(padding_mode, align_corners, known):
 
 
 @pytest.mark.parametrize("method", ["linear", "nearest"])
-@pytest.mark.parametrize(
-    ("spatial", "query"), [((6,), (5,)), ((4, 5), (7,)), ((4, 1), (2, 3, 2)), ((3, 4, 5), (2, 3)), ((2, 3, 2), (4,))]
-)
+@pytest.mark.parametrize(("spatial", "query"), [((6,), (5,)), ((4, 1), (2, 3, 2)), ((3, 4, 5), (2, 3))])
 def test_axes_and_methods(spatial, query, method):
     given, sample = draw(spatial, query), functools.partial(grid_sample, method=method)
     check(checked(sample, shapes(given, known=False)), sample, given)
