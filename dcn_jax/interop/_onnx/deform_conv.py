@@ -65,9 +65,7 @@ def deform_conv(
 
 def _fitted(graph: Graph, name: str, given: Value, inputs: Value, spatial: Sequence[AxisSize], channels: int) -> Value:
     """An array of the call's positions, with the batch of `inputs`; refuse another shape."""
-    if len(given.shape) == len(inputs.shape) - 1:  # without a batch axis
-        given = graph.channels_last(given)
-        given = Value(graph.emit("Unsqueeze", given, np.array([0])), (1, *given.shape), channels_last=True)
+    given = sampling.with_batch(graph, given, len(inputs.shape))
     ints = [(size, want) for size, want in zip(given.spatial, spatial, strict=False) if _are_ints(size, want)]
     fits = len(given.spatial) == len(spatial) and all(size == want for size, want in ints)
     if not fits or given.channels != channels:
@@ -78,10 +76,8 @@ def _fitted(graph: Graph, name: str, given: Value, inputs: Value, spatial: Seque
     batch = inputs.shape[0]
     if given.shape[0] == batch or given.shape[0] != 1:
         return given
-    given, ones = graph.channels_first(given), np.ones(len(spatial) + 1, np.int64)
-    images = np.array([batch]) if isinstance(batch, int) else graph.emit("Shape", inputs, start=0, end=1)
-    expanded = graph.emit("Expand", given, graph.emit("Concat", images, ones, axis=0))
-    return Value(expanded, (batch, *given.shape[1:]))
+    given = graph.channels_first(given)
+    return Value(sampling.for_each_image(graph, given.name, len(given.shape), inputs), (batch, *given.shape[1:]))
 
 
 def _are_ints(*sizes: Any) -> bool:

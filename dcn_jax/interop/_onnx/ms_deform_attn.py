@@ -56,20 +56,30 @@ def layer(
     shapes = _check_shapes(graph, spatial_shapes, value)
     points = points_of_layer(attention)
     levels = _Levels(shapes, points, attention.num_heads, attention.method)
-    if len(shapes) != attention.num_levels:
-        graph.refuse(f"spatial_shapes={shapes} has {len(shapes)} levels; wanted num_levels={attention.num_levels}")
+    total, rank = sum(points), getattr(attention, "num_axes", 2)
+    if (len(shapes), levels.rank) != (attention.num_levels, rank):
+        graph.refuse(
+            f"spatial_shapes={shapes} has {len(shapes)} levels of {levels.rank} sizes; wanted {rank} for each of "
+            f"num_levels={attention.num_levels}"
+        )
+    query = sampling.with_batch(graph, query, 3)
     for name, given in (("query", query), ("value", value)):
         check_channels(graph, given, attention.embed_dim, name)
         if len(given.shape) != 3:
             graph.refuse(f"{name} has shape {given.shape}; wanted three axes, (batch, length, {attention.embed_dim})")
-    query, total = graph.channels_last(query), sum(points)
+    query = graph.channels_last(query)
     value = graph.channels_last(graph.add(attention.value_proj, graph.channels_last(value)))
     if padding_mask is not None:
         value = _zero_at(graph, padding_mask, value)
     offset = graph.reshape(graph.add(attention.sampling_offsets, query), 0, 0, levels.heads, total * levels.rank)
-    locations = _locations(graph, levels, offset, reference_points, query)
+    reference_points = _check_reference(graph, levels, reference_points, value, query)
+    locations = _locations(graph, levels, offset, reference_points)
     logits = graph.reshape(graph.add(attention.attention_weights, query), 0, 0, levels.heads, total)
     weights = graph.emit("Softmax", logits, axis=-1)
+    if query.shape[0] == 1 != value.shape[0]:  # all images share the queries
+        weights = sampling.for_each_image(graph, weights, 4, value)
+        if reference_points.shape[0] == 1:
+            locations = sampling.for_each_image(graph, locations, 4, value)
     y = _attend(graph, levels, value, locations, weights, query)
     return graph.add(attention.output_proj, graph.channels_last(y))
 
@@ -129,12 +139,10 @@ def _zero_at(graph: Graph, padding_mask: Value, value: Value) -> Value:
     return value._replace(name=graph.emit("Where", mask, np.float32(0), value))
 
 
-def _locations(graph: Graph, levels: _Levels, offset: str, reference: Value, query: Value) -> str:
-    """Where each point reads, in [0, 1] inside a map: `(B, Q, M, T · n)`."""
-    reference, rank = graph.channels_last(reference), levels.rank
-    if len(reference.shape) == 3:  # without a batch axis
-        reference = Value(graph.emit("Unsqueeze", reference, np.array([0])), (1, *reference.shape), channels_last=True)
-    wanted = (query.shape[0], query.shape[1], len(levels.shapes))
+def _check_reference(graph: Graph, levels: _Levels, reference: Value, value: Value, query: Value) -> Value:
+    """`reference_points` as `(B or 1, Q, L or 1, n or 2 n)`."""
+    reference, rank = graph.channels_last(sampling.with_batch(graph, reference, 4)), levels.rank
+    wanted = (value.shape[0], query.shape[1], len(levels.shapes))
     shared = [(1,), (), (1,)]  # sizes of the batch and of the levels that stand for all
     fits = [_may_be_equal(*pair) or pair[0] in one for *pair, one in zip(reference.shape, wanted, shared, strict=False)]
     if len(reference.shape) != 4 or not all(fits) or reference.channels not in (rank, 2 * rank):
@@ -142,6 +150,14 @@ def _locations(graph: Graph, levels: _Levels, offset: str, reference: Value, que
             f"reference_points has shape {reference.shape}; wanted {(*wanted, f'{rank} or {2 * rank}')}: a point or a box "
             "for each query and level; the axis of levels may be 1, that of the batch 1 or missing"
         )
+    if not _may_be_equal(query.shape[0], value.shape[0]) and query.shape[0] != 1:
+        graph.refuse(f"query has shape {query.shape}; wanted the batch of value, {value.shape[0]}, or 1")
+    return reference
+
+
+def _locations(graph: Graph, levels: _Levels, offset: str, reference: Value) -> str:
+    """Where each point reads, in [0, 1] inside a map: `(B, Q, M, T · n)`."""
+    rank = levels.rank
     own = range(len(levels.shapes)) if reference.shape[2] != 1 else [0] * len(levels.shapes)
     each = graph.emit("Gather", reference, levels.each_point(own), axis=2)  # (B, Q, T, n or 2 n)
     flat = sum(levels.points) * rank

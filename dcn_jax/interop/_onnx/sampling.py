@@ -106,6 +106,21 @@ def starts(graph: Graph, out: Sequence[Any], strides: Sequence[int], lows: Seque
     return graph.emit("Add", graph.emit("Mul", index, steps), shifts)
 
 
+def with_batch(graph: Graph, x: Value, rank: int) -> Value:
+    """An array of `rank` axes; if x has one less, that of the batch is put before them."""
+    if len(x.shape) != rank - 1:
+        return x
+    x = graph.channels_last(x)
+    return Value(graph.emit("Unsqueeze", x, np.array([0])), (1, *x.shape), channels_last=True)
+
+
+def for_each_image(graph: Graph, x: str, rank: int, images: Value) -> str:
+    """An array `(1, …)` of `rank` axes, repeated for each of `images`."""
+    batch = graph.size(images, 0)
+    shape = graph.emit("Concat", _length(graph, batch), np.ones(rank - 1, np.int64), axis=0)
+    return graph.emit("Expand", x, shape)
+
+
 def by_head(graph: Graph, x: str, queries: int | Size, values: int) -> str:
     """Heads as a part of the batch: `(B, Q, M, values)` -> `(B · M, Q, values)`."""
     return graph.reshape(graph.emit("Transpose", x, perm=[0, 2, 1, 3]), -1, queries, values)

@@ -159,10 +159,11 @@ LEVELS = {"spatial_shapes": ((2, 3), (2, 2))}
 ATTENTION = {
     "no levels": (SHAPES, {}, "the arguments .*missing a required argument: 'spatial_shapes'.*what stays the same in constants"),
     "levels as an input": (SHAPES | {"spatial_shapes": (2, 2)}, {}, "spatial_shapes is an input, and a graph must know it: constants="),
-    "other levels": (SHAPES, {"spatial_shapes": ((2, 5),)}, "spatial_shapes=.* has 1 levels; wanted num_levels=2"),
+    "other levels": (SHAPES, {"spatial_shapes": ((2, 5),)}, "spatial_shapes=.* has 1 levels of 2 sizes; wanted 2 for each of num_levels=2"),
     "pixels": (SHAPES | {"value": (2, 9, 8)}, LEVELS, r"value has shape \(2, 9, 8\); wanted 10 pixels"),
     "channels": (SHAPES | {"query": (2, 5, 6)}, LEVELS, "query has 6 channels; wanted 8"),
-    "axes": (SHAPES | {"query": (5, 8)}, LEVELS, r"query has shape \(5, 8\); wanted three axes"),
+    "axes": (SHAPES | {"query": (1, 2, 5, 8)}, LEVELS, r"query has shape \(1, 2, 5, 8\); wanted three axes"),
+    "other images": (SHAPES | {"query": (3, 5, 8)}, LEVELS, r"query has shape \(3, 5, 8\); wanted the batch of value, 2, or 1"),
     "points": (SHAPES | {"reference_points": (2, 4, 2, 2)}, LEVELS, r"reference_points has shape \(2, 4, 2, 2\); wanted \(2, 5, 2, '2 or 4'\)"),
     "mask": (SHAPES | {"padding_mask": (2, 2, 3)}, LEVELS, r"padding_mask has shape \(2, 2, 3\); wanted \(2, 10\)"),
 }  # fmt: skip

@@ -4,6 +4,7 @@ import functools
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -162,6 +163,53 @@ def test_arguments_of_a_model_of_one_s_own():
     proto = checked(model, shapes, converters={Gated: add_gated}, constants={"bias": 0.5})
     check(proto, functools.partial(model, bias=0.5), given)
     assert sizes_of(proto.graph.output[0])[-1] == 4
+
+
+class Stack(nnx.Module):
+    """Layers of one kind in one, as `nnx.vmap` makes them for `nnx.scan`."""
+
+    def __init__(self, rngs):
+        self.layers = nnx.vmap(lambda rngs: DeformConv(4, 4, (3, 3), rngs=rngs))(rngs.split(3))
+
+    def each(self):
+        graph, state = nnx.split(self.layers)
+        return [nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], state)) for i in range(3)]
+
+    def __call__(self, x):
+        for layer in self.each():
+            x = layer(x)
+        return x
+
+
+def add_stack(graph, stack, x):
+    for layer in stack.each():
+        x = graph.add(layer, x)
+    return x
+
+
+def test_the_advice_about_a_stack_of_layers():
+    model = filled(lambda rngs: Stack(rngs))
+    check(checked(model, SHAPE, converters={Stack: add_stack}), model, images(1, 5, 4, 4), reference=False)
+
+
+class Fused(nnx.Module):
+    """Two maps side by side in their channels."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(6, 2, (1, 1), rngs=rngs)
+
+    def __call__(self, x, y):
+        return self.conv(jnp.concatenate([x, y], axis=-1))
+
+
+def add_fused(graph, model, x, y):
+    return graph.add(model.conv, graph.node("Concat", x, y, axis=1, channels=x.channels + y.channels))
+
+
+def test_a_node_that_changes_the_channels():
+    model, given = filled(lambda rngs: Fused(rngs)), {"x": images(2, 3, 5, 4), "y": images(2, 3, 5, 2)}
+    shapes = {"x": (None, "h", "w", 4), "y": (None, "h", "w", 2)}
+    check(checked(model, shapes, converters={Fused: add_fused}), model, given, reference=False)
 
 
 class Encoder(nnx.Module):

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -73,6 +74,20 @@ def test_padding_and_known_sizes():
     shapes = {name: array.shape for name, array in arguments.items()} | {"padding_mask": padding.shape}
     proto = check_layer(attention(), shapes, arguments | {"padding_mask": padding})
     assert "Shape" not in operators(proto)  # every size is known
+
+
+@pytest.mark.parametrize("reference", [(3, 2), ("shared", 3, 2)], ids=["its own points", "shared points"])
+def test_queries_that_images_share(reference):
+    """One set of queries for all images, as for several cameras."""
+    model, arguments = attention(), draw(reference=reference)
+    arguments["query"] = arguments["query"][0]
+    shapes = OPEN | {"query": (5, 8), "reference_points": arguments["reference_points"].shape}
+    proto = checked(model, shapes, constants={"spatial_shapes": LEVELS})
+
+    def alone(query, **others):
+        return model(jnp.broadcast_to(query, (2, 5, 8)), **others, spatial_shapes=LEVELS)
+
+    check(proto, alone, arguments, reference=False)
 
 
 def test_reference_points_that_stay_the_same():
