@@ -212,6 +212,12 @@ def test_a_node_that_changes_the_channels():
     check(checked(model, shapes, converters={Fused: add_fused}), model, given, reference=False)
 
 
+def test_an_array_in_a_node_is_channels_first():
+    gains = np.arange(4, dtype=np.float32)
+    converters = {jnp.cos: lambda graph, x: graph.node("Mul", x, gains.reshape(-1, 1, 1))}
+    check(checked(nnx.Sequential(jnp.cos), SHAPE, converters=converters), lambda x: x * gains, images(2, 3, 4, 4))
+
+
 class Encoder(nnx.Module):
     """A layer of Deformable DETR's encoder."""
 
