@@ -114,12 +114,8 @@ def to_onnx(
         paths = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(layer)}
     graph = Graph(table, paths, opset=opset, decompose=decompose)
     inputs = {name: graph.input(name, shape) for name, shape in shapes.items()}
-    if isinstance(input_shape, Mapping):
-        values, options = _arguments(layer, inputs, constants)
-        y = graph.add(layer, *values, **options)
-    else:
-        y = graph.add(layer, *inputs.values(), **constants)
-    y = graph.channels_last(y)
+    values, options = _arguments(layer, inputs, constants, named=isinstance(input_shape, Mapping))
+    y = graph.channels_last(graph.add(layer, *values, **options))
     if not graph.nodes or graph.nodes[-1].output != y.name:
         graph.emit("Identity", y)
     graph.nodes[-1] = graph.nodes[-1]._replace(output="output")
@@ -181,27 +177,30 @@ def _sizes(name: str, shape: Any, usual: Sequence[str] | None) -> tuple[Any, ...
 
 
 def _arguments(
-    layer: Any, inputs: Mapping[str, Value], constants: Mapping[str, Any]
+    layer: Any, inputs: Mapping[str, Value], constants: Mapping[str, Any], *, named: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call, by place and by name."""
+    """The arguments of a call, by place and by name; a converter may call those by place otherwise."""
     if twice := sorted(inputs.keys() & constants.keys()):
         raise ValueError(f"{twice[0]!r} is in input_shape and in constants; wanted it in one of them")
-    call = layer if not isinstance(layer, nnx.Module) else layer.__call__
-    signature = inspect.signature(call)
+    if not callable(layer):
+        raise TypeError(f"layer is a {type(layer).__name__} without __call__, which says what a graph computes")
+    signature = inspect.signature(layer)
+    by_place, by_name = ((), {**inputs, **constants}) if named else (tuple(inputs.values()), dict(constants))
     try:
-        bound = signature.bind(**inputs, **constants)
+        bound = signature.bind(*by_place, **by_name)
     except TypeError as error:
         raise ValueError(
-            f"the arguments in input_shape and constants, {', '.join([*inputs, *constants])}, do not fit the call "
-            f"{type(layer).__name__}{signature}: {error}; arrays belong in input_shape, and what stays the same in constants"
+            f"the arguments {', '.join([*inputs, *constants])} do not fit the call {type(layer).__name__}{signature}: {error}; "
+            "give the shapes of its arrays as a dict, input_shape={argument: shape}, and what stays the same in constants"
         ) from error
-    given = [name for name in signature.parameters if name in bound.arguments]
-    bound.apply_defaults()
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    places = [name for name, p in signature.parameters.items() if p.kind in positional]
+    if not named:
+        return by_place, by_name
+    given = list(bound.arguments)
+    bound.apply_defaults()  # an argument by place that is left out may stand before one that is given
+    places = [name for name, p in signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     last = max((i for i, name in enumerate(places) if name in given), default=-1)
     values = tuple(bound.arguments[name] for name in places[: last + 1])
-    return values, {name: bound.arguments[name] for name in given if name not in places}
+    return values, {name: value for name, value in by_name.items() if name not in places}
 
 
 def _model(

@@ -228,8 +228,8 @@ def dropout(graph: Graph, layer: nnx.Dropout, x: Value) -> Value:
     return x
 
 
-def sequential(graph: Graph, model: nnx.Sequential, x: Value) -> Value:
-    """One after another."""
+def sequential(graph: Graph, model: nnx.Sequential, *values: Value, **options: Any) -> Value:
+    """One after another; the first gets all arguments of the call."""
     for layer in model.layers:
-        x = graph.add(layer, x)
-    return x
+        values, options = (graph.add(layer, *values, **options),), {}
+    return values[0]

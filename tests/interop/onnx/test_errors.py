@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import linen, nnx
 
@@ -144,7 +143,7 @@ def test_a_layer_of_linen_and_the_advice_about_it():
         ({"input_shape": (None, 8.0, 8, 4)}, TypeError, "a size of input_shape=8.0 is a float"),
         ({"input_shape": {}}, ValueError, "input_shape=.* is not understood; wanted the names"),
         ({"input_shape": {"inputs": 4}}, ValueError, r"input_shape\['inputs'\]=4 is not understood"),
-        ({"input_shape": {"input": SHAPE}}, ValueError, "the arguments in input_shape and constants, input, do not fit the call DeformConv.*missing"),
+        ({"input_shape": {"input": SHAPE}}, ValueError, "the arguments input do not fit the call DeformConv.*missing"),
         ({"input_shape": {"inputs": SHAPE}, "constants": {"inputs": 1}}, ValueError, "'inputs' is in input_shape and in constants"),
     ],
 )  # fmt: skip
@@ -176,9 +175,21 @@ def test_attention(shapes, constants, message):
         to_onnx(model, shapes, constants=constants)
 
 
-def test_constants_beside_one_shape():
-    """They reach the converter by name."""
+def test_one_shape_for_a_call_of_several_arrays():
+    model = MSDeformAttn(embed_dim=8, num_heads=2, num_levels=2, rngs=nnx.Rngs(0))
     with pytest.raises(
-        ValueError, match=r"^flax.nnx.Linear cannot be added so: got an unexpected keyword argument 'gain'"
+        ValueError,
+        match=r"^the arguments input do not fit .*'reference_points'; give the shapes of its arrays as a dict",
     ):
-        to_onnx(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), (None, 4), constants={"gain": np.float32(2)})
+        to_onnx(model, (2, 5, 8))
+
+
+def test_constants_that_nothing_takes():
+    layer = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"^the arguments input, gain do not fit the call Linear.*'gain'"):
+        to_onnx(layer, (None, 4), constants={"gain": 2.0})
+
+
+def test_a_module_without_a_call():
+    with pytest.raises(TypeError, match=r"^layer is a Module without __call__"):
+        to_onnx(nnx.Module(), (None, 4))

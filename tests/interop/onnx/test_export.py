@@ -91,6 +91,12 @@ def test_a_sequence_of_layers():
     assert "layers.4.layers.0/DeformConv" in [node.name for node in proto.graph.node]
 
 
+def test_the_first_of_a_sequence_gets_all_arguments():
+    model = filled(lambda rngs: nnx.Sequential(DeformConv(4, 3, (1, 1), offset_branch=False, rngs=rngs), nnx.relu))
+    given = {"inputs": images(1, 3, 4, 4), "offset": images(1, 3, 4, 2)}
+    check(checked(model, {name: array.shape for name, array in given.items()}), model, given, reference=False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("decompose", [False, True])
 @pytest.mark.parametrize(("block", "num_classes"), [(BasicBlock, 5), (Bottleneck, None)])
