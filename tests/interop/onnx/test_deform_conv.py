@@ -38,7 +38,7 @@ LAYERS = {
 
 
 # The others are slow together.
-ALWAYS = {False: ("modulated", "bounded on one axis"), True: ("not modulated, no bias", "groups")}
+ALWAYS = {False: ("modulated", "bounded on one axis"), True: ("groups",)}
 
 
 def names(decompose):

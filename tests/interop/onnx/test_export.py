@@ -193,6 +193,7 @@ def add_stack(graph, stack, x):
     return x
 
 
+@pytest.mark.slow
 def test_the_advice_about_a_stack_of_layers():
     model = filled(lambda rngs: Stack(rngs))
     check(checked(model, SHAPE, converters={Stack: add_stack}), model, images(1, 5, 4, 4), reference=False)
@@ -248,7 +249,7 @@ def add_encoder(graph, encoder, src, pos, reference_points, spatial_shapes, padd
     return graph.add(encoder.norm2, graph.node("Add", src, graph.add(encoder.linear2, hidden)))
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_an_encoder_layer(padded):
     model, levels = filled(lambda rngs: Encoder(rngs)), ((3, 4), (2, 2))
     given = {name: images(2, 16, 8, seed=seed) for seed, name in enumerate(("src", "pos"))}
