@@ -7,7 +7,7 @@ import numpy as np
 
 from dcn_jax._layers import offset_conv
 from dcn_jax.interop._onnx import sampling, windows
-from dcn_jax.interop._onnx.graph import USE_JAX_EXPORT, AxisSize, Graph, Value
+from dcn_jax.interop._onnx.graph import USE_JAX_EXPORT, AxisSize, Graph, Value, may_be_equal
 from dcn_jax.interop._onnx.layers import check_channels, check_usual, given_inputs, kernel_first
 from dcn_jax.nnx import DeformConv
 
@@ -66,22 +66,18 @@ def deform_conv(
 def _fitted(graph: Graph, name: str, given: Value, inputs: Value, spatial: Sequence[AxisSize], channels: int) -> Value:
     """An array of the call's positions, with the batch of `inputs`; refuse another shape."""
     given = sampling.with_batch(graph, given, len(inputs.shape))
-    ints = [(size, want) for size, want in zip(given.spatial, spatial, strict=False) if _are_ints(size, want)]
-    fits = len(given.spatial) == len(spatial) and all(size == want for size, want in ints)
-    if not fits or given.channels != channels:
+    batch, own = inputs.shape[0], given.shape[0]
+    sizes = zip((own, *given.spatial), (own if own == 1 else batch, *spatial), strict=False)
+    same_rank = len(given.shape) == len(inputs.shape)
+    if not same_rank or given.channels != channels or not all(may_be_equal(*pair) for pair in sizes):
         graph.refuse(
-            f"{name} has shape {given.shape}; wanted (batch, {', '.join(map(str, spatial))}, {channels}): the output "
-            "positions, then the values of each"
+            f"{name} has shape {given.shape}; wanted ({', '.join(map(str, (batch, *spatial)))}, {channels}): the output "
+            "positions, then the values of each; the axis of the batch may be 1 or missing"
         )
-    batch = inputs.shape[0]
-    if given.shape[0] == batch or given.shape[0] != 1:
+    if own == batch or own != 1:
         return given
     given = graph.channels_first(given)
     return Value(sampling.for_each_image(graph, given.name, len(given.shape), inputs), (batch, *given.shape[1:]))
-
-
-def _are_ints(*sizes: Any) -> bool:
-    return all(isinstance(size, int) for size in sizes)
 
 
 # ---- the branch

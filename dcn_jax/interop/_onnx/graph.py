@@ -284,7 +284,7 @@ class Graph:
         known = sorted(name for name in map(public_name, self._converters) if "._" not in name)
         self.refuse(
             f"{public_name(part)} is not known; wanted one of {', '.join(known)}, or functools.partial of a function "
-            f"with options by name. Pass converters={{{_of_interest(part).__name__}: f}}, where f(graph, module, x) adds "
+            f"with options by name. Pass converters={{{_class_or_function(part).__name__}: f}}, where f(graph, module, x) adds "
             f"its nodes, {USE_JAX_EXPORT}"
         )
 
@@ -297,16 +297,21 @@ class Graph:
 
 def public_name(part: Any) -> str:
     """Where users import a function, or the class of a module, from."""
-    part = _of_interest(part)
+    part = _class_or_function(part)
     for place in _PLACES:
         if getattr(sys.modules.get(place), part.__name__, None) is part:
             return f"{place}.{part.__name__}"
     return f"{part.__module__}.{part.__qualname__}"
 
 
-def _of_interest(part: Any) -> Any:
+def _class_or_function(part: Any) -> Any:
     """A function or class itself; of a module, its class."""
     return part if hasattr(part, "__name__") else type(part)
+
+
+def may_be_equal(size: AxisSize, wanted: AxisSize) -> bool:
+    """Whether two sizes are equal, or one of them is open."""
+    return size == wanted or not (isinstance(size, int) and isinstance(wanted, int))
 
 
 def _broadcast(values: Sequence[Value]) -> tuple[AxisSize, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from dcn_jax._layers.ms_deform_attn import points_per_level as points_of_layer
 from dcn_jax.interop._onnx import sampling
-from dcn_jax.interop._onnx.graph import Graph, Value
+from dcn_jax.interop._onnx.graph import Graph, Value, may_be_equal
 from dcn_jax.interop._onnx.layers import check_channels
 from dcn_jax.nnx import MSDeformAttn
 from dcn_jax.ops.ms_deform_attn.call import METHODS, check_spatial_shapes
@@ -133,7 +133,7 @@ def _check_shapes(graph: Graph, given: Any, value: Value) -> tuple[tuple[int, ..
 def _zero_at(graph: Graph, padding_mask: Value, value: Value) -> Value:
     """`value`, zero where the mask `(B, S)` is True."""
     wanted = value.shape[:2]
-    if len(padding_mask.shape) != 2 or not all(map(_may_be_equal, padding_mask.shape, wanted)):
+    if len(padding_mask.shape) != 2 or not all(map(may_be_equal, padding_mask.shape, wanted)):
         graph.refuse(f"padding_mask has shape {padding_mask.shape}; wanted {wanted}: one bool for each pixel of value")
     mask = graph.emit("Unsqueeze", graph.typed(padding_mask, bool), np.array([2]))
     return value._replace(name=graph.emit("Where", mask, np.float32(0), value))
@@ -144,13 +144,13 @@ def _check_reference(graph: Graph, levels: _Levels, reference: Value, value: Val
     reference, rank = graph.channels_last(sampling.with_batch(graph, reference, 4)), levels.rank
     wanted = (value.shape[0], query.shape[1], len(levels.shapes))
     shared = [(1,), (), (1,)]  # sizes of the batch and of the levels that stand for all
-    fits = [_may_be_equal(*pair) or pair[0] in one for *pair, one in zip(reference.shape, wanted, shared, strict=False)]
+    fits = [may_be_equal(*pair) or pair[0] in one for *pair, one in zip(reference.shape, wanted, shared, strict=False)]
     if len(reference.shape) != 4 or not all(fits) or reference.channels not in (rank, 2 * rank):
         graph.refuse(
             f"reference_points has shape {reference.shape}; wanted {(*wanted, f'{rank} or {2 * rank}')}: a point or a box "
             "for each query and level; the axis of levels may be 1, that of the batch 1 or missing"
         )
-    if not _may_be_equal(query.shape[0], value.shape[0]) and query.shape[0] != 1:
+    if not may_be_equal(query.shape[0], value.shape[0]) and query.shape[0] != 1:
         graph.refuse(f"query has shape {query.shape}; wanted the batch of value, {value.shape[0]}, or 1")
     return reference
 
@@ -169,11 +169,6 @@ def _locations(graph: Graph, levels: _Levels, offset: str, reference: Value) -> 
         share = levels.each_point([[0.5 / count] * rank for count in levels.points]).ravel().astype(np.float32)
         step = graph.emit("Mul", graph.reshape(graph.slice(each, rank, 2 * rank, 3), 0, 0, 1, flat), share)
     return graph.emit("Add", centre, graph.emit("Mul", offset, step))
-
-
-def _may_be_equal(size: Any, wanted: Any) -> bool:
-    """Whether two sizes are equal, or one of them is open."""
-    return size == wanted or not (isinstance(size, int) and isinstance(wanted, int))
 
 
 def _attend(graph: Graph, levels: _Levels, value: Value, locations: str, weights: str, query: Value) -> Value:

@@ -158,11 +158,12 @@ def test_several_inputs(arguments, decompose):
 
 WRONG = {
     "offset": ({"offset": (2, 6, 5, 4)}, r"offset has 4 channels; wanted OG \* 18: K \* n = 9 \* 2 values for each"),
-    "offset's size": ({"offset": (2, 5, 6, 18)}, r"offset has shape \(2, 5, 6, 18\); wanted \(batch, 6, 5, 18\)"),
-    "mask": ({"offset": (2, 6, 5, 18), "mask": (2, 6, 5, 8)}, r"mask has shape \(2, 6, 5, 8\); wanted \(batch, 6, 5, 9\)"),
+    "offset's size": ({"offset": (2, 5, 6, 18)}, r"offset has shape \(2, 5, 6, 18\); wanted \(2, 6, 5, 18\)"),
+    "other images": ({"offset": (3, 6, 5, 18)}, r"offset has shape \(3, 6, 5, 18\); wanted \(2, 6, 5, 18\)"),
+    "mask": ({"offset": (2, 6, 5, 18), "mask": (2, 6, 5, 8)}, r"mask has shape \(2, 6, 5, 8\); wanted \(2, 6, 5, 9\)"),
     "mask alone": ({"mask": (2, 6, 5, 9)}, "mask was given without offset"),
     "too many": ({"offset": (2, 6, 5, 18), "base_offset": (2, 6, 5, 2)}, "offset_inputs or base_offset was given beside"),
-    "base": ({"base_offset": (2, 6, 5, 3)}, r"base_offset has shape \(2, 6, 5, 3\); wanted \(batch, 6, 5, 18\)"),
+    "base": ({"base_offset": (2, 6, 5, 3)}, r"base_offset has shape \(2, 6, 5, 3\); wanted \(2, 6, 5, 18\)"),
     "offset_inputs": ({"offset_inputs": (2, 6, 5, 3)}, "offset_inputs has 3 channels; wanted 4"),
 }  # fmt: skip
 
