@@ -6,7 +6,7 @@ from dcn_jax.interop._orders import reorder_offsets
 
 try:
     from dcn_jax.interop._linen import from_linen, to_linen
-    from dcn_jax.interop._onnx import to_onnx
+    from dcn_jax.interop._onnx.export import to_onnx
     from dcn_jax.interop._torch import from_torch, to_torch
 except ModuleNotFoundError as error:
     raise extras.missing("dcn_jax.interop", "interop") from error

@@ -1,0 +1,1 @@
+"""Models taken to ONNX, in files by kind of what they convert."""
