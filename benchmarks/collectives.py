@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from benchmarks.launches import FREE
 
-OPCODES = re.compile(r"((?:all|reduce|collective|ragged)-(?:reduce|gather|scatter|to-all|permute|broadcast|all-to-all)|send|recv)(-start|-done)?$")
+OPCODES = re.compile(
+    r"((?:all|reduce|collective|ragged)-(?:reduce|gather|scatter|to-all|permute|broadcast|all-to-all)|send|recv)(-start|-done)?$"
+)
 INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)")
 COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) .*\{$")
 CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?(%?[\w.-]+(?:, %[\w.-]+)*)")
