@@ -37,3 +37,19 @@ def test_fsdp_gathers_a_kernel_once():
     found = read_collectives(program("H100", "FSDP, gathered"))
     assert [one.opcode for one in found] == ["all-gather", "reduce-scatter"]
     assert sum(one.sent for one in found) == 2 * 7 / 8 * KERNEL
+
+
+def test_a_training_step_of_resnet_50():
+    """Batch-sharded: sums alone, outside of loops, of no more than the gradients and the batch norms' statistics."""
+    if reason := aot.missing("H100"):
+        pytest.skip(reason)
+    compiled = scaling.compile_training("batch", scaling.devices_of("H100"))
+    found = read_collectives(compiled.as_text())
+    assert {one.opcode for one in found} == {"all-reduce"}
+    assert not any(one.in_loop for one in found)
+    parameters, statistics = 25_557_032 + 27 * 9 * (4 * 128 + 6 * 256 + 3 * 512) + 13 * 27, 4 * 2 * 26_560
+    summed = sum(one.nbytes for one in found)
+    assert 2 * parameters < summed < 4 * (parameters + statistics)  # kernels of plain convolutions in bfloat16
+    row = scaling.training_row("batch", compiled, flops=8e11)
+    assert row["peak_bytes"] < 2e9
+    assert 0.7 < row["efficiency"] < 1
