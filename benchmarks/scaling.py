@@ -72,21 +72,23 @@ def haloed(x, kernel, offset, mask):
     return halo_deform_conv(x, kernel, offset, mask, max_offset=BOUND, axis_name="space")
 
 
-OUT, IN, LAST = P(None, None, None, "model"), P(None, None, "model"), P(None, None, None, "model")
-BOTH, ROWS = P("data", None, None, "model"), P(None, "space")
+# Of axes of an image or map (B, H, W, C), of a kernel (kh, kw, C, F), or of both
+WHOLE, DATA, ROWS = P(), P("data"), P(None, "space")
+CHANNELS, LAST = P(None, None, "model"), P(None, None, None, "model")
+BOTH, PARTS = P("data", None, None, "model"), P(None, None, None, "data")
 WAYS = {
-    "batch": Way(("data",), P("data"), P(), P("data"), P("data")),
-    "batch, shard_map": Way(("data",), P("data"), P(), P("data"), P("data"), deform_conv),
-    "features": Way(("model",), P(), OUT, P(), LAST),
-    "features, shard_map": Way(("model",), P(), OUT, P(), LAST, deform_conv),
-    "channels": Way(("model",), LAST, IN, P(), P()),
-    "channels, shard_map": Way(("model",), LAST, IN, P(), P(), summed),
-    "batch × features, shard_map": Way(("data", "model"), P("data"), OUT, P("data"), BOTH, deform_conv),
-    "batch × channels, shard_map": Way(("data", "model"), BOTH, IN, P("data"), P("data"), summed),
-    "FSDP": Way(("data",), P("data"), P(None, None, None, "data"), P("data"), P("data")),
-    "FSDP, gathered": Way(("data",), P("data"), P(None, None, None, "data"), P("data"), P("data"), op=gathered),
-    "rows": Way(("space",), ROWS, P(), ROWS, ROWS, op=bounded),
-    "rows, halo_deform_conv": Way(("space",), ROWS, P(), ROWS, ROWS, haloed),
+    "batch": Way(("data",), DATA, WHOLE, DATA, DATA),
+    "batch, shard_map": Way(("data",), DATA, WHOLE, DATA, DATA, deform_conv),
+    "features": Way(("model",), WHOLE, LAST, WHOLE, LAST),
+    "features, shard_map": Way(("model",), WHOLE, LAST, WHOLE, LAST, deform_conv),
+    "channels": Way(("model",), LAST, CHANNELS, WHOLE, WHOLE),
+    "channels, shard_map": Way(("model",), LAST, CHANNELS, WHOLE, WHOLE, summed),
+    "batch × features, shard_map": Way(("data", "model"), DATA, LAST, DATA, BOTH, deform_conv),
+    "batch × channels, shard_map": Way(("data", "model"), BOTH, CHANNELS, DATA, DATA, summed),
+    "FSDP": Way(("data",), DATA, PARTS, DATA, DATA),
+    "FSDP, gathered": Way(("data",), DATA, PARTS, DATA, DATA, op=gathered),
+    "rows": Way(("space",), ROWS, WHOLE, ROWS, ROWS, op=bounded),
+    "rows, halo_deform_conv": Way(("space",), ROWS, WHOLE, ROWS, ROWS, haloed),
 }
 
 

@@ -165,12 +165,18 @@ def test_tangents_and_second_derivatives(x64):
 
 
 @slow
-def test_tpu_kernels():
-    """They need a bound and run within shard_map: on TPUs they are the implementation to use with halos."""
-    case = draw((1, 16, 6, 4), (3, 3), 5)
+@pytest.mark.parametrize("implementation", ["pallas_gpu", "pallas_tpu"])
+def test_kernels(implementation):
+    """Those of a TPU take no border but zeros: within the halos a ring has no other."""
+    case = draw((1, 16, 6, 4), (3, 3), 5, padding_mode=("wrap", "zeros"))
+    fused = split(2, 2, check_vma=False, implementation=implementation, precision="highest")
+    whole = functools.partial(dcn_jax.deform_conv, max_offset=2, **case.options)
+    cotangent = np.random.default_rng(1).standard_normal((1, 16, 6, 5)).astype(np.float32)
+    wanted = jax.jit(functools.partial(value_and_gradients, whole))(case.arrays, cotangent)
     with interpret():  # without `check_vma`, which fails on the interpreter's own loops
-        fused = split(2, 2, check_vma=False, implementation="pallas_tpu", precision="highest")
-        check(fused, case, 2, tolerance=1e-5)
+        sharded = functools.partial(fused, max_offset=2, **case.options)
+        found = jax.jit(functools.partial(value_and_gradients, sharded))(case.arrays, cotangent)
+    jax.tree.map(functools.partial(assert_close, tolerance=1e-5), found, wanted)
 
 
 # What is exchanged
