@@ -39,6 +39,7 @@ def test_fsdp_gathers_a_kernel_once():
     assert sum(one.sent for one in found) == 2 * 7 / 8 * KERNEL
 
 
+@pytest.mark.lenient
 def test_a_training_step_of_resnet_50():
     """Batch-sharded: sums alone, outside of loops, of no more than the gradients and the batch norms' statistics."""
     if reason := aot.missing("H100"):
