@@ -56,11 +56,15 @@ class Network(NamedTuple):
     step: Callable  # (state, images, labels) to the next state and the loss
 
 
-def make_network(name: str, depth: int, dtype: str) -> Network:
-    """A ResNet with random parameters; "plain" has no deformable layer, "default" the implementation for None."""
+def make_network(name: str, depth: int, dtype: str, **options: Any) -> Network:
+    """A ResNet with random parameters; "plain" has no deformable layer, "default" the implementation for None.
+
+    `options` are those of `ResNet`.
+    """
     block, depths = NETWORKS[depth]
-    more = {} if name == "plain" else {"deform_stages": DEFORMED, "implementation": None if name == "default" else name}
-    model = nnx.eval_shape(lambda: ResNet(block, depths, CLASSES, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0), **more))
+    if name != "plain":
+        options |= {"deform_stages": DEFORMED, "implementation": None if name == "default" else name}
+    model = nnx.eval_shape(lambda: ResNet(block, depths, CLASSES, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0), **options))
     model.train()
     structure, *shapes = nnx.split(model, nnx.Param, ...)
     random = np.random.default_rng(0)

@@ -1,10 +1,12 @@
 """Deformable convolution (DCNv1 and DCNv2) for JAX and Flax.
 
 The op is `deform_conv`, its family `grid_sample`, `ms_deform_attn`, `dcnv3` and `dcnv4`; layers are
-in `dcn_jax.linen` and `dcn_jax.nnx`. Read the package in the order of the mathematics: `geometry`,
-`sampling`, `ops/deform_conv`, then the layers.
+in `dcn_jax.linen` and `dcn_jax.nnx`; `dcn_jax.sharding` takes maps that are split over devices.
+Read the package in the order of the mathematics: `geometry`, `sampling`, `ops/deform_conv`, then
+the layers.
 """
 
+from dcn_jax import sharding as sharding
 from dcn_jax.geometry import sampling_points
 from dcn_jax.ops.dcnv3 import dcnv3
 from dcn_jax.ops.dcnv4 import dcnv4

@@ -65,17 +65,11 @@ def check_call(
     kernel = array("kernel", arrays.kernel, jnp.inexact)
     offset = array("offset", arrays.offset, jnp.floating)
 
-    rank = _window_rank(kernel)
-    _check_layout(x, kernel, offset, rank, feature_group_count)
-    batch, spatial, channels = _split_shape(x, kernel, rank)
-    window = resolve_window(
-        kernel.shape[:rank],
-        spatial=spatial,
-        strides=strides,
-        padding=padding,
-        kernel_dilation=kernel_dilation,
-        padding_mode=padding_mode,
+    _check_layout(x, kernel, offset, _window_rank(kernel), feature_group_count)
+    window = call_window(
+        x, kernel, strides=strides, padding=padding, kernel_dilation=kernel_dilation, padding_mode=padding_mode
     )
+    batch, channels = x.shape[: -window.rank - 1], x.shape[-1]
     _check_kernel(kernel, window, channels, feature_group_count)
     offset_groups = _check_offset(offset, window, channels)
     offset = _with_batch_axes("offset", offset, window, batch)
@@ -90,11 +84,39 @@ def check_call(
     dtype = jnp.result_type(x.dtype, kernel.dtype)
     out_dtype = _result_dtype(dtype if bias is None else jnp.result_type(dtype, bias.dtype), preferred_element_type)
     spec = Spec(
-        window, offset_groups, int(feature_group_count), dtype, out_dtype, precision, _check_max_offset(max_offset)
+        window, offset_groups, int(feature_group_count), dtype, out_dtype, precision, check_max_offset(max_offset)
     )
     if spec.max_offset is not None and not shapes_alone:
         offset = _clip(offset, spec.max_offset)
     return spec, Arrays(x, kernel, offset, mask, bias)
+
+
+def call_window(x: jax.Array, kernel: jax.Array, **options: Any) -> Window:
+    """The window of `kernel` over the map x, by `resolve_window`'s options; raise if x or kernel lacks the axes."""
+    rank = _window_rank(kernel)
+    if len(x.shape) < rank + 1:
+        raise ValueError(
+            f"x has shape {x.shape}; wanted (*batch, *spatial, C) with {rank} spatial axes, the rank of the window of "
+            f"kernel, whose shape is {kernel.shape}"
+        )
+    spatial = x.shape[-rank - 1 : -1]
+    if 0 in spatial:
+        raise ValueError(
+            f"x has shape {x.shape}, a map without pixels; wanted at least one pixel along each spatial axis"
+        )
+    return resolve_window(kernel.shape[:rank], spatial=spatial, **options)
+
+
+def check_max_offset(max_offset: Any) -> float | None:
+    """`max_offset` as a float, or None for no bound; raise if it is no finite number of pixels."""
+    if max_offset is None:
+        return None
+    wanted = "a number of pixels, which bounds offsets along every axis, or None for no bound"
+    if not isinstance(max_offset, Real) or isinstance(max_offset, bool):
+        raise TypeError(f"max_offset={max_offset!r} is a {type(max_offset).__name__}; wanted {wanted}")
+    if not 0 <= float(max_offset) < math.inf:
+        raise ValueError(f"max_offset={max_offset!r} must be finite and not negative: {wanted}")
+    return float(max_offset)
 
 
 def kernel_shape(window: tuple[int, ...], channels: int, features: int, feature_group_count: int) -> tuple[int, ...]:
@@ -129,17 +151,6 @@ def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
         return y
     y = y.astype(dtypes.wide(y.dtype, bias.dtype))
     return y + lax.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
-
-
-def _check_max_offset(max_offset: Any) -> float | None:
-    if max_offset is None:
-        return None
-    wanted = "a number of pixels, which bounds offsets along every axis, or None for no bound"
-    if not isinstance(max_offset, Real) or isinstance(max_offset, bool):
-        raise TypeError(f"max_offset={max_offset!r} is a {type(max_offset).__name__}; wanted {wanted}")
-    if not 0 <= float(max_offset) < math.inf:
-        raise ValueError(f"max_offset={max_offset!r} must be finite and not negative: {wanted}")
-    return float(max_offset)
 
 
 def _window_rank(kernel: jax.Array) -> int:
@@ -179,21 +190,6 @@ def _check_layout(x: jax.Array, kernel: jax.Array, offset: jax.Array, rank: int,
             f"x has shape {x.shape}; wanted (*batch, *spatial, C) with C = {ours}, as kernel {kernel.shape} and "
             f"feature_group_count={groups} have{checks.channels_first('x', rank)}"
         )
-
-
-def _split_shape(x: jax.Array, kernel: jax.Array, rank: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """The batch axes, the spatial axes and the channels of x."""
-    if len(x.shape) < rank + 1:
-        raise ValueError(
-            f"x has shape {x.shape}; wanted (*batch, *spatial, C) with {rank} spatial axes, the rank of the window of "
-            f"kernel, whose shape is {kernel.shape}"
-        )
-    spatial = x.shape[-rank - 1 : -1]
-    if 0 in spatial:
-        raise ValueError(
-            f"x has shape {x.shape}, a map without pixels; wanted at least one pixel along each spatial axis"
-        )
-    return x.shape[: -rank - 1], spatial, x.shape[-1]
 
 
 def _check_kernel(kernel: jax.Array, window: Window, channels: int, feature_group_count: Any) -> None:
