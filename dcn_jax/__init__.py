@@ -1,11 +1,12 @@
 """Deformable convolution (DCNv1 and DCNv2) for JAX and Flax.
 
-The op is `deform_conv`, its family `grid_sample`, `ms_deform_attn`, `dcnv3` and `dcnv4`; layers are
-in `dcn_jax.linen` and `dcn_jax.nnx`. Read the package in the order of the mathematics: `geometry`,
-`sampling`, `ops/deform_conv`, then the layers.
+The op is `deform_conv`, its family `grid_sample` (with `affine_grid`), `ms_deform_attn`, `dcnv3` and
+`dcnv4`; layers are in `dcn_jax.linen` and `dcn_jax.nnx`. Read the package in the order of the
+mathematics: `geometry`, `sampling`, `ops/deform_conv`, then the layers.
 """
 
 from dcn_jax.geometry import sampling_points
+from dcn_jax.ops.affine_grid import affine_grid
 from dcn_jax.ops.dcnv3 import dcnv3
 from dcn_jax.ops.dcnv4 import dcnv4
 from dcn_jax.ops.deform_conv import deform_conv, select_implementation
@@ -15,6 +16,7 @@ from dcn_jax.sampling import linear_sample
 
 __version__ = "0.1.0"
 __all__ = [
+    "affine_grid",
     "dcnv3",
     "dcnv4",
     "deform_conv",

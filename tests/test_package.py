@@ -23,6 +23,7 @@ SIGNATURES = {
     "dcnv4": "x, offset_mask, *, groups, window=(3, 3), strides=1, padding=1, kernel_dilation=1, offset_scale=1.0, "
     "remove_center=False",
     "linear_sample": "features, points, *, padding_mode='zeros'",
+    "affine_grid": "theta, spatial, *, align_corners=False",
     "grid_sample": "features, grid, *, method='linear', padding_mode='zeros', align_corners=False",
     "ms_deform_attn": "value, spatial_shapes, sampling_locations, attention_weights, *, points_per_level=None, "
     "method='linear', implementation=None",
@@ -60,8 +61,10 @@ def test_public_functions_are_documented(public):
 def test_options_are_keywords(public):
     """Arrays go by position; whatever changes how they are read has to be named."""
     arrays = {"x", "kernel", "offset", "mask", "bias", "features", "points", "offset_mask", "grid"}
-    arrays |= {"value", "spatial_shapes", "sampling_locations", "attention_weights"}
-    arrays |= {"window"} if public is dcn_jax.sampling_points else set()  # which is of the shape there, not an option
+    arrays |= {"value", "spatial_shapes", "sampling_locations", "attention_weights", "theta"}
+    # Which are of the shape there, not options.
+    shapes = {dcn_jax.sampling_points: {"window"}, dcn_jax.affine_grid: {"spatial"}}
+    arrays |= shapes.get(public, set())
     for name, parameter in inspect.signature(public).parameters.items():
         wanted = parameter.POSITIONAL_OR_KEYWORD if name in arrays else parameter.KEYWORD_ONLY
         assert parameter.kind is wanted, f"{public.__name__}({name})"
