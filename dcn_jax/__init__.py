@@ -5,6 +5,9 @@ The op is `deform_conv`, its family `grid_sample` (with `affine_grid`), `ms_defo
 mathematics: `geometry`, `sampling`, `ops/deform_conv`, then the layers.
 """
 
+import importlib
+from typing import Any
+
 from dcn_jax.geometry import sampling_points
 from dcn_jax.ops.affine_grid import affine_grid
 from dcn_jax.ops.dcnv3 import dcnv3
@@ -26,3 +29,16 @@ __all__ = [
     "sampling_points",
     "select_implementation",
 ]
+
+# Modules that need more than JAX and NumPy. They load when they are asked for.
+_MODULES = ("interop", "linen", "models", "nnx", "optim", "viz")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"dcn_jax.{name}")
+    raise AttributeError(f"module 'dcn_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

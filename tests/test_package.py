@@ -93,6 +93,30 @@ def test_import_loads_jax_and_numpy_only():
     assert "flax" not in fresh_python("-c", "import sys, dcn_jax; print(*sys.modules)").stdout
 
 
+MODULES = ["interop", "linen", "models", "nnx", "optim", "viz"]
+
+
+def test_modules_load_when_they_are_asked_for():
+    code = (
+        "import dcn_jax\nfor name in {}:\n    assert name in dir(dcn_jax)\n    print(getattr(dcn_jax, name).__name__)"
+    )
+    loaded = fresh_python("-c", code.format(MODULES)).stdout.split()
+    assert loaded == [f"dcn_jax.{name}" for name in MODULES]
+    with pytest.raises(AttributeError, match=r"^module 'dcn_jax' has no attribute 'deform'$"):
+        dcn_jax.deform  # noqa: B018
+
+
+@pytest.mark.parametrize("code", ["import dcn_jax; dcn_jax.nnx", "from dcn_jax import nnx"])
+def test_without_flax_a_module_names_its_extra(code):
+    ran = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.modules['flax'] = None; {code}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert 'ImportError: dcn_jax.nnx needs the extra "flax": pip install "dcn-jax[flax]"' in ran.stderr
+
+
 def test_import_costs_less_than_a_fifth_of_a_second():
     """Beyond that of JAX, in the best of up to five runs, since the machine may be busy."""
 
