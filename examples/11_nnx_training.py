@@ -2,7 +2,7 @@
 
 Run it with `python examples/11_nnx_training.py` (it needs Flax and Optax: `pip install -e ".[flax]"`, and takes a few
 seconds). The network names the side on which a bright spot lies, whatever its place on that side. It prints the loss now
-and then; the last line is "after 200 steps 98 % of new images are named rightly" or more.
+and then; the last line is like "after 200 steps 100 % of new images are named rightly".
 """
 
 import jax

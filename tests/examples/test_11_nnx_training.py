@@ -30,7 +30,9 @@ def test_the_label_is_the_half_in_which_the_spot_lies():
 def test_a_step_moves_the_branch_by_its_own_rate():
     model = program.Net(nnx.Rngs(0))
     optimizer = nnx.Optimizer(
-        model, optax.multi_transform({"main": optax.adam(1e-2), "offset": optax.adam(1e-3)}, offset_labels), wrt=nnx.Param
+        model,
+        optax.multi_transform({"main": optax.adam(1e-2), "offset": optax.adam(1e-3)}, offset_labels),
+        wrt=nnx.Param,
     )
     before = jax.tree.map(np.asarray, nnx.state(model, nnx.Param))
     program.train_step(model, optimizer, *program.make_batch(jax.random.key(0)))
