@@ -53,8 +53,8 @@ def train_step(model: Net, optimizer: nnx.Optimizer, images: jax.Array, labels: 
 def main(steps: int = 200) -> None:
     """Train, and print how often new images are named rightly."""
     model = Net(nnx.Rngs(0))
-    rates = {"main": optax.adam(1e-2), "offset": optax.adam(1e-3)}
-    optimizer = nnx.Optimizer(model, optax.multi_transform(rates, offset_labels), wrt=nnx.Param)
+    rule = optax.multi_transform({"main": optax.adam(1e-2), "offset": optax.adam(1e-3)}, offset_labels)
+    optimizer = nnx.Optimizer(model, rule, wrt=nnx.Param)
     for step in range(steps):
         loss = train_step(model, optimizer, *make_batch(jax.random.key(step)))
         if step % 50 == 0:
