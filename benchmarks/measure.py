@@ -2,10 +2,13 @@
 
 import functools
 import math
+import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -107,6 +110,14 @@ class Compiled(NamedTuple):
     programs: dict[str, Program | Exception]
 
 
+@functools.cache
+def processor() -> str:
+    """The name of this machine's processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else []
+    return next(iter(names), platform.processor() or platform.machine())
+
+
 def compile_workload(name: str, dtype: str, mode: str, settings: Settings) -> Compiled:
     """Compile all of ours that is compared; the peers prepare themselves."""
     work = WORKLOADS[name]
@@ -170,6 +181,7 @@ def prepare_workload(
         **work.sizes(dtype),
         "tf32": settings.tf32,
         "device": settings.device_name,
+        "processor": processor() if settings.device == "cpu" else None,
         "jax": jax.__version__,
     }
     (arguments,) = compiled.inputs[:1] if mode == "forward" else add_cotangent(work.call, compiled.inputs[:1])

@@ -11,7 +11,8 @@ onnxruntime and OpenVINO, which only infer on a CPU, and on a GPU deformops, as
 far as a Python of your choice has them (--peer-python): each runs in a process
 of its own, with as many threads, and counts only if its results are ours.
 The family (--suite family) stands beside torch, DCNv3 and DCNv4 beside the
-dense DCNv2 of their shape, which is their "plain".
+dense DCNv2 of their shape, which is their "plain". --suite layers times the
+layer, offset convolution included, beside flax.nnx.Conv.
 
 A GPU computes small calls in less time than it takes to launch them from
 Python. So there a run is of programs that call the op once for each of several
@@ -81,7 +82,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--implementation",
         nargs="+",
         choices=IMPLEMENTATIONS,
-        help=f"{', '.join(IMPLEMENTATIONS)} (default: xla; both with --device gpu)",
+        help=f"{', '.join(IMPLEMENTATIONS)} (default: xla; both with --device gpu); pallas_tpu runs on TPUs alone, "
+        "which this program does not time",
     )
     what.add_argument(
         "--compile", action="store_true", help=f"also compile stacks of layers, as suites {' and '.join(COMPILED)} do"

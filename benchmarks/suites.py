@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks.workloads import BATCHES, FAMILY, FIVE, GPU, KINDS, MAPS, RESNET, TEN
+from benchmarks.workloads import BATCHES, FAMILY, FIVE, GPU, KINDS, LAYERS, MAPS, RESNET, TEN
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -34,5 +34,6 @@ SUITES = {
     "reach": (*singly(FIVE, ("float32", "bfloat16")), *singly(KINDS), Comparison(BATCHES), Comparison(MAPS)),
     "ahead": (*singly(TEN, ("float32", "bfloat16")), Comparison(BATCHES), Comparison(MAPS)),
     "family": singly(FAMILY),
+    "layers": singly(LAYERS),
     "gpu": singly(GPU, DTYPES),
 }

@@ -2,13 +2,14 @@
 
 from benchmarks.convolution import Convolution
 from benchmarks.family import Attention, Depthwise, GridSample
+from benchmarks.layers import Layer
 
-Workload = Convolution | GridSample | Attention | Depthwise
+Workload = Convolution | GridSample | Attention | Depthwise | Layer
 
 LEVELS = ((100, 152), (50, 76), (25, 38), (13, 19))  # of a detector's image of 800×1216, strides 8 to 64
 STAGES = ((56, 128, 4), (28, 256, 8), (14, 512, 16), (7, 1024, 32))  # side, channels, groups
 
-WORKLOADS: dict[str, Workload] = {
+CONVOLUTIONS: dict[str, Convolution] = {
     # ResNet-50's 3×3 layers, one image or a few, at 224×224 and at a detector's size (800×1216)
     "conv2-224": Convolution((1, 56, 56, 64), 64),
     "conv3-224": Convolution((4, 28, 28, 128), 128),
@@ -41,6 +42,8 @@ WORKLOADS: dict[str, Workload] = {
     # how the time grows with the batch and with the map
     **{f"batch{n}": Convolution((n, 14, 14, 64), 64) for n in (1, 4, 16, 64)},
     **{f"map{n}": Convolution((1, n, n, 64), 64) for n in (14, 28, 56, 112, 224)},
+}
+FAMILY_CALLS: dict[str, Workload] = {
     # the family: one map, Deformable DETR's encoder and decoder, and DCNv4's four stages on one image
     "grid-sample": GridSample((1, 256, 256, 64)),
     "detr-encoder": Attention(LEVELS),
@@ -56,6 +59,12 @@ RESNET = ("conv3-224", "conv4-224", "conv5-224", "conv3-detector", "conv4-detect
 GROUPS = ("groups4", "offset-groups4", "groups4-offset-groups4")
 KINDS = (*GROUPS, "groups32", "depthwise", "1d", "3d")
 GPU = ("gpu-conv3", "gpu-conv4", "gpu-conv5", "gpu-conv2")
-BATCHES = tuple(name for name in WORKLOADS if name.startswith("batch"))
-MAPS = tuple(name for name in WORKLOADS if name.startswith("map"))
-FAMILY = tuple(name for name, work in WORKLOADS.items() if not isinstance(work, Convolution))
+BATCHES = tuple(name for name in CONVOLUTIONS if name.startswith("batch"))
+MAPS = tuple(name for name in CONVOLUTIONS if name.startswith("map"))
+FAMILY = tuple(FAMILY_CALLS)
+
+# Layers of the shapes of ten convolutions: all of the cost that a network sees
+LAYER_CALLS: dict[str, Workload] = {f"layer-{name}": Layer(CONVOLUTIONS[name]) for name in TEN}
+LAYERS = tuple(LAYER_CALLS)
+
+WORKLOADS: dict[str, Workload] = {**CONVOLUTIONS, **FAMILY_CALLS, **LAYER_CALLS}

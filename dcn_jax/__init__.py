@@ -1,13 +1,16 @@
 """Deformable convolution (DCNv1 and DCNv2) for JAX and Flax.
 
-The op is `deform_conv`, its family `grid_sample`, `ms_deform_attn`, `dcnv3` and `dcnv4`; layers are
-in `dcn_jax.linen` and `dcn_jax.nnx`; `dcn_jax.sharding` takes maps that are split over devices.
-Read the package in the order of the mathematics: `geometry`, `sampling`, `ops/deform_conv`, then
-the layers.
+The op is `deform_conv`, its family `grid_sample` (with `affine_grid`), `ms_deform_attn`, `dcnv3` and
+`dcnv4`; layers are in `dcn_jax.linen` and `dcn_jax.nnx`; `dcn_jax.sharding` takes maps that are split
+over devices. Read the package in the order of the mathematics: `geometry`, `sampling`,
+`ops/deform_conv`, then the layers.
 """
 
-from dcn_jax import sharding as sharding
+import importlib
+from typing import Any
+
 from dcn_jax.geometry import sampling_points
+from dcn_jax.ops.affine_grid import affine_grid
 from dcn_jax.ops.dcnv3 import dcnv3
 from dcn_jax.ops.dcnv4 import dcnv4
 from dcn_jax.ops.deform_conv import deform_conv, select_implementation
@@ -17,6 +20,7 @@ from dcn_jax.sampling import linear_sample
 
 __version__ = "0.1.0"
 __all__ = [
+    "affine_grid",
     "dcnv3",
     "dcnv4",
     "deform_conv",
@@ -26,3 +30,16 @@ __all__ = [
     "sampling_points",
     "select_implementation",
 ]
+
+# They load when they are asked for: most need more than JAX and NumPy.
+_MODULES = ("interop", "linen", "models", "nnx", "optim", "sharding", "viz")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"dcn_jax.{name}")
+    raise AttributeError(f"module 'dcn_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

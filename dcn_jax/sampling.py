@@ -1,7 +1,8 @@
 """Reading features between pixels: the bilinear gather at the heart of deformable convolution.
 
 A point in n dimensions lies in a cell of 2^n pixels, its corners. It reads their mean, weighted
-along each axis by how near the point is to each. By "nearest" and "floor" it reads one pixel.
+along each axis by how near the point is to each. By "nearest" and "floor" it reads one pixel, by
+"cubic" 4^n.
 
 This file defines what a point reads. Algorithms and kernels that compute the same in a quicker way
 say so, and are tested against it.
@@ -101,9 +102,10 @@ class Border(NamedTuple):
     padding_mode: tuple[str, ...]
 
 
-# Which pixels a point reads. "linear": the corners of its cell. "nearest": the nearest pixel along
-# each axis, at a tie the even one. "floor": the pixel at or below the point along each axis.
-METHODS = ("linear", "nearest", "floor")
+# How many pixels a point reads along each axis. "linear": the corners of its cell. "nearest": the
+# nearest pixel, at a tie the even one. "floor": the pixel at or below the point. "cubic": the two
+# pixels below and the two above.
+METHODS = {"linear": 2, "nearest": 1, "floor": 1, "cubic": 4}
 
 
 class Positions(NamedTuple):
@@ -259,11 +261,14 @@ def neighbours(position: Positions, size: Size, mode: str, method: str):
     """The pixels on an axis that a position reads: each (index, weight, whether it is read)."""
     size = int32(size)
     offset, pixel, fraction, near = cell(position, size, mode)
-    if method == "linear":
-        chosen = ((pixel, 1 - fraction), (pixel + 1, fraction))
-    else:
-        whole = jnp.where(jnp.isnan(offset), offset, jnp.ones_like(offset))  # a weight without a derivative
-        chosen = ((pixel + _step(pixel, fraction, size, mode, method), lax.stop_gradient(whole)),)
+    match method:
+        case "linear":
+            chosen = ((pixel, 1 - fraction), (pixel + 1, fraction))
+        case "cubic":
+            chosen = [(pixel + step, weight) for step, weight in zip((-1, 0, 1, 2), _cubic(fraction), strict=True)]
+        case _:
+            whole = jnp.where(jnp.isnan(offset), offset, jnp.ones_like(offset))  # a weight without a derivative
+            chosen = ((pixel + _step(pixel, fraction, size, mode, method), lax.stop_gradient(whole)),)
     neighbours = []
     for index, weight in chosen:
         match mode:
@@ -286,9 +291,17 @@ def cell(position: Positions, size: Size, mode: str) -> tuple[jax.Array, jax.Arr
     near, offset_near = distance < _FAR, lax.select(distance >= _FAR, jnp.zeros_like(offset), offset)
     below = jnp.floor(offset_near)
     fraction = offset_near - below
-    far = jnp.where(offset < 0, -2, size) if mode == "edge" else -2  # outside the map; with "edge" on its own side
+    # Far enough outside the map that none of four pixels lies in it; with "edge" on the offset's own side.
+    far = jnp.where(offset < 0, -4, size) if mode == "edge" else -4
     pixel = jnp.where(near, regular + below.astype(jnp.int32), far)
     return offset, pixel, fraction, near
+
+
+def _cubic(fraction: jax.Array) -> tuple[jax.Array, ...]:
+    """The weights of the pixels at -1, 0, 1 and 2 from the one below: Keys' cubic convolution, with torch's a."""
+    a, t, u = -0.75, fraction, 1 - fraction
+    inner = [((a + 2) * d - (a + 3)) * d * d + 1 for d in (t, u)]  # at distances t and 1 - t
+    return a * t * u * u, *inner, a * u * t * t
 
 
 def _step(pixel: jax.Array, fraction: jax.Array, size: Size, mode: str, method: str) -> jax.Array:

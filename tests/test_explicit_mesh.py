@@ -32,6 +32,7 @@ OPS = {
     "dcnv3": (dcn_jax.dcnv3, (X, SMALL, normal(4, 5, 6, 18, seed=2)), (0, 1, 2)),
     "dcnv4": (functools.partial(dcn_jax.dcnv4, groups=1), (X, normal(4, 5, 6, 32, seed=2)), (0, 1)),
     "grid_sample": (dcn_jax.grid_sample, (X, 0.5 * normal(4, 9, 2)), (0, 1)),
+    "affine_grid": (lambda theta: jnp.sin(dcn_jax.affine_grid(theta, (3, 4))), (normal(4, 2, 3),), (0,)),
     "ms_deform_attn": (
         ms_deform_attn,
         (X.reshape(4, 30, 2, 4), 0.5 + 0.1 * normal(4, 3, 2, 1, 2, 2), normal(4, 3, 2, 1, 2, seed=3)),

@@ -23,6 +23,8 @@ OPS = {
     "deform_conv": (deform_conv, (X, normal(3, 3, 8, 4), MASK, normal(4))),
     "dcnv3": (lambda x, mask: dcn_jax.dcnv3(x, OFFSET, mask), (X, MASK)),
     "grid_sample": (lambda features: dcn_jax.grid_sample(features, GRID), (X,)),
+    "grid_sample, cubic": (lambda features: dcn_jax.grid_sample(features, GRID, method="cubic"), (X,)),
+    "affine_grid": (lambda theta: dcn_jax.affine_grid(theta, (3, 4)), (normal(2, 2, 3),)),
     "ms_deform_attn": (ms_deform_attn, (X.reshape(2, 20, 2, 4), normal(2, 3, 2, 1, 2))),
     "linear_sample": (lambda features: dcn_jax.linear_sample(features, 2 * GRID[0]), (X[0],)),
 }

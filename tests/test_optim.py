@@ -138,6 +138,49 @@ def test_a_named_branch_moves_at_its_rate():
     np.testing.assert_allclose(updates["kernel"], -MAIN, rtol=1e-6)
 
 
+LAYERS = {
+    "DeformConv": ((8, 8, (3, 3)), {}, {"offset_conv"}),
+    "MSDeformAttn": ((8,), {"num_heads": 2}, {"sampling_offsets"}),
+    "DCNv3": ((8,), {"group": 2}, {"offset", "mask"}),
+    "DCNv4": ((8,), {"group": 2, "dw_kernel_size": 3}, {"offset_mask"}),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_branches_of_every_layer(name):
+    """In nnx, within a model whose own layers have common names; in linen by the same names."""
+    arguments, options, branches = LAYERS[name]
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.mask, self.offset = (nnx.Linear(2, 2, rngs=nnx.Rngs(0)) for _ in range(2))
+            self.layers = nnx.List([getattr(dcn_jax.nnx, name)(*arguments, **options, rngs=nnx.Rngs(0))])
+
+    labels = paths(offset_labels(nnx.state(Model(), nnx.Param)))
+    inside = [path for path, label in labels.items() if label == "offset"]
+    assert {path.split("/")[2] for path in inside} == branches
+    assert all(path.startswith("layers/0/") for path in inside)
+    assert len(inside) == 2 * len(branches)
+    linen = getattr(dcn_jax.linen, name)(*((8, (3, 3)) if name == "DeformConv" else arguments), **options)
+    called = (jnp.ones((1, 4, 8)), jnp.ones((1, 4, 1, 2)), jnp.ones((1, 85, 8)), ((8, 8), (4, 4), (2, 2), (1, 1)))
+    params = jax.eval_shape(
+        lambda: linen.init(jax.random.key(0), *(called if name == "MSDeformAttn" else [jnp.ones((1, 8, 8, 8))]))
+    )
+    labels = paths(offset_labels(params))
+    assert {path.split("/")[1] for path, label in labels.items() if label == "offset"} == branches
+
+
+def test_names_that_no_parameter_has():
+    """An error where the model has branches of this library's, which the names were to be; else none."""
+    with pytest.raises(
+        ValueError,
+        match=r"^names=\('offset_cnv',\) is the name of no parameter, but the model has offset branches, .*offset_conv/.* for example; leave names out",
+    ):
+        offset_labels(linen_variables(), "offset_cnv")
+    assert set(paths(offset_labels(linen_variables(), ())).values()) == {"main"}
+    assert offset_labels({"mask": {"kernel": 0.0}}, "flow_head") == {"mask": {"kernel": "main"}}
+
+
 @pytest.mark.parametrize("names", [3, (3,), ("offset_conv", None)])
 def test_names_that_make_no_sense(names):
     with pytest.raises(TypeError, match=r"^names=.* is not made of names; wanted a string, or several"):

@@ -24,6 +24,7 @@ SIGNATURES = {
     "dcnv4": "x, offset_mask, *, groups, window=(3, 3), strides=1, padding=1, kernel_dilation=1, offset_scale=1.0, "
     "remove_center=False",
     "linear_sample": "features, points, *, padding_mode='zeros'",
+    "affine_grid": "theta, spatial, *, align_corners=False",
     "grid_sample": "features, grid, *, method='linear', padding_mode='zeros', align_corners=False",
     "ms_deform_attn": "value, spatial_shapes, sampling_locations, attention_weights, *, points_per_level=None, "
     "method='linear', implementation=None",
@@ -61,8 +62,10 @@ def test_public_functions_are_documented(public):
 def test_options_are_keywords(public):
     """Arrays go by position; whatever changes how they are read has to be named."""
     arrays = {"x", "kernel", "offset", "mask", "bias", "features", "points", "offset_mask", "grid"}
-    arrays |= {"value", "spatial_shapes", "sampling_locations", "attention_weights"}
-    arrays |= {"window"} if public is dcn_jax.sampling_points else set()  # which is of the shape there, not an option
+    arrays |= {"value", "spatial_shapes", "sampling_locations", "attention_weights", "theta"}
+    # Which are of the shape there, not options.
+    shapes = {dcn_jax.sampling_points: {"window"}, dcn_jax.affine_grid: {"spatial"}}
+    arrays |= shapes.get(public, set())
     for name, parameter in inspect.signature(public).parameters.items():
         wanted = parameter.POSITIONAL_OR_KEYWORD if name in arrays else parameter.KEYWORD_ONLY
         assert parameter.kind is wanted, f"{public.__name__}({name})"
@@ -89,6 +92,30 @@ def test_import_loads_jax_and_numpy_only():
     assert tops - set(sys.stdlib_module_names) <= {"dcn_jax", "jax", "jaxlib", "numpy", "ml_dtypes", "opt_einsum"}
     assert not [module for module in loaded if "pallas" in module]
     assert "flax" not in fresh_python("-c", "import sys, dcn_jax; print(*sys.modules)").stdout
+
+
+MODULES = ["interop", "linen", "models", "nnx", "optim", "viz"]
+
+
+def test_modules_load_when_they_are_asked_for():
+    code = (
+        "import dcn_jax\nfor name in {}:\n    assert name in dir(dcn_jax)\n    print(getattr(dcn_jax, name).__name__)"
+    )
+    loaded = fresh_python("-c", code.format(MODULES)).stdout.split()
+    assert loaded == [f"dcn_jax.{name}" for name in MODULES]
+    with pytest.raises(AttributeError, match=r"^module 'dcn_jax' has no attribute 'deform'$"):
+        dcn_jax.deform  # noqa: B018
+
+
+@pytest.mark.parametrize("code", ["import dcn_jax; dcn_jax.nnx", "from dcn_jax import nnx"])
+def test_without_flax_a_module_names_its_extra(code):
+    ran = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.modules['flax'] = None; {code}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert 'ImportError: dcn_jax.nnx needs the extra "flax": pip install "dcn-jax[flax]"' in ran.stderr
 
 
 def test_import_costs_less_than_a_fifth_of_a_second():

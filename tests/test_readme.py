@@ -31,11 +31,16 @@ def test_the_quickstarts_are_among_them():
         assert len(quickstart.strip().splitlines()) <= 12
 
 
+def test_the_readme_can_be_read_at_one_go():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1200
+
+
 @pytest.mark.parametrize(
     "page", [*PAGES, *(ROOT / "dcn_jax").rglob("*.md"), ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name
 )
 def test_links_lead_to_files(page):
-    links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+    links = re.findall(r"\]\(([^)#]+)\)|<img src=\"([^\"]+)\"", page.read_text(encoding="utf-8"))
+    links = [link or picture for link, picture in links]
     assert [link for link in links if not link.startswith("https://") and not (page.parent / link).exists()] == []
 
 

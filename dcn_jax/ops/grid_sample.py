@@ -13,8 +13,8 @@ from dcn_jax.geometry import canonical_padding_mode
 from dcn_jax.ops.weighted_reads import Level, Operands, sum_readings
 from dcn_jax.sampling import Border
 
-METHODS = ("linear", "nearest")
-_CURES = {"bilinear": ' (torch\'s "bilinear" is "linear")', "bicubic": ' (torch\'s "bicubic" is not there)'}
+METHODS = ("linear", "nearest", "cubic")
+_CURES = {"bilinear": ' (torch\'s "bilinear" is "linear")', "bicubic": ' (torch\'s "bicubic" is "cubic")'}
 
 
 def grid_sample(
@@ -25,7 +25,7 @@ def grid_sample(
     padding_mode: str | Sequence[str] = "zeros",
     align_corners: bool = False,
 ) -> jax.Array:
-    """Read maps at normalised positions by n-linear interpolation, as torch's `grid_sample` does.
+    """Read maps at normalised positions by linear or cubic interpolation, as torch's `grid_sample` does.
 
         out(q) = features at the pixel   (g + 1) / 2 · (size - 1)     with align_corners
                                          ((g + 1) · size - 1) / 2     without
@@ -42,7 +42,7 @@ def grid_sample(
     | torch | here |
     |---|---|
     | input (N, C, H, W), grid (N, Ho, Wo, 2) | features (N, H, W, C), grid (N, Ho, Wo, 2): only the channels move |
-    | mode="bilinear", "nearest" | method="linear", "nearest" |
+    | mode="bilinear", "nearest", "bicubic" | method="linear", "nearest", "cubic" |
     | padding_mode="zeros", "border" | padding_mode="zeros", "edge" |
     | padding_mode="reflection" | padding_mode="reflect" with align_corners=True, "symmetric" without |
 
@@ -53,8 +53,10 @@ def grid_sample(
             query axes; inside the map from -1 to 1. The last axis is ordered as torch's, the last
             spatial axis first: (x,), (x, y), (x, y, z). Any float dtype; pixels are computed in
             float32 or wider.
-        method: "linear", or "nearest" for the nearest pixel along each axis, at a tie the even one
-            (no gradient for `grid`).
+        method: "linear"; "nearest" for the nearest pixel along each axis, at a tie the even one
+            (no gradient for `grid`); or "cubic" for cubic convolution with a = -0.75, which reads
+            4^n pixels: the two below and the two above along each axis, each of which
+            `padding_mode` brings into the map by itself (torch has it for n = 2 only).
         padding_mode: "zeros", "edge", "wrap", "reflect" or "symmetric" (`linear_sample`); one for
             all axes, or one per spatial axis, in the order of `features`.
         align_corners: what -1 and 1 stand for, as in the formula.
@@ -67,8 +69,8 @@ def grid_sample(
             what to write.
         TypeError: an argument is of the wrong kind.
 
-    Source: Jaderberg et al., Spatial Transformer Networks (arXiv 1506.02025);
-    torch.nn.functional.grid_sample.
+    Source: Jaderberg et al., Spatial Transformer Networks (arXiv 1506.02025); Keys, Cubic
+    Convolution Interpolation (IEEE TASSP 29, 1981); torch.nn.functional.grid_sample.
 
     Example:
         >>> import jax.numpy as jnp

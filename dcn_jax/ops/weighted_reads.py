@@ -21,7 +21,7 @@ from jax import lax
 
 from dcn_jax._core.mesh import zeros_varying_like
 from dcn_jax.geometry import Size, int32
-from dcn_jax.sampling import Border, Positions, Rows, countable, locate
+from dcn_jax.sampling import METHODS, Border, Positions, Rows, countable, locate
 
 
 class Level(NamedTuple):
@@ -247,7 +247,7 @@ def _blocks_of_derivatives(levels: tuple[Level, ...], operands: Operands) -> int
     pixels, queries = operands.features.shape[1], operands.points.shape[1]
     if not (isinstance(queries, int) and isinstance(pixels, int)):
         return _FEWEST
-    corners = [2 ** len(level.border.spatial) if level.method == "linear" else 1 for level in levels]
+    corners = [METHODS[level.method] ** len(level.border.spatial) for level in levels]
     most = max(2 * level.points * each for level, each in zip(levels, corners, strict=True))
     return max(_FEWEST, min(most, round(most * queries / max(pixels, 1))))
 

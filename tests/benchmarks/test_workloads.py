@@ -9,9 +9,8 @@ import pytest
 import dcn_jax
 from benchmarks.convolution import Convolution
 from benchmarks.family import Attention, Depthwise, GridSample
-from benchmarks.workloads import FAMILY, WORKLOADS
-
-CONVOLUTIONS = [name for name in WORKLOADS if name not in FAMILY]
+from benchmarks.layers import Layer
+from benchmarks.workloads import CONVOLUTIONS, FAMILY, LAYERS, WORKLOADS
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -29,6 +28,27 @@ def test_each_workload_of_the_family_is_a_call(name):
     work = WORKLOADS[name]
     y = jax.eval_shape(work.call, *work.shapes("bfloat16"))
     assert work.sizes("bfloat16") == {"result_bytes": 2 * y.size}
+
+
+@pytest.mark.lenient
+@pytest.mark.parametrize("name", LAYERS)
+def test_each_layer_is_a_call_of_both_layers(name):
+    work = WORKLOADS[name]
+    shapes = work.shapes("float32")
+    result = jax.eval_shape(work.convolution.dense, *work.convolution.shapes("float32")[:2]).shape
+    assert jax.eval_shape(work.call, *shapes).shape == jax.eval_shape(work.plain, *shapes[:3]).shape == result
+
+
+@pytest.mark.lenient
+def test_a_layer_reads_where_its_branch_says_and_is_the_plain_one_without():
+    work = Layer(WORKLOADS["small"]._replace(x=(1, 6, 6, 4), features=3))
+    x, kernel, bias, branch, branch_bias = work.arrays(0, "float32")
+    offsets = jax.lax.conv_general_dilated(
+        x, branch[..., :18], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    assert 1.4 < np.std(offsets) < 2.6
+    without = work.call(x, kernel, bias, 0 * branch, branch_bias)
+    np.testing.assert_allclose(2 * without, work.plain(x, kernel, bias), rtol=1e-5, atol=1e-5)
 
 
 def test_the_family_s_shapes():
@@ -49,6 +69,7 @@ SMALL = [
     Attention(((8, 12), (4, 6)), queries=500, heads=2, channels=3),
     Depthwise("dcnv3", (2, 9, 8, 6), 3),
     Depthwise("dcnv4", (2, 9, 8, 6), 3),
+    Layer(WORKLOADS["small"]),
 ]
 
 
@@ -78,7 +99,7 @@ def test_a_grid_and_locations_are_two_pixels_from_where_the_query_is():
     assert np.std(spread, axis=(0, 1, 2, 3)) == pytest.approx([2 / 12, 2 / 8], rel=0.1)  # (x, y)
 
 
-@pytest.mark.parametrize("work", SMALL[3:], ids=str)
+@pytest.mark.parametrize("work", SMALL[3:5], ids=str)
 def test_dcnv3_and_dcnv4_stand_beside_the_dense_convolution_of_their_shape(work):
     function, (arrays,) = work.beside([work.arrays(0, "float32")])
     assert arrays[1].shape == (3, 3, 6, 6)

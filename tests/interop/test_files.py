@@ -88,7 +88,7 @@ def bombs(proof):
     return {"bare": bare, "zipped": zipped.getvalue()}
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt", ".pkl"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pkl"])
 @pytest.mark.parametrize("kind", ["bare", "zipped"])
 def test_a_bomb_does_not_go_off(tmp_path, kind, suffix):
     """Whether torch is installed or not."""
@@ -150,15 +150,86 @@ def pth(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("above", [None, "state_dict", "model"])
-def test_pth_is_read_with_weights_only(monkeypatch, pth, above):
-    state = {name: Tensor(array) for name, array in ARRAYS.items()}
-    calls = fake_torch(monkeypatch, state if above is None else {above: state, "meta": {"epoch": 3}})
-    read = read_checkpoint(pth)
+STATE = {name: Tensor(array) for name, array in ARRAYS.items()}
+OTHER = {"weight": Tensor(np.zeros(2))}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".ckpt"])
+def test_it_is_read_with_weights_only(monkeypatch, tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(b"")
+    calls = fake_torch(monkeypatch, STATE)
+    read = read_checkpoint(path)
     assert calls == [{"map_location": "cpu", "weights_only": True}]
     for name, array in read.items():
         np.testing.assert_array_equal(array, ARRAYS[name], strict=True)
     assert read.keys() == ARRAYS.keys()
+
+
+@pytest.mark.parametrize(
+    ("loads", "key"),
+    [
+        ({**STATE, "epoch": 3, "meta": {"date": "today"}, "none": None}, None),
+        *[
+            ({part: STATE, "meta": {"epoch": 3}, "mean": Tensor([1.0])}, None)
+            for part in ("state_dict", "model", "params_ema", "params", "net", "model_state_dict")
+        ],
+        ({"ema": {"module": STATE, "updates": 3}}, None),
+        ({"params_ema": STATE, "params": dict(STATE)}, None),
+        ({"state_dict": STATE, "optimizer": {"state": {0: {"exp_avg": Tensor(1.0)}}, "named": {"a": Tensor(1.0)}}}, None),
+        ({"params": OTHER, "params_ema": STATE}, "params_ema"),
+        ({"model": OTHER, "ema": {"module": STATE}}, "ema.module"),
+        ({"generator": STATE}, "generator"),
+        ({"ema.module": STATE}, "ema.module"),
+        ({**STATE, "net": OTHER}, ""),
+    ],
+)  # fmt: skip
+def test_the_part_with_the_arrays_is_found(monkeypatch, pth, loads, key):
+    fake_torch(monkeypatch, loads)
+    read = read_checkpoint(pth, key)
+    assert read.keys() == ARRAYS.keys()
+    for name, array in read.items():
+        np.testing.assert_array_equal(array, ARRAYS[name], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("loads", "key", "message"),
+    [
+        ({"params": OTHER, "params_ema": STATE}, None, "has several parts with arrays that differ; wanted one of key='params', key='params_ema'$"),
+        ({"params": STATE, "net": {**STATE, "half": Tensor(np.zeros(2, np.float16))}}, None, "that differ; wanted one of key='params', key='net'$"),
+        ({"model": OTHER, "ema": {"module": STATE}}, None, "wanted one of key='model', key='ema.module'$"),
+        ({**STATE, "decoder": OTHER}, None, "wanted one of key='', key='decoder'$"),
+        ({"model": STATE}, "ema", "has no arrays under key='ema'; wanted one of key='model'$"),
+    ],
+)  # fmt: skip
+def test_parts_that_differ(monkeypatch, pth, loads, key, message):
+    fake_torch(monkeypatch, loads)
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(pth, key)
+
+
+def test_a_key_that_cannot_be(tmp_path, pth):
+    with pytest.raises(TypeError, match="key=3 is a int; wanted a string"):
+        read_checkpoint(pth, 3)
+    save_file({"weight": ARRAYS["weight"]}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"key='model' names a part of a file, and .safetensors files have none"):
+        read_checkpoint(tmp_path / "x.safetensors", "model")
+
+
+def test_a_dtype_that_numpy_lacks(monkeypatch, tmp_path, pth):
+    class Float8(Tensor):
+        def numpy(self):
+            raise TypeError("Got unsupported ScalarType Float8_e4m3fn")
+
+    array = Float8(np.zeros(2))
+    array.dtype = "torch.float8_e4m3fn"
+    fake_torch(monkeypatch, {"scale": array})
+    with pytest.raises(ValueError, match=r"has an array 'scale' of dtype torch.float8_e4m3fn, which NumPy lacks; save"):
+        read_checkpoint(pth)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(with_header({"w": entry([4], 0, 4, "F8_E4M3")}, body=b"\0" * 4))
+    with pytest.raises(ValueError, match=r"has an array 'w' of dtype F8_E4M3, which NumPy lacks; save it in another"):
+        read_checkpoint(path)
 
 
 @pytest.mark.parametrize("error", [pickle.UnpicklingError("no"), RuntimeError("no"), EOFError("no"), ValueError("no")])
@@ -210,7 +281,7 @@ def test_what_torch_itself_saves(tmp_path):
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("x.pkl", ValueError, r"ends in '.pkl'; wanted .safetensors, .pth, .pt"),
+        ("x.pkl", ValueError, r"ends in '.pkl'; wanted .safetensors, .pth, .pt, .bin, .ckpt"),
         ("x.safetensors", FileNotFoundError, "x.safetensors' is not a file"),
         ("x.pth", FileNotFoundError, "x.pth' is not a file"),
     ],

@@ -1,4 +1,4 @@
-"""What torch computes for `grid_sample` and `ms_deform_attn`, with all gradients: tests/support/data/family.npz."""
+"""What torch computes for `grid_sample`, `affine_grid` and `ms_deform_attn`, with all gradients: tests/support/data/family.npz."""
 
 import json
 from pathlib import Path

@@ -14,8 +14,8 @@ FEATURES, GRID = np.zeros((2, 5, 6, 3), np.float32), np.zeros((2, 7, 8, 2), np.f
     [
         ({"padding_mode": "border"}, ValueError, 'torch\'s "border" is "edge"'),
         ({"padding_mode": "reflection"}, ValueError, '"reflection" is "reflect" with align_corners=True and "symmetric" without'),
-        ({"method": "bilinear"}, ValueError, 'method=\'bilinear\' is not known; wanted one of (\'linear\', \'nearest\') (torch\'s "bilinear" is "linear")'),
-        ({"method": "bicubic"}, ValueError, "bicubic"),
+        ({"method": "bilinear"}, ValueError, 'method=\'bilinear\' is not known; wanted one of (\'linear\', \'nearest\', \'cubic\') (torch\'s "bilinear" is "linear")'),
+        ({"method": "bicubic"}, ValueError, 'torch\'s "bicubic" is "cubic"'),
         ({"align_corners": None}, TypeError, "align_corners=None is a NoneType; wanted True or False"),
         ({"grid": np.zeros((2, 2, 7, 8), np.float32)}, ValueError, "grid has shape (2, 2, 7, 8); wanted (*batch, *query, n) with n = 1, 2 or 3 coordinates, x first; it looks channels-first"),
         ({"grid": np.zeros((), np.float32)}, ValueError, "grid has shape ()"),

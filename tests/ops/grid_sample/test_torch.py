@@ -18,7 +18,7 @@ def test_the_cases_cover_what_they_should():
     ranks = {family.read("grid_sample", number, NAMES).arguments[1].shape[-1] for number in range(len(OPTIONS))}
     assert ranks == {1, 2, 3}
     for option, values in {
-        "method": {"linear", "nearest"},
+        "method": {"linear", "nearest", "cubic"},
         "padding_mode": {"zeros", "edge", "reflect", "symmetric"},
         "align_corners": {True, False},
     }.items():

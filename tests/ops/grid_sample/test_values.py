@@ -103,7 +103,7 @@ def test_the_derivative_at_a_whole_pixel_is_the_right_hand_one(align_corners):
 
 
 @pytest.mark.parametrize(("size", "align_corners"), [(1, True), (4, False)])
-@pytest.mark.parametrize("method", ["linear", "nearest"])
+@pytest.mark.parametrize("method", ["linear", "nearest", "cubic"])
 @pytest.mark.parametrize("mode", PADDING_MODES)
 def test_far_and_nan_positions_disturb_nothing(mode, method, size, align_corners):
     """Also on a map of one pixel, where ±inf times its size less one would be a NaN."""
@@ -126,11 +126,12 @@ def test_far_and_nan_positions_disturb_nothing(mode, method, size, align_corners
     assert np.isfinite(d_features).all()
 
 
-@pytest.mark.parametrize("method", ["linear", "nearest"])
+@pytest.mark.parametrize("method", ["linear", "nearest", "cubic"])
 def test_an_infinite_pixel_reaches_only_those_that_read_it(method):
     features = ROW.copy()
     features[0] = np.inf
-    read = at_pixels(features, [-1.5, -9, 1, 2.25, 0, 30], method=method)
+    beyond = (-2.5, 2) if method == "cubic" else (-1.5, 1)  # as near as they may be without reading it
+    read = at_pixels(features, [beyond[0], -2e9, beyond[1], 2.25, 0, 30], method=method)
     np.testing.assert_array_equal(np.isfinite(read), [True, True, True, True, False, True])
 
 

@@ -1,4 +1,5 @@
-"""Make family.npz: what torch computes, in float64 and with all gradients, for `grid_sample` and `ms_deform_attn`.
+"""Make family.npz: what torch computes, in float64 and with all gradients, for `grid_sample`, `affine_grid` and
+`ms_deform_attn`.
 
     python make_family.py
 
@@ -59,20 +60,43 @@ def sample(features, grid, **options):
     return F.grid_sample(channels_first, places, **options).flatten(2).movedim(1, 2)
 
 
+METHODS = {"bilinear": "linear", "nearest": "nearest", "bicubic": "cubic"}
+
+
 def grid_sample_cases(rng):
-    for spatial, method, padding, align in itertools.product(SPATIAL, ("bilinear", "nearest"), PADDING, (False, True)):
-        features = leaf(rng.normal(size=(BATCH, *spatial, CHANNELS)))
-        grid = leaf(draw_grid(rng, spatial, align, (BATCH, 12)))
-        y = sample(features, grid, mode=method, padding_mode=padding, align_corners=align)
-        cotangent = rng.normal(size=y.shape)
-        y.backward(torch.tensor(cotangent))
-        options = {
-            "method": {"bilinear": "linear"}.get(method, method),
-            "padding_mode": PADDING[padding](align),
-            "align_corners": align,
-        }
-        arrays = {"features": features, "grid": grid, "y": y, "d_features": features.grad, "d_grid": grid.grad}
-        yield options, arrays | {"cotangent": torch.tensor(cotangent)}
+    every = itertools.product(SPATIAL, ("bilinear", "nearest"), PADDING, (False, True))
+    cubic = itertools.product([(4, 5), (1, 3)], ("bicubic",), PADDING, (False, True))  # torch has it in 2-D alone
+    # Cubic cases draw from a generator of their own, so that adding them changed no other.
+    yield from (sampled(rng, *case) for case in every)
+    own = np.random.default_rng(14)
+    yield from (sampled(own, *case) for case in cubic)
+
+
+def sampled(rng, spatial, method, padding, align):
+    features = leaf(rng.normal(size=(BATCH, *spatial, CHANNELS)))
+    grid = leaf(draw_grid(rng, spatial, align, (BATCH, 12)))
+    y = sample(features, grid, mode=method, padding_mode=padding, align_corners=align)
+    cotangent = rng.normal(size=y.shape)
+    y.backward(torch.tensor(cotangent))
+    options = {
+        "method": METHODS[method],
+        "padding_mode": PADDING[padding](align),
+        "align_corners": align,
+    }
+    arrays = {"features": features, "grid": grid, "y": y, "d_features": features.grad, "d_grid": grid.grad}
+    return options, arrays | {"cotangent": torch.tensor(cotangent)}
+
+
+def affine_grid_cases():
+    rng = np.random.default_rng(15)
+    for spatial, align in itertools.product([(4, 5), (1, 3), (3, 1, 4)], (False, True)):
+        n = len(spatial)
+        theta = leaf(rng.normal(size=(BATCH, n, n + 1)))
+        y = F.affine_grid(theta, (BATCH, 1, *spatial), align_corners=align)
+        cotangent = torch.tensor(rng.normal(size=y.shape))
+        y.backward(cotangent)
+        arrays = {"theta": theta, "y": y, "d_theta": theta.grad, "cotangent": cotangent}
+        yield {"spatial": spatial, "align_corners": align}, arrays
 
 
 def draw_locations(rng, spatial, shape):
@@ -130,9 +154,10 @@ def main():
     """Write family.npz beside this script."""
     rng = np.random.default_rng(12)
     stored, options = {}, {}
-    for op, cases in (("grid_sample", grid_sample_cases), ("ms_deform_attn", attention_cases)):
+    of_ops = {"grid_sample": grid_sample_cases(rng), "ms_deform_attn": attention_cases(rng)}
+    for op, cases in {**of_ops, "affine_grid": affine_grid_cases()}.items():
         options[op] = []
-        for number, (case, arrays) in enumerate(cases(rng)):
+        for number, (case, arrays) in enumerate(cases):
             options[op].append(case)
             stored |= {f"{op}.{number}.{name}": array.detach().numpy() for name, array in arrays.items()}
     path = Path(__file__).with_name("family.npz")
