@@ -1,0 +1,147 @@
+"""Calling a model while something stands around the calls of its layers, in linen and in nnx.
+
+The model does not change. Of an nnx model a copy is called, whose layers are of classes derived
+for this one call; a linen module is called under `flax.linen.intercept_methods`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dcn_jax._core import extras
+
+
+class Call(NamedTuple):
+    """One call of a layer of the model."""
+
+    path: str  # the names of attributes, joined by "."
+    kind: str  # "deform_conv", "conv" or "attention"
+    layer: Any  # of nnx, or a bound module of linen
+    run: Callable[..., tuple[Any, dict[str, Any]]]  # the layer itself: its result, and what it sowed
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def parameter(self, name: str) -> jax.Array | None:
+        """A parameter of the layer by its name, or None if it has no such parameter."""
+        if hasattr(self.layer, "scope"):  # linen
+            from flax.linen import meta
+
+            return meta.unbox(self.layer.variables["params"].get(name))
+        parameter = getattr(self.layer, name)
+        return None if parameter is None else parameter[...]
+
+
+Around = Callable[[Call], Any]
+
+
+def batch_of_one(x: Any) -> jax.Array:
+    """The image `(*spatial, C)` as a batch of one."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x has dtype {x.dtype}; wanted a floating-point image: x.astype(jnp.float32)")
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {x.shape}; wanted one image (H, W, C), without a batch axis")
+    return x[None]
+
+
+def run(model: Any, images: jax.Array, around: Around, call: Callable[..., Any] | None = None) -> Any:
+    """The model's result for `images`. Each call of a layer is `around(Call)`, which may run the layer.
+
+    Layers that a watched layer runs, such as an offset branch, are not watched.
+    """
+    try:
+        import flax.linen
+        from flax import nnx
+    except ModuleNotFoundError as error:
+        raise extras.missing("dcn_jax.viz.looked", "flax") from error
+
+    if isinstance(model, nnx.Module):
+        return _run_nnx(model, images, _outermost(around), call)
+    if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], flax.linen.Module):
+        return _run_linen(*model, images, _outermost(around), call)
+    hint = "; beside a linen module stand its variables" if isinstance(model, flax.linen.Module) else ""
+    raise TypeError(
+        f"model is a {type(model).__name__}; wanted an nnx.Module, or a pair (linen module, variables){hint}"
+    )
+
+
+def _outermost(around: Around) -> Around:
+    """`around` for calls that no other watched call is running; the others run as they are."""
+    running = False
+
+    def outermost(call: Call) -> Any:
+        nonlocal running
+        if running:
+            return call.run(*call.args, **call.kwargs)[0]
+        running = True
+        try:
+            return around(call)
+        finally:
+            running = False
+
+    return outermost
+
+
+def _run_nnx(model: Any, images: jax.Array, around: Around, call: Callable[..., Any] | None) -> Any:
+    from flax import nnx
+
+    from dcn_jax.nnx import DeformConv, MSDeformAttn
+
+    kinds = {DeformConv: "deform_conv", nnx.Conv: "conv", MSDeformAttn: "attention"}
+    copy = nnx.clone(model, graph=True)
+    for path, layer in list(nnx.iter_graph(copy, graph=True)):
+        if kind := _kind(layer, kinds):
+            layer.__class__ = _watched_class(type(layer), ".".join(map(str, path)), kind, around)
+    return copy(images) if call is None else call(copy, images)
+
+
+def _kind(layer: Any, kinds: dict[type, str]) -> str | None:
+    return next((kind for cls, kind in kinds.items() if isinstance(layer, cls)), None)
+
+
+def _watched_class(cls: type, path: str, kind: str, around: Around) -> type:
+    """A class like `cls`, whose calls go through `around`."""
+    sown: dict[str, Any] = {}
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+            sown.clear()
+            return cls.__call__(self, *args, **kwargs), dict(sown)
+
+        return around(Call(path, kind, self, run, args, kwargs))
+
+    def sow(_self: Any, _kind: Any, name: str, value: Any, *_: Any, **__: Any) -> bool:
+        sown[name] = value
+        return True
+
+    # Layers sow only if they find `__captures__`, which nnx.capture gives them elsewhere.
+    return type(cls)(cls.__name__, (cls,), {"__call__": __call__, "sow": sow, "__captures__": ()})
+
+
+def _run_linen(module: Any, variables: Any, images: jax.Array, around: Around, call: Callable[..., Any] | None) -> Any:
+    import flax.linen as nn
+
+    from dcn_jax.linen import DeformConv, MSDeformAttn
+
+    kinds = {DeformConv: "deform_conv", nn.Conv: "conv", MSDeformAttn: "attention"}
+
+    def interceptor(next_function: Any, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
+        layer = context.module
+        kind = _kind(layer, kinds)
+        if context.method_name != "__call__" or kind is None:
+            return next_function(*args, **kwargs)
+
+        def run(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+            output = next_function(*args, **kwargs)
+            values = layer.variables.get("intermediates", {})
+            # A tuple is what the layer has sown, one value for each of its calls; a dictionary is its branch's.
+            return output, {name: value[-1] for name, value in values.items() if isinstance(value, tuple)}
+
+        return around(Call(".".join(layer.path), kind, layer, run, args, kwargs))
+
+    variables = {name: value for name, value in dict(variables).items() if name != "intermediates"}
+    with nn.intercept_methods(interceptor):
+        # All but the parameters may change in the call (the statistics of a batch norm); the changes are dropped.
+        return module.apply(variables, images, method=call, mutable=nn.DenyList("params"))[0]
