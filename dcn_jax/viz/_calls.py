@@ -74,7 +74,7 @@ def run(model: Any, images: jax.Array, around: Around, call: Callable[..., Any] 
         import flax.linen
         from flax import nnx
     except ModuleNotFoundError as error:
-        raise extras.missing("dcn_jax.viz.looked", "flax") from error
+        raise extras.missing("dcn_jax.viz", "flax") from error
 
     around = _outermost(around)
     # The context is part of jit's key: a function that was traced before is traced anew, with `around` in it.

@@ -149,7 +149,7 @@ _SEVERAL_CALLS = (
 
 def _length(gradient: jax.Array) -> np.ndarray:
     """The length of each vector along the last axis."""
-    return np.asarray(jnp.linalg.norm(gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32)), axis=-1))
+    return np.array(jnp.linalg.norm(gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32)), axis=-1))
 
 
 def plot_receptive_field(image: Any, field: Any, *, ax: "Axes | None" = None) -> "Axes":
