@@ -120,6 +120,22 @@ def test_offsets_from_outside_are_moved_too(given):
     assert strength[5, 6].sum() > 0
 
 
+@pytest.mark.slow
+def test_plain_layers_count_as_deformable_ones_without_offsets():
+    """The right-hand derivatives at whole-number positions are those of a fresh deformable network."""
+    x = image(1, (8, 9))
+    plains = stack(plain(strides=2), plain(kernel_dilation=2))
+    deforms = stack(deform(strides=2), deform(kernel_dilation=2))
+    for one, other in zip(plains.layers, deforms.layers, strict=True):
+        other.kernel, other.bias = one.kernel, one.bias
+    expected = effective_sampling(deforms, x, (1, 2, 0))
+    found = effective_sampling(plains, x, (1, 2, 0), plain=True)
+    for (points, strength), (expected_points, expected_strength) in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(points, expected_points)
+        np.testing.assert_allclose(strength, expected_strength, atol=1e-6)
+    assert (found[0][1] > 0).sum() > 9
+
+
 def test_a_network_without_deformable_layers_has_none():
     assert effective_sampling(stack(plain()), X[..., :1], (0, 0, 0)) == []
 

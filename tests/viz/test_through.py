@@ -43,7 +43,7 @@ def grid(rows, columns):
     return {(float(row), float(column)) for row in rows for column in columns}
 
 
-def test_one_plain_layer_gives_four_weights_of_one():
+def test_one_plain_layer_gives_nine_weights_of_one():
     points, weights = through(plain())
     assert points.shape == (9, 2)
     np.testing.assert_array_equal(weights, 1)
@@ -169,7 +169,7 @@ def test_a_part_of_the_layers_ends_at_the_map_of_its_first():
 
 def test_paths_end_where_they_leave_a_map_between_layers():
     points, _ = through(plain(), plain(), at=(0, 0))
-    assert len(points) == 36  # of the second layer's four taps four are in the map
+    assert len(points) == 36  # of the second layer's nine taps four are in the map
     assert set(map(tuple, points)) == grid((-1, 0, 1, 2), (-1, 0, 1, 2))
     points, _ = through(plain(padding="CIRCULAR"), plain(padding="CIRCULAR"), at=(0, 0))
     assert len(points) == 81
