@@ -13,6 +13,7 @@ from flax import nnx
 import dcn_jax.linen
 import dcn_jax.nnx
 from dcn_jax import deform_conv, sampling_points
+from dcn_jax.interop import to_linen
 from dcn_jax.viz import Layer, looked
 from tests.support.looking import OFFSETS, Net, both, deform, image, plain, stack
 
@@ -199,6 +200,33 @@ def test_half_precision_is_kept():
     (layer,) = looked(stack(deform(0.5, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)), X[..., :1].astype(jnp.bfloat16))
     assert (layer.inputs.dtype, layer.output.dtype, layer.offset.dtype) == (jnp.bfloat16, jnp.bfloat16, np.float32)
     np.testing.assert_array_equal(layer.offset, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("DCNv3", {"remove_center": True, "offset_scale": 2.0, "kernel_size": (3, 5), "pad": (1, 2)}), ("DCNv4", {})],
+)
+def test_the_points_of_dcnv3_and_dcnv4_give_their_results_again(name, options):
+    """As those of a `deform_conv` with a kernel of ones, between the two projections."""
+    layer = getattr(dcn_jax.nnx, name)(8, group=2, rngs=nnx.Rngs(0), **options)
+    for part in ("offset", "mask", "offset_mask"):
+        if hasattr(layer, part):
+            kernel = getattr(layer, part).kernel
+            kernel[...] = 0.3 * jax.random.normal(jax.random.key(1), kernel.shape)
+    (seen,) = looked(layer, x := image(8, (5, 6)))
+    assert (seen.kind, seen.kernel, seen.reads) == ("dcn", None, ())
+    value = (layer.input_proj if name == "DCNv3" else layer.value_proj)(x)
+    flat = (*seen.output.shape[:-1], -1)
+    kernel = jnp.ones((*seen.window, 1, 8))
+    y = deform_conv(
+        value, kernel, seen.offset.reshape(flat), seen.mask.reshape(flat), padding=seen.padding, feature_group_count=8
+    )
+    np.testing.assert_allclose(layer.output_proj(y), seen.output, atol=1e-4)
+
+    linen = getattr(dcn_jax.linen, name)(8, group=2, **options)
+    (other,) = looked((linen, {"params": to_linen(layer)}), x)
+    np.testing.assert_allclose(other.offset, seen.offset, atol=1e-5)
+    np.testing.assert_allclose(other.mask, seen.mask, atol=1e-5)
 
 
 class Attends(nnx.Module):
