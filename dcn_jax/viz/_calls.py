@@ -80,12 +80,10 @@ def run(model: Any, images: jax.Array, around: Around, call: Callable[..., Any] 
         raise extras.missing("dcn_jax.viz", "flax") from error
 
     around = _outermost(around)
-    # The context is part of jit's key: a function that was traced before is traced anew, with `around` in it.
-    with _traced_for(around):
-        if isinstance(model, nnx.Module):
-            return _run_nnx(model, images, around, call)
-        if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], flax.linen.Module):
-            return _run_linen(*model, images, around, call)
+    if isinstance(model, nnx.Module):
+        return _run_nnx(model, images, around, call)
+    if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], flax.linen.Module):
+        return _run_linen(*model, images, around, call)
     hint = "; beside a linen module stand its variables" if isinstance(model, flax.linen.Module) else ""
     raise TypeError(
         f"model is a {type(model).__name__}; wanted an nnx.Module, or a pair (linen module, variables){hint}"
@@ -187,6 +185,8 @@ def _run_linen(module: Any, variables: Any, images: jax.Array, around: Around, c
         return around(Call(".".join(layer.path), kind, layer, run, args, kwargs))
 
     variables = {name: value for name, value in dict(variables).items() if name != "intermediates"}
-    with nn.intercept_methods(interceptor):
+    # The context is part of jit's key: what nn.jit traced before is traced anew, with the interceptor in it. In nnx
+    # the new classes are part of the key.
+    with nn.intercept_methods(interceptor), _traced_for(around):
         # All but the parameters may change in the call (the statistics of a batch norm); the changes are dropped.
         return module.apply(variables, images, method=call, mutable=nn.DenyList("params"))[0]

@@ -82,8 +82,9 @@ def effective_sampling(
         call: how to call the model with a batch of one, if it is not `model(images)`, as in `looked`.
 
     Returns:
-        For each call of a `DeformConv` (and of a `Conv`, if `plain`), in order, points `(*out, OG, K, n)` in pixels of the map
-        that it reads, and their strength `(*out, OG, K)`.
+        For each call of a `DeformConv` (and of a `Conv`, if `plain`), in order, points
+        `(*out, OG, K, n)` in pixels of the map that it reads, and their strength `(*out, OG, K)`.
+        DCNv3, DCNv4 and attention are left out.
 
     Raises:
         ValueError: node does not give one floating-point number, or a layer is called several times
@@ -106,6 +107,8 @@ def effective_sampling(
     images = _calls.batch_of_one(x)
     kinds = ("deform_conv", "conv") if plain else ("deform_conv",)
     layers = [layer for layer in looked(model, x, call=call) if layer.kind in kinds]
+    if len({layer.path for layer in layers}) < len(layers) and any(layer.reads is None for layer in layers):
+        raise ValueError(_SEVERAL_CALLS)
 
     def response(moves: list[jax.Array]) -> jax.Array:
         left = iter(list(zip(layers, moves, strict=True)))

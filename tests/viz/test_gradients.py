@@ -1,5 +1,6 @@
 """What a node depends on: against finite differences, and in networks where it is known by hand."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import dcn_jax.linen
 import dcn_jax.nnx
 from dcn_jax.viz import (
     effective_receptive_field,
@@ -134,6 +136,29 @@ def test_plain_layers_count_as_deformable_ones_without_offsets():
         np.testing.assert_array_equal(points, expected_points)
         np.testing.assert_allclose(strength, expected_strength, atol=1e-6)
     assert (found[0][1] > 0).sum() > 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [2, 3])
+def test_the_calls_of_a_scan_are_refused(length):
+    class Scanned(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes = {"params": 0, "intermediates": 0}
+            layer = dcn_jax.linen.DeformConv(1, (1, 1), name="layer")
+            scan = nn.scan(
+                lambda layer, carry: (layer(carry), None),
+                variable_axes=axes,
+                split_rngs={"params": True},
+                length=length,
+                check_constancy_invariants=False,
+            )
+            return scan(layer, x)[0]
+
+    x = image(1, (4, 4))
+    variables = Scanned().init(jax.random.key(0), x[None])
+    with pytest.raises(ValueError, match="a layer is called several times by one trace, as in a scan"):
+        effective_sampling((Scanned(), variables), x, (1, 1, 0))
 
 
 def test_a_network_without_deformable_layers_has_none():
