@@ -13,6 +13,7 @@ The last line should be "pictures: runs/where_it_looks".
 """
 
 import importlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ import numpy as np
 from digits_data import BACKGROUND, POSITIONS, load_digits
 from digits_picture import pictured_canvases
 from matplotlib import pyplot as plt
+from PIL import Image
 
 from dcn_jax.viz import (
     effective_receptive_field,
@@ -116,8 +118,10 @@ def draw(path: Path, plot: Callable[[Any, Question], None], asked: dict[str, Seq
             plot(ax, question)
             mark(ax, question)
             ax.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=100)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=100)
     plt.close(figure)
+    Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(path, optimize=True)  # fewer bytes
 
 
 def main(out: Path, steps: int = 800, models: Sequence[str] = tuple(digits.LAYERS), canvases: int = 3) -> None:

@@ -17,7 +17,7 @@ from dcn_jax.viz import (
     plot_effective_sampling,
     plot_receptive_field,
 )
-from tests.support.looking import OFFSETS, Net, both, deform, image, plain, stack
+from tests.support.looking import OFFSETS, both, deform, image, plain, stack
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -171,20 +171,20 @@ def test_a_network_without_deformable_layers_has_none():
         (
             lambda y: y[0],
             ValueError,
-            r"node gives an array of shape \(4, 3\) .*output for one image, of shape \(3, 4, 3\)",
+            r"node gives an array of shape \(12, 1\) .*output for one image, of shape \(10, 12, 1\)",
         ),
         (
             lambda y: y[0, 0, 0] > 0,
             ValueError,
             "node gives an array of shape .* and dtype bool; wanted a floating-point",
         ),
-        ((0, 0), ValueError, r"node gives an array of shape \(3,\)"),
+        ((0, 0), ValueError, r"node gives an array of shape \(1,\)"),
         ("logit", TypeError, "node='logit' is not understood; wanted a function of the model's output for one image"),
     ],
 )
 def test_errors_name_the_node(node, error, message):
     with pytest.raises(error, match=message):
-        effective_receptive_field(Net(), X, node)
+        effective_receptive_field(stack(plain()), X[..., :1], node)
 
 
 # The plots

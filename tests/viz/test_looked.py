@@ -172,6 +172,7 @@ def test_a_branch_of_several_layers_is_part_of_its_layer():
     ]
 
 
+@pytest.mark.slow
 def test_offsets_from_outside_and_base_offsets_are_those_that_were_used():
     layer = dcn_jax.nnx.DeformConv(2, 2, (3, 3), offset_kernel_init=OFFSETS, rngs=nnx.Rngs(0))
     given = jax.random.normal(jax.random.key(1), (10, 12, 18))
@@ -183,6 +184,7 @@ def test_offsets_from_outside_and_base_offsets_are_those_that_were_used():
     np.testing.assert_allclose(based.offset, alone.offset + 1, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_all_geometries_are_written_out():
     cls, options = plain(padding="CIRCULAR", kernel_dilation=2, kernel_size=(3, 5))
     (circular,) = looked(stack((cls, options)), X[..., :1])
@@ -204,7 +206,10 @@ def test_half_precision_is_kept():
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("DCNv3", {"remove_center": True, "offset_scale": 2.0, "kernel_size": (3, 5), "pad": (1, 2)}), ("DCNv4", {})],
+    [
+        ("DCNv3", {"remove_center": True, "offset_scale": 2.0, "kernel_size": (3, 5), "pad": (1, 2)}),
+        pytest.param("DCNv4", {}, marks=pytest.mark.slow),
+    ],
 )
 def test_the_points_of_dcnv3_and_dcnv4_give_their_results_again(name, options):
     """As those of a `deform_conv` with a kernel of ones, between the two projections."""
@@ -241,7 +246,10 @@ class Attends(nnx.Module):
         return self.attention(value[:, :4], jnp.full((1, 4, 1, 2), 0.5), value, spatial_shapes=levels)
 
 
-@pytest.mark.parametrize(("points", "axes", "per_level"), [(3, (2, 3), (3, 3)), ((1, 2), (3,), (1, 2))])
+@pytest.mark.parametrize(
+    ("points", "axes", "per_level"),
+    [(3, (2, 3), (3, 3)), pytest.param((1, 2), (3,), (1, 2), marks=pytest.mark.slow)],
+)
 def test_an_attention_has_locations_and_weights(points, axes, per_level):
     (layer,) = looked(Attends(points), image(8, (8, 6)))
     assert (layer.path, layer.kind, layer.inputs.shape, layer.output.shape) == (
@@ -302,7 +310,7 @@ def test_importing_the_room_loads_neither_flax_nor_optax_nor_matplotlib():
     assert run(code).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("package", ["flax", "optax"])  # Flax needs Optax, as saliency_region does
+@pytest.mark.parametrize("package", ["flax", pytest.param("optax", marks=pytest.mark.slow)])
 def test_without_flax_the_error_says_what_to_install(package):
     result = run(
         f"import sys; sys.modules['{package}'] = None; import jax.numpy as jnp; from dcn_jax.viz import looked\n"

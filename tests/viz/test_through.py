@@ -149,6 +149,8 @@ def test_a_network_gives_what_a_walk_in_plain_python_gives(layers, at):
     walked = {point: weight for point, weight in walk([stem, deformed, last], at).items() if weight}
     assert total.keys() == walked.keys()
     assert total == pytest.approx(walked, abs=1e-5)
+    merged = summed(*sampling_through(layers, at, merge=True))
+    assert merged == pytest.approx(walked, abs=1e-5)
 
 
 def test_of_a_residual_sum_the_branch_with_deformable_layers_is_followed(layers):
