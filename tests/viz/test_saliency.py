@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from dcn_jax.viz import plot_saliency_region, saliency_region
+from dcn_jax.viz._saliency import _pruned
 from tests.support.looking import both, image
 
 matplotlib.use("Agg")
@@ -77,6 +78,23 @@ def test_no_tile_can_go_and_the_error_is_as_said(patch):
     assert error == pytest.approx(reached, abs=1e-5)
     assert error <= 0.3
     assert min(without) > 0.3
+
+
+@pytest.mark.parametrize("bound", [0.01, 0.3])
+def test_pruning_leaves_no_tile_that_could_go(bound):
+    """From all tiles on, where only some count, each by a share of its own; blocks alone would leave more."""
+    rng = np.random.default_rng(0)
+    shares = rng.uniform(0.5, 1, (9, 11)) * (rng.random((9, 11)) < 0.2)
+    shares = (shares / shares.sum()).astype(np.float32)
+    tiles = np.asarray(
+        jax.jit(lambda start: _pruned(lambda tiles: jnp.sum(shares * (1 - tiles)), bound, start, start))(
+            jnp.ones((9, 11))
+        )
+    )
+    missing = (shares * (1 - tiles)).sum()
+    assert missing <= bound + 1e-6
+    assert (missing + shares[tiles == 1] > bound - 1e-6).all()
+    assert tiles.sum() <= (shares > 0).sum()
 
 
 def test_of_a_bright_spot_and_a_faint_one_the_bright_one_is_kept():
