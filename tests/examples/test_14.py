@@ -1,4 +1,4 @@
-"""`examples/11_nnx_training.py`: it learns, and its offset convolution at the smaller rate."""
+"""`examples/14_nnx_training.py`: it learns, and its offset convolution at the smaller rate."""
 
 import importlib
 import re
@@ -11,12 +11,12 @@ from flax import nnx
 
 from dcn_jax.optim import offset_labels
 
-program = importlib.import_module("11_nnx_training")
+program = importlib.import_module("14_nnx_training")
 pytestmark = pytest.mark.lenient
 
 
 def test_it_learns(run):
-    *losses, last = run("11_nnx_training", steps=60)
+    *losses, last = run("14_nnx_training", steps=60)
     assert len(losses) == 2
     assert int(re.fullmatch(r"after 60 steps (\d+) % of new images are named rightly", last)[1]) >= 90
 

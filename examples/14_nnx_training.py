@@ -1,6 +1,6 @@
 """A training step in `flax.nnx`: a small network with a deformable layer, and a smaller rate for its offset convolution.
 
-Run it with `python examples/11_nnx_training.py` (it needs Flax and Optax: `pip install -e ".[flax]"`, and takes a few
+Run it with `python examples/14_nnx_training.py` (it needs Flax and Optax: `pip install -e ".[flax]"`, and takes a few
 seconds). The network names the side on which a bright spot lies, whatever its place on that side. It prints the loss now
 and then; the last line is like "after 200 steps 100 % of new images are named rightly".
 """

@@ -104,6 +104,18 @@ def test_the_geometry_is_that_of_sampling_points(geometry):
     np.testing.assert_array_equal(drawn(ax, "regular grid")[0], dots - 0.5)
 
 
+@pytest.mark.parametrize(("mode", "row"), [("edge", 0), ("wrap", H - 1), ("reflect", 1), ("symmetric", 0)])
+def test_beyond_the_border_a_dot_lies_where_its_tap_reads(mode, row):
+    ax = plot(offset=zeros((3, 3)), at=(0, 4), padding_mode=mode)
+    np.testing.assert_array_equal(drawn(ax, "where the taps read")[0][:3], [[row, 3], [row, 4], [row, 5]])
+    np.testing.assert_array_equal(drawn(ax, "regular grid")[0][:3], [[-1, 3], [-1, 4], [-1, 5]])
+
+
+def test_a_padding_may_name_the_mode():
+    circular = drawn(plot(at=(0, 4), padding="CIRCULAR"), "where the taps read")[0]
+    np.testing.assert_array_equal(circular, drawn(plot(at=(0, 4), padding_mode="wrap"), "where the taps read")[0])
+
+
 def test_an_image_of_another_size_lies_under_the_map():
     ax = plot(RNG.random((80, 100, 3)), at=(2, 3), spatial=(H, W))
     assert list(ax.images[0].get_extent()) == [-0.5, W - 0.5, H - 0.5, -0.5]

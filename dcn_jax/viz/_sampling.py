@@ -1,4 +1,4 @@
-"""Pictures of where the taps of a deformable convolution read."""
+"""A picture of where the taps of a deformable convolution read."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
-from dcn_jax._core import checks, extras
+from dcn_jax._core import checks
 from dcn_jax.geometry import Padding, Window, check_offset_shape, resolve_window, sampling_points
+from dcn_jax.viz._canvas import canvas, check_image
+from dcn_jax.viz._points import into_map
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +25,7 @@ def plot_sampling(
     strides: int | Sequence[int] | None = 1,
     padding: Padding = "SAME",
     kernel_dilation: int | Sequence[int] | None = 1,
+    padding_mode: str | Sequence[str] = "zeros",
     spatial: Sequence[int] | None = None,
     ax: "Axes | None" = None,
 ) -> "Axes":
@@ -35,7 +38,8 @@ def plot_sampling(
 
     The artists have labels, for `ax.legend()`; the dots are the last of `ax.collections`, for
     `colorbar`. The view is the map and one pixel around it. `ax.autoscale()` shows the dots
-    outside it too, all of which read zero.
+    outside it too, all of which read zero. With another `padding_mode` than "zeros" each dot lies
+    in the map, where its tap reads.
 
     Args:
         image: `(H, W)`, `(H, W, 1)`, `(H, W, 3)` or `(H, W, 4)`, the background. It is stretched
@@ -45,8 +49,10 @@ def plot_sampling(
         window: the kernel's size along each of the two axes; K is its product.
         at: the output positions to draw, `[(row, column), …]`, or one (row, column).
         strides: of the layer; one for both axes, or one per axis.
-        padding: of the layer: "SAME", "VALID", an int, or one int or (low, high) pair per axis.
+        padding: of the layer: "SAME", "VALID", "CIRCULAR", "REFLECT", an int, or one int or (low,
+            high) pair per axis.
         kernel_dilation: of the layer; one for both axes, or one per axis.
+        padding_mode: of the layer: what lies beyond the border, one name or one per axis.
         spatial: `(height, width)` of the map that the layer reads; by default that of the image.
         ax: the Axes to draw on; by default those of a new figure.
 
@@ -67,20 +73,19 @@ def plot_sampling(
         >>> ax = plot_sampling(jnp.zeros((16, 16)), offset, window=(3, 3), at=[(4, 4), (10, 12)])
         >>> ax.figure.savefig("sampling.png")  # doctest: +SKIP
     """
-    image, offset = np.asarray(image), jnp.asarray(np.asarray(offset), jnp.float32)
-    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[-1] not in (1, 3, 4)):
-        raise ValueError(f"image has shape {image.shape}; wanted (H, W), or (H, W, channels) with 1, 3 or 4 channels")
+    image, offset = check_image(image), jnp.asarray(np.asarray(offset), jnp.float32)
     spatial = checks.per_axis("spatial", image.shape[:2] if spatial is None else spatial, 2, minimum=1)
     geometry = {"strides": strides, "padding": padding, "kernel_dilation": kernel_dilation, "spatial": spatial}
-    resolved = resolve_window(checks.per_axis("window", window, 2, minimum=1), **geometry)
+    resolved = resolve_window(checks.per_axis("window", window, 2, minimum=1), padding_mode=padding_mode, **geometry)
     _check_offset(offset.shape, resolved)
     modulation = _modulation(mask, offset.shape, resolved)
     rows, columns = _positions(at, resolved.out_spatial)
 
     # (P, OG, K, 2) for the P positions of `at`
     reads = np.asarray(sampling_points(offset, resolved.size, **geometry))[rows, columns]
+    reads = into_map(reads, spatial, resolved.padding_mode)
     regular = np.asarray(sampling_points(jnp.zeros_like(offset), resolved.size, **geometry))[rows, columns]
-    ax = _canvas(image, spatial, ax)
+    ax = canvas(image, spatial, ax)
     _draw(ax, regular[..., ::-1], reads[..., ::-1], modulation[rows, columns])
     return ax
 
@@ -126,24 +131,6 @@ def _positions(at: Any, out_spatial: Sequence[int]) -> tuple[np.ndarray, np.ndar
             f"at={at!r} lies outside the {out_spatial[0]} x {out_spatial[1]} output positions; wanted {wanted}"
         )
     return positions[:, 0], positions[:, 1]
-
-
-def _canvas(image: np.ndarray, spatial: tuple[int, ...], ax: "Axes | None") -> "Axes":
-    """The Axes, with the image stretched over a map of size `spatial`."""
-    try:
-        from matplotlib import pyplot as plt
-    except ModuleNotFoundError as error:
-        raise extras.missing("dcn_jax.viz", "viz") from error
-
-    ax = plt.subplots()[1] if ax is None else ax
-    height, width = spatial
-    ax.imshow(
-        image if image.dtype == np.uint8 else image.astype(np.float32),  # matplotlib knows no bfloat16
-        cmap="gray",
-        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-    )
-    ax.set(xlim=(-1.5, width + 0.5), ylim=(height + 0.5, -1.5))
-    return ax
 
 
 def _draw(ax: "Axes", regular: np.ndarray, reads: np.ndarray, modulation: np.ndarray) -> None:
