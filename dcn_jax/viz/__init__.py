@@ -4,7 +4,9 @@
 its taps read. Flax, Optax and matplotlib load with the functions that need them.
 """
 
+from dcn_jax.viz._explore import explore
 from dcn_jax.viz._looked import Layer, looked
+from dcn_jax.viz._page import Page
 from dcn_jax.viz._sampling import plot_sampling
 
-__all__ = ["Layer", "looked", "plot_sampling"]
+__all__ = ["Layer", "Page", "explore", "looked", "plot_sampling"]
