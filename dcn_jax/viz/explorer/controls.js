@@ -23,16 +23,16 @@ export function makeControls(root, store) {
   const rows = number("row", 0);
   const columns = number("column", 1);
   const stacked = html("input", { type: "checkbox", "data-name": "stacked", change: () => set({ stacked: stacked.checked }) });
-  const stackedField = html("label", { class: "check" }, stacked, html("span", {}, "through all layers before it"));
+  const stackedField = html("label", { class: "check" }, stacked, html("span", {}, "through all layers before it, into the first map"));
   const zoom = (factor) => () => {
     const { base, zoom } = store.get();
     set({ zoom: Math.min(Math.max(zoom * factor, 1), Math.max(1, Math.max(...base.spatial) / 6)) });
   };
   root.append(layer.field, stackedField, group.field, input.field, output.field, ground.field,
     html("div", { class: "field pair", role: "group", "aria-label": "output position" }, rows.label, columns.label),
-    html("div", { class: "buttons" },
+    html("div", { class: "field" }, html("span", {}, "zoom"), html("div", { class: "buttons" },
       html("button", { type: "button", "aria-label": "zoom out", "data-name": "zoom-out", click: zoom(1 / 1.5) }, "−"),
-      html("button", { type: "button", "aria-label": "zoom in", "data-name": "zoom-in", click: zoom(1.5) }, "+")));
+      html("button", { type: "button", "aria-label": "zoom in", "data-name": "zoom-in", click: zoom(1.5) }, "+"))));
 
   return ({ state, layer: current }) => {
     fill(layer.select, state.layers.map(({ name, kind, channels, features }, i) =>

@@ -102,8 +102,8 @@ function pictureOf(array) {
 /** A map without a picture, as large as offsets with "SAME" say. */
 function blank(offset, { kind, order, window, strides }) {
   const { shape } = first(offset, 3);
-  const last = shape.length === 3 && groupsIn(shape[2], order, kind, window) > 0;
-  const [height, width] = (last ? shape.slice(0, 2) : shape.slice(1)).map((size, a) => size * strides[a]);
+  const channelsFirst = groupsIn(shape[0], order, kind, window) > 0 && !groupsIn(shape[2], order, kind, window);
+  const [height, width] = (channelsFirst ? shape.slice(1) : shape.slice(0, 2)).map((size, a) => size * strides[a]);
   return { data: new Float32Array(height * width), shape: [height, width, 1] };
 }
 

@@ -11,6 +11,9 @@ export function number(value) {
   return (value < 0 && !/^[0.]*$/.test(text) ? "−" : "") + text;
 }
 
+/** A number in little room: two decimals. */
+export const short = (value) => (Math.abs(value) < 0.005 ? "0.00" : `${value < 0 ? "−" : ""}${Math.abs(value).toFixed(2)}`);
+
 /** With a plus sign where it is positive. */
 export const signed = (value) => (value > 0 ? "+" : "") + number(value);
 

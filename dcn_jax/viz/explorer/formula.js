@@ -33,10 +33,10 @@ function heading({ g, n }, layer) {
 const term = (label, name, values, each = number) => html("div", { class: "term" }, html("dt", {}, ...label),
   html("dd", {}, "(", figure(`${name}-y`, values[0], each(values[0])), ", ", figure(`${name}-x`, values[1], each(values[1])), ")"));
 
-function places({ start, step, delta, at, modulation, weight }, layer) {
+function places({ origin, step, delta, at, modulation, weight }, layer) {
   const one = (label, name, value) => html("div", { class: "term" }, html("dt", {}, ...label), html("dd", {}, figure(name, value, number(value))));
   return html("dl", { class: "terms" },
-    term([symbol("p", "0")], "start", start, whole),
+    term([symbol("p", "0")], "origin", origin, whole),
     term([symbol("p", "n")], "step", step, whole),
     term(["Δ", symbol("p", "n")], "delta", delta, signed),
     term(["reads at"], "at", at),

@@ -27,11 +27,16 @@ export const tapCount = (layer) => layer.window[0] * layer.window[1];
 /** The place (row, column) of tap n in the window. */
 export const tapPlace = (layer, n) => [Math.floor(n / layer.window[1]), n % layer.window[1]];
 
-/** p0: where the window of an output position begins, p0 · stride − low. */
-export const windowStart = (layer, position) => [0, 1].map((a) => position[a] * layer.strides[a] - layer.pads[a][0]);
+/** The window's middle tap, from which p_n is counted; of an even window the upper left of the two. */
+const middleTap = (layer) => layer.window.map((size, a) => Math.floor((size - 1) / 2) * layer.dilation[a]);
 
-/** p_n: how far tap n is from the window's first tap. */
-export const tapStep = (layer, n) => tapPlace(layer, n).map((place, a) => place * layer.dilation[a]);
+/** p0: where an output position stands in the map, which is where its middle tap reads without an offset. */
+export const placeOf = (layer, position) =>
+  middleTap(layer).map((middle, a) => position[a] * layer.strides[a] - layer.pads[a][0] + middle);
+
+/** p_n: how far tap n is from the middle tap. */
+export const tapStep = (layer, n) =>
+  tapPlace(layer, n).map((place, a) => place * layer.dilation[a] - middleTap(layer)[a]);
 
 /** The middle of an output position's window in the map: [scale, shift] for each axis. */
 export function middle(layer) {

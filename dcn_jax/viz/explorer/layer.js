@@ -7,7 +7,7 @@
 // large network keeps some channels only: `inputs` and `outputs` say which, out of `channels` and `features`.
 
 import { neighbours } from "./border.js";
-import { tapCount, tapStep, windowStart } from "./geometry.js";
+import { placeOf, tapCount, tapStep } from "./geometry.js";
 
 /** What the three panels differ in: whether offsets and modulation count. */
 export const VARIANTS = {
@@ -21,14 +21,14 @@ export function tapAt(layer, position, g, n, variant = "modulated") {
   const { moved, modulated } = VARIANTS[variant];
   const taps = tapCount(layer);
   const place = (position[0] * layer.out[1] + position[1]) * layer.groups * taps + g * taps + n;
-  const start = windowStart(layer, position);
+  const origin = placeOf(layer, position);
   const step = tapStep(layer, n);
   const delta = [0, 1].map((a) => (moved && layer.offset ? layer.offset.data[2 * place + a] : 0));
-  const regular = [0, 1].map((a) => start[a] + step[a]);
+  const regular = [0, 1].map((a) => origin[a] + step[a]);
   return {
     g,
     n,
-    start,
+    origin,
     step,
     delta,
     regular,

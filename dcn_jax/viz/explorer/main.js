@@ -80,8 +80,8 @@ function caption({ layer, state, variants, base, most }) {
   find("geometry").textContent = geometry.join(" · ");
   const { cloud } = variants.modulated;
   find("cut").textContent = !cloud ? "" : cloud.found > cloud.points.length
-    ? `${cloud.found} points of the first map are read; the ${cloud.points.length} strongest are drawn.`
-    : `${cloud.found} points of the first map are read.`;
+    ? `${cloud.found} places of the first map are read; the ${cloud.points.length} strongest are drawn.`
+    : `${cloud.found} places of the first map are read.`;
   find("legend-most").textContent = state.stacked ? "largest" : number(most);
   find("legend-name").textContent = state.stacked ? "weight of a point" : "Δm";
   find("legend-bar").style.background = `linear-gradient(to right, ${[0, 0.2, 0.4, 0.6, 0.8, 1].map(heat).join(", ")})`;
@@ -117,9 +117,18 @@ store.listen(draw);
 draw(store.get());
 makeSource(find("source"), network, show)(network ? "network" : "sliders");
 
-// To be read by tests and by the console: what is shown now, whole numbers and all.
+// To be read by tests and in the console: what is shown, in whole numbers, and the arrays of the layer.
 window.dcn = Object.freeze({
-  state: () => structuredClone({ ...store.get(), layers: store.get().layers.map(({ name }) => name), base: undefined, picture: undefined }),
-  numbers: () => structuredClone({ chosen: seen.chosen, y: seen.variants.modulated.y, regular: seen.variants.regular.y, deformable: seen.variants.deformable.y, taps: seen.variants.modulated.taps, cloud: seen.variants.modulated.cloud }),
+  state: () => {
+    const { layer, position, second, tap, group, input, output, stacked, zoom } = store.get();
+    return { layer, position, second, tap, group, input, output, stacked, zoom };
+  },
+  cloud: () => seen.variants.modulated.cloud,
+  taps: () => seen.variants.modulated.taps,
+  layer: () => {
+    const plain = (array) => array && { shape: array.shape, data: [...array.data] };
+    const { x, kernel, bias, offset, mask, ...geometry } = seen.layer;
+    return { ...geometry, x: plain(x), kernel: plain(kernel), bias: plain(bias), offset: plain(offset), mask: plain(mask) };
+  },
   sentence: () => sentence(seen),
 });

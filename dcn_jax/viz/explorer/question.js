@@ -2,7 +2,7 @@
 
 import { signedHeat } from "./colours.js";
 import { figure, html } from "./dom.js";
-import { number } from "./format.js";
+import { number, short } from "./format.js";
 import { tapCount } from "./geometry.js";
 import { tapAt, weight } from "./layer.js";
 import { makeStage } from "./stage.js";
@@ -18,8 +18,9 @@ export function makeQuestion(root, actions) {
   return (seen) => {
     const { layer, state } = seen;
     const { g } = state.tap;
+    const coloured = (taps, hue) => taps.filter((tap) => tap.g === g).map((tap) => ({ ...tap, hue }));
     stage.draw(seen, {
-      taps: [...seen.variants.modulated.taps, ...seen.secondTaps].filter((tap) => tap.g === g),
+      taps: [...coloured(seen.variants.modulated.taps, "var(--mark)"), ...coloured(seen.secondTaps, "var(--second)")],
       chosen: null,
     });
     const taps = [...Array(tapCount(layer)).keys()];
@@ -39,7 +40,8 @@ export function makeQuestion(root, actions) {
 function grid(title, text, name, values, layer, most) {
   const [rows, columns] = layer.window;
   const cells = (row) => values.slice(row * columns, (row + 1) * columns).map((value, column) =>
-    html("td", { style: `background: ${signedHeat(value, most)}` }, figure(`${name}-${row * columns + column}`, value, number(value))));
+    html("td", { style: `background: ${signedHeat(value, most)}`, title: number(value) },
+      figure(`${name}-${row * columns + column}`, value, columns > 5 ? "" : short(value))));
   return html("table", { class: "kernel" },
     html("caption", {}, html("b", {}, title), html("small", {}, text)),
     html("tbody", {}, ...Array.from({ length: rows }, (_, row) => html("tr", {}, ...cells(row)))));
@@ -52,7 +54,7 @@ function say({ layer, state, a, b, w, g }) {
     return [p("This layer is a plain convolution: its taps stay on the grid and count the same everywhere. Choose a deformable layer to see the difference.")];
   }
   const said = [p("One more convolution multiplies by the same weights at every position, and reads at the same places around it. ",
-    "Here both depend on what the picture shows there: the weight of a tap is ", html("b", {}, "wₙ · Δmₙ"), ", and Δmₙ and Δpₙ are computed from the picture.")];
+    "Here both depend on the position: the weight of a tap is ", html("b", {}, "wₙ · Δmₙ"), ", and a network computes Δmₙ and Δpₙ from what the picture shows there.")];
   const gap = (n) => Math.abs(a[n].modulation - b[n].modulation);
   const n = w.map((_, i) => i).reduce((best, i) => (gap(i) > gap(best) ? i : best), 0);
   const here = state.position.join() === state.second.join();
@@ -74,7 +76,7 @@ function say({ layer, state, a, b, w, g }) {
   if (layer.mask) {
     const missed = missedByOneKernel(layer, state, g);
     said.push(p("Over the whole map, the best single kernel for this pair of channels misses ",
-      html("b", {}, figure("missed", missed, `${number(100 * missed)} %`)), " of these weights (root mean square). ",
+      html("b", {}, figure("missed", missed, `${Math.round(100 * missed)} %`)), " of these weights (root mean square). ",
       "Two convolutions in a row are no way out: without something nonlinear between them they are one convolution with a larger kernel, again the same everywhere."));
   }
   return said;

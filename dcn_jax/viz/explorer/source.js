@@ -80,6 +80,7 @@ function makeFiles(root, show, choose) {
 
   function apply() {
     list.replaceChildren(...about.map((text) => html("li", {}, text)));
+    if (!about.length) return;
     try {
       const layer = layerOfFiles(arrays, settings);
       say(`Shown: ${count(layer.groups, "offset group")}, ${layer.mask ? "with" : "without"} modulation, ${layer.out.join(" × ")} output positions.`, false);

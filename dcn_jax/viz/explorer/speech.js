@@ -20,8 +20,8 @@ export function sentence({ layer, state, chosen, variants }) {
   const where = `Output position row ${row}, column ${column}. `;
   if (state.stacked) {
     const { cloud } = variants.modulated;
-    const cut = cloud.points.length < cloud.found ? `, of which the ${count(cloud.points.length, "strongest point")} are drawn` : "";
-    return `${where}Through ${layer.name} and all layers before it, it reads ${count(cloud.found, "point")} of the first map${cut}.`;
+    const cut = cloud.points.length < cloud.found ? `, of which the ${cloud.points.length} strongest are drawn` : "";
+    return `${where}Through ${layer.name} and all layers before it, it reads ${count(cloud.found, "place")} of the first map${cut}.`;
   }
   const { g, n, delta, at, modulation, adds } = chosen;
   const group = layer.groups > 1 ? ` of offset group ${g}` : "";

@@ -16,34 +16,37 @@ export function wayTo(layers, index) {
  * The points {at, weight} that `position` of the last layer reads in the map of the first.
  *
  * A point's weight is the product, along its path, of modulations and of the shares of the four pixels on which a
- * fractional point of an inner map stands. Paths that meet on a pixel are added up there.
+ * fractional point of an inner map stands. Paths that meet at a place are added up there.
  */
 export function through(layers, position, variant = "modulated") {
-  let reached = new Map([[position.join(), { position, weight: 1 }]]);
+  let reached = new Map();
+  add(reached, position, 1);
   for (const layer of layers.slice(1).reverse()) {
     const next = new Map();
-    for (const { position, weight } of reached.values()) {
-      for (const tap of tapsAt(layer, position, variant)) {
+    for (const { at, weight } of reached.values()) {
+      for (const tap of tapsAt(layer, at, variant)) {
         for (const corner of corners(layer, tap)) {
           const share = weight * tap.modulation * corner.weight;
-          if (!corner.read || !share) continue;
-          const key = corner.pixel.join();
-          const met = next.get(key);
-          if (met) met.weight += share;
-          else next.set(key, { position: corner.pixel, weight: share });
+          if (corner.read && share) add(next, corner.pixel, share);
         }
       }
     }
     reached = next;
   }
-  const points = [];
-  for (const { position, weight } of reached.values()) {
-    for (const tap of tapsAt(layers[0], position, variant)) {
-      points.push({ at: tap.at, weight: weight * tap.modulation });
-    }
+  const points = new Map();
+  for (const { at, weight } of reached.values()) {
+    for (const tap of tapsAt(layers[0], at, variant)) add(points, tap.at, weight * tap.modulation);
   }
-  points.sort((a, b) => b.weight - a.weight);
-  return { points: points.slice(0, MOST), found: points.length };
+  const all = [...points.values()].sort((a, b) => b.weight - a.weight);
+  return { points: all.slice(0, MOST), found: all.length };
+}
+
+/** Add to the weight of a place; paths that meet there add up. */
+function add(places, at, weight) {
+  const key = at.join();
+  const met = places.get(key);
+  if (met) met.weight += weight;
+  else places.set(key, { at, weight });
 }
 
 function tapsAt(layer, position, variant) {

@@ -57,6 +57,10 @@ export function makeStage({ label, name, onMove, onDrag, onTap, handles = ["posi
       onDrag(false);
     });
   }
+  // Otherwise the page would scroll with the finger, and the drag end.
+  root.addEventListener("touchstart", (event) => {
+    if (event.target.closest(".handle")) event.preventDefault();
+  }, { passive: false });
   root.addEventListener("click", (event) => {
     if (event.pointerType === "touch" && !event.target.closest(".dot, .handle")) move(nearest(event), event);
   });
@@ -124,13 +128,14 @@ function drawCloud(part, cloud, unit) {
   })));
 }
 
-const byGroup = (taps) => [...Map.groupBy(taps, ({ g }) => g)];
-const stroke = (now, g) => (now.layer.groups > 1 ? groupColour(g) : "var(--move)");
+/** The colour of a tap's line and rim: of its own, or of its offset group. */
+const hueOf = (tap, now) => tap.hue ?? (now.layer.groups > 1 ? groupColour(tap.g) : null);
 
 function drawMoves(part, taps, now, unit) {
-  part.replaceChildren(...byGroup(taps).map(([g, own]) => svg("path", {
+  const coloured = Map.groupBy(taps, (tap) => hueOf(tap, now));
+  part.replaceChildren(...[...coloured].map(([hue, own]) => svg("path", {
     d: own.filter(({ at }) => finite(at)).map(({ regular, at }) => `M${regular[1]} ${regular[0]}L${at[1]} ${at[0]}`).join(""),
-    style: `stroke: ${stroke(now, g)}`, "stroke-width": 0.4 * unit,
+    style: `stroke: ${hue ?? "var(--move)"}`, "stroke-width": 0.4 * unit,
   })));
 }
 
@@ -173,8 +178,7 @@ function drawDots(part, taps, { now, unit, onTap, chosen }) {
     face.setAttribute("r", r);
     face.setAttribute("stroke-width", 0.35 * unit);
     face.setAttribute("fill", heat(share));
-    if (now.layer.groups > 1) face.style.stroke = groupColour(tap.g);
-    else face.style.removeProperty("stroke");
+    face.style.stroke = hueOf(tap, now) ?? "";
     if (onTap) dot.setAttribute("aria-label", dotLabel(tap, now.layer));
   });
 }
