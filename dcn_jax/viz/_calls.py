@@ -23,6 +23,16 @@ class Call(NamedTuple):
     args: tuple
     kwargs: dict[str, Any]
 
+    def argument(self, index: int, name: str) -> Any:
+        """An argument by its place or its name; None if it was not given."""
+        return self.args[index] if len(self.args) > index else self.kwargs.get(name)
+
+    def replaced(self, index: int, name: str, value: Any) -> "Call":
+        """The call with another value of an argument."""
+        if len(self.args) > index:
+            return self._replace(args=(*self.args[:index], value, *self.args[index + 1 :]))
+        return self._replace(kwargs=self.kwargs | {name: value})
+
     def parameter(self, name: str) -> jax.Array | None:
         """A parameter of the layer by its name, or None if it has no such parameter."""
         if hasattr(self.layer, "scope"):  # linen
@@ -33,7 +43,16 @@ class Call(NamedTuple):
         return None if parameter is None else parameter[...]
 
 
+# Which argument is the map that a layer reads: its place and its name.
+MAP = {"deform_conv": (0, "inputs"), "conv": (0, "inputs"), "attention": (2, "value")}
+
 Around = Callable[[Call], Any]
+_traced_for = jax.make_user_context(None)
+
+
+def unchanged(call: Call) -> Any:
+    """Run the layer as it is."""
+    return call.run(*call.args, **call.kwargs)[0]
 
 
 def batch_of_one(x: Any) -> jax.Array:
@@ -57,10 +76,13 @@ def run(model: Any, images: jax.Array, around: Around, call: Callable[..., Any] 
     except ModuleNotFoundError as error:
         raise extras.missing("dcn_jax.viz.looked", "flax") from error
 
-    if isinstance(model, nnx.Module):
-        return _run_nnx(model, images, _outermost(around), call)
-    if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], flax.linen.Module):
-        return _run_linen(*model, images, _outermost(around), call)
+    around = _outermost(around)
+    # The context is part of jit's key: a function that was traced before is traced anew, with `around` in it.
+    with _traced_for(around):
+        if isinstance(model, nnx.Module):
+            return _run_nnx(model, images, around, call)
+        if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], flax.linen.Module):
+            return _run_linen(*model, images, around, call)
     hint = "; beside a linen module stand its variables" if isinstance(model, flax.linen.Module) else ""
     raise TypeError(
         f"model is a {type(model).__name__}; wanted an nnx.Module, or a pair (linen module, variables){hint}"
@@ -74,7 +96,7 @@ def _outermost(around: Around) -> Around:
     def outermost(call: Call) -> Any:
         nonlocal running
         if running:
-            return call.run(*call.args, **call.kwargs)[0]
+            return unchanged(call)
         running = True
         try:
             return around(call)

@@ -35,3 +35,20 @@ def canvas(image: np.ndarray, spatial: Sequence[int], ax: "Axes | None") -> "Axe
     )
     ax.set(xlim=(-1.5, width + 0.5), ylim=(height + 0.5, -1.5))
     return ax
+
+
+def scatter(ax: "Axes", points: np.ndarray, strength: np.ndarray) -> None:
+    """Dots at `(P, 2)`, the stronger the larger and brighter, the strongest on top."""
+    order = np.argsort(strength, kind="stable")
+    top = strength.max(initial=0) or 1
+    ax.scatter(
+        *points[order].T[::-1],
+        s=2 + 22 * strength[order] / top,
+        c=strength[order],
+        cmap="plasma",
+        vmin=0,
+        vmax=top,
+        linewidths=0,
+        zorder=3,
+        label="where it reads",
+    )

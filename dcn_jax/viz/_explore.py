@@ -94,17 +94,20 @@ def _about(shown: int, found: int) -> str:
 
 
 def _before(layers: Sequence[Layer]) -> list[int | None]:
-    """For each layer the one whose result it read, told by its shape: of several, the path with most deformable layers.
+    """For each layer the place of the one before it, whose result it reads; None if positions do not correspond.
 
-    None where no layer's result has that shape, as after pooling.
+    Where it reads several results, as of a shortcut and a branch, that is the one behind which lie
+    the most deformable layers, of these the longest way: as in `sampling_through`.
     """
     before: list[int | None] = []
-    deformable: list[int] = []  # how many are on the path to a layer, itself included
-    for i, layer in enumerate(layers):
-        fits = [j for j in range(i) if layers[j].output.shape == layer.inputs.shape]
-        best = max(fits, key=lambda j: (deformable[j], j), default=None)
+    ways: list[tuple[int, int]] = []  # how many deformable layers there are on the way to a layer, and how many in all
+    for place, layer in enumerate(layers):
+        reads = [place - 1] if layer.reads is None else [i for i in range(place) if layers[i].index in layer.reads]
+        fits = [i for i in reads if i >= 0 and layers[i].output.shape[:-1] == layer.spatial]
+        best = max(fits, key=lambda i: (ways[i], i), default=None)
         before.append(best)
-        deformable.append((0 if best is None else deformable[best]) + (layer.offset is not None))
+        deformable, length = (0, 0) if best is None else ways[best]
+        ways.append((deformable + (layer.offset is not None), length + 1))
     return before
 
 

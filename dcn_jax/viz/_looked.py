@@ -15,6 +15,7 @@ from dcn_jax._layers.offset_conv import window_size
 from dcn_jax.geometry import Window, resolve_window
 from dcn_jax.ops.ms_deform_attn.call import check_spatial_shapes
 from dcn_jax.viz import _calls
+from dcn_jax.viz._wiring import sources
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,15 +44,30 @@ class Layer:
     weights: np.ndarray | None = None  # (Q, M, L, P)
     spatial_shapes: tuple[tuple[int, int], ...] = ()  # (height, width) of each level
     points_per_level: tuple[int, ...] = ()  # of each level; if they differ, L and P are one axis in the arrays above
+    index: int | None = None  # the layer's place among those that `looked` returned
+    reads: tuple[int, ...] | None = None  # the places of the layers whose results it reads; None if that is not known
 
     @property
     def spatial(self) -> tuple[int, ...]:
         """The size of the map that a convolution read."""
         return self.inputs.shape[:-1]
 
+    @property
+    def points(self) -> np.ndarray:
+        """Where the taps of a convolution read, in pixels of its map: `(*out, OG, K, n)`, in float64."""
+        first = _grid(self.output.shape[:-1]) * self.strides - np.array(self.padding)[:, 0]  # (*out, n)
+        taps = _grid(self.window).reshape(-1, len(self.window)) * self.kernel_dilation  # (K, n)
+        regular = first[..., None, None, :] + taps.astype(float)
+        return regular if self.offset is None else regular + self.offset.astype(float)
+
     def __repr__(self) -> str:
         """The shapes alone."""
         return f"Layer({self.path!r}, {self.kind!r}, {self.inputs.shape} -> {self.output.shape})"
+
+
+def _grid(sizes: tuple[int, ...]) -> np.ndarray:
+    """The index of each place: `(*sizes, n)`."""
+    return np.moveaxis(np.indices(sizes), 0, -1)
 
 
 def looked(model: Any, x: Any, *, call: Callable[..., Any] | None = None) -> list[Layer]:
@@ -101,7 +117,18 @@ def looked(model: Any, x: Any, *, call: Callable[..., Any] | None = None) -> lis
 
     _calls.run(model, images, around, call)
     jax.effects_barrier()
-    return [Layer(**described, **jax.tree.map(np.asarray, arrays)) for described, arrays in seen]
+    found = sources(model, images, call)
+    if found is None or len(found) != len(seen):
+        found = [None] * len(seen)
+    return [
+        Layer(
+            **described,
+            **jax.tree.map(np.asarray, arrays),
+            index=index,
+            reads=reads,
+        )
+        for index, ((described, arrays), reads) in enumerate(zip(seen, found, strict=True))
+    ]
 
 
 def _when_known(use: Callable[[Any], None], arrays: Any) -> None:
@@ -115,7 +142,7 @@ def _when_known(use: Callable[[Any], None], arrays: Any) -> None:
 
 def _convolution(call: _calls.Call, output: Any, sown: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arrays of a convolution's `Layer`, which may be tracers, and its other fields."""
-    layer, inputs = call.layer, _argument(call, 0, "inputs")
+    layer, inputs = call.layer, call.argument(*_calls.MAP[call.kind])
     window = _window(call.path, layer, inputs)
     offset, mask = sown.get("offset"), sown.get("mask")
     if call.kind == "deform_conv" and offset is None:
@@ -171,7 +198,7 @@ def _attention(call: _calls.Call, output: Any, sown: dict[str, Any]) -> tuple[di
     """The arrays of an attention's `Layer`, which may be tracers, and its other fields."""
     axes = 4 if is_int(call.layer.num_points) else 3  # (Q, M, L, P) or (Q, M, P1 + P2 + …)
     arrays = {
-        "inputs": _without_batch(call.path, "value", _argument(call, 2, "value"), 2),
+        "inputs": _without_batch(call.path, "value", call.argument(*_calls.MAP[call.kind]), 2),
         "output": _without_batch(call.path, "output", output, 2),
         "locations": _without_batch(call.path, "locations", sown["sampling_locations"], axes + 1),
         "weights": _without_batch(call.path, "weights", sown["sampling_weights"], axes),
@@ -179,13 +206,9 @@ def _attention(call: _calls.Call, output: Any, sown: dict[str, Any]) -> tuple[di
     return arrays, {
         "path": call.path,
         "kind": call.kind,
-        "spatial_shapes": check_spatial_shapes(_argument(call, 3, "spatial_shapes")),
+        "spatial_shapes": check_spatial_shapes(call.argument(3, "spatial_shapes")),
         "points_per_level": points_per_level(call.layer),
     }
-
-
-def _argument(call: _calls.Call, index: int, name: str) -> Any:
-    return call.args[index] if len(call.args) > index else call.kwargs[name]
 
 
 def _without_batch(path: str, name: str, array: Any, axes: int) -> Any:

@@ -190,6 +190,8 @@ def test_points_through_a_stack_are_those_of_all_paths(browser, stack):
         expected = through(layers, position)
         assert cloud["found"] >= len(cloud["points"]) > 100
         close(sum(p["weight"] for p in cloud["points"]), sum(sorted(expected.values())[::-1][: len(cloud["points"])]))
+        points, weights = sampling_through(looked(*model), position, merge=True, max_points=10**6)
+        close(np.sort(weights)[::-1][:50], [p["weight"] for p in cloud["points"]][:50])
         keys = np.array(list(expected))
         for p in cloud["points"][:50]:
             # float32 of sampling_points and the page's double precision place a point a little apart
