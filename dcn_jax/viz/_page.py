@@ -48,8 +48,8 @@ class Page:
 
     def _too_large(self) -> str:
         return (
-            f"the page takes {_megabytes(self.size)}; make it smaller by explore(…, channels=16) and "
-            'dtype="float16", or write it as it is by save(path, large=True)'
+            f"the page takes {_megabytes(self.size)}; make it smaller by explore(…, channels=16), "
+            'dtype="float16" or a smaller image, or write it as it is by save(path, large=True)'
         )
 
     def _repr_html_(self) -> str:

@@ -32,7 +32,7 @@ export function makeDecoder(root) {
       size("offset groups", 1, (value) => { ask.groups = value; }),
       size("window, rows", 3, (value) => { ask.window = [value, ask.window[1]]; }),
       size("columns", 3, (value) => { ask.window = [ask.window[0], value]; })),
-    html("div", { class: "fields" }, html("label", { class: "field" }, html("span", {}, "channel"), index), slider),
+    html("div", { class: "fields" }, html("label", { class: "field" }, html("span", {}, "channel"), index), html("div", { class: "wide" }, slider)),
     meaning,
     html("div", { class: "fields" }, ...[["of offset group", back.group], ["tap (row, column)", back.tap], ["value", back.axis]].map(([label, select]) =>
       html("label", { class: "field" }, html("span", {}, label), select))),

@@ -28,7 +28,8 @@ export const figure = (name, value, text) => html("span", { class: "number", "da
 export function choice(label, options, value, onchange, attributes = {}) {
   const select = html("select", { ...attributes, change: (event) => onchange(event.target.value) });
   fill(select, options, value);
-  return html("label", { class: "field" }, html("span", {}, label), select);
+  const long = options.some(([, text]) => String(text).length > 20);
+  return html("label", { class: long ? "field wide" : "field" }, html("span", {}, label), select);
 }
 
 /** Give a select other options, unless it has them. */

@@ -82,6 +82,7 @@ function caption({ layer, state, variants, base, most }) {
   find("cut").textContent = !cloud ? "" : cloud.found > cloud.points.length
     ? `${cloud.found} places of the first map are read; the ${cloud.points.length} strongest are drawn.`
     : `${cloud.found} places of the first map are read.`;
+  for (const key of document.querySelectorAll(".of-taps")) key.hidden = state.stacked;
   find("legend-most").textContent = state.stacked ? "largest" : number(most);
   find("legend-name").textContent = state.stacked ? "weight of a point" : "Δm";
   find("legend-bar").style.background = `linear-gradient(to right, ${[0, 0.2, 0.4, 0.6, 0.8, 1].map(heat).join(", ")})`;

@@ -60,10 +60,9 @@ function makeSliders(root, show) {
   };
   const pick = (label, name, options) => choice(label, options, settings[name], (value) => { settings[name] = value; apply(); }, { "data-name": `slider-${name}` });
   root.append(html("div", { class: "fields" },
-    pick("offsets", "kind", KINDS.map((kind) => [kind, kind])),
+    pick("offsets", "kind", KINDS.map((kind) => [kind, kind])), pick("border", "mode", MODES),
     slide("max_offset", "maxOffset", 0, 6, 0.25), slide("dilation", "dilation", 1, 4), slide("stride", "stride", 1, 4),
-    slide("window", "window", 1, 7, 2), slide("offset groups", "groups", 1, 4), slide("seed", "seed", 0, 20),
-    pick("border", "mode", MODES)));
+    slide("window", "window", 1, 7, 2), slide("offset groups", "groups", 1, 4), slide("seed", "seed", 0, 20)));
   return apply;
 }
 

@@ -1,6 +1,6 @@
 // Where an output position of a stack of layers reads in the map of the first one.
 
-import { corners, tapAt } from "./layer.js";
+import { VARIANTS, corners, tapAt } from "./layer.js";
 import { tapCount } from "./geometry.js";
 
 const MOST = 3000; // points that are drawn, the strongest first
@@ -13,40 +13,59 @@ export function wayTo(layers, index) {
 }
 
 /**
- * The points {at, weight} that `position` of the last layer reads in the map of the first.
+ * The points {at, weight} that `position` of the last layer reads in the map of the first, the strongest first.
  *
  * A point's weight is the product, along its path, of modulations and of the shares of the four pixels on which a
- * fractional point of an inner map stands. Paths that meet at a place are added up there.
+ * fractional point of an inner map stands. Paths that meet on a pixel are added up.
  */
 export function through(layers, position, variant = "modulated") {
-  let reached = new Map();
-  add(reached, position, 1);
+  let reached = [{ at: position, weight: 1 }];
   for (const layer of layers.slice(1).reverse()) {
-    const next = new Map();
-    for (const { at, weight } of reached.values()) {
+    const map = emptyMap(layer.spatial);
+    for (const { at, weight } of reached) {
       for (const tap of tapsAt(layer, at, variant)) {
         for (const corner of corners(layer, tap)) {
-          const share = weight * tap.modulation * corner.weight;
-          if (corner.read && share) add(next, corner.pixel, share);
+          if (corner.read) map.add(corner.pixel, weight * tap.modulation * corner.weight);
         }
       }
     }
-    reached = next;
+    reached = map.points();
   }
-  const points = new Map();
-  for (const { at, weight } of reached.values()) {
-    for (const tap of tapsAt(layers[0], at, variant)) add(points, tap.at, weight * tap.modulation);
-  }
-  const all = [...points.values()].sort((a, b) => b.weight - a.weight);
-  return { points: all.slice(0, MOST), found: all.length };
+  const [first] = layers;
+  const read = reached.flatMap(({ at, weight }) =>
+    tapsAt(first, at, variant).map((tap) => ({ at: tap.at, weight: weight * tap.modulation })));
+  const points = first.offset && VARIANTS[variant].moved ? read : meet(read);
+  points.sort((a, b) => b.weight - a.weight);
+  return { points: points.slice(0, MOST), found: points.length };
 }
 
-/** Add to the weight of a place; paths that meet there add up. */
-function add(places, at, weight) {
-  const key = at.join();
-  const met = places.get(key);
-  if (met) met.weight += weight;
-  else places.set(key, { at, weight });
+/** Weights on the pixels of a map. */
+function emptyMap([height, width]) {
+  const weights = new Float64Array(height * width);
+  return {
+    add([row, column], weight) {
+      weights[row * width + column] += weight || 0; // NaN reads nothing
+    },
+    points() {
+      const points = [];
+      weights.forEach((weight, i) => {
+        if (weight) points.push({ at: [Math.floor(i / width), i % width], weight });
+      });
+      return points;
+    },
+  };
+}
+
+/** Points at whole pixels, of which several may be at the same one, as one each. */
+function meet(points) {
+  const places = new Map();
+  for (const { at, weight } of points) {
+    const key = at.join();
+    const met = places.get(key);
+    if (met) met.weight += weight;
+    else places.set(key, { at, weight });
+  }
+  return [...places.values()];
 }
 
 function tapsAt(layer, position, variant) {

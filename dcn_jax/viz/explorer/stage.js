@@ -17,10 +17,11 @@ let stages = 0;
  */
 export function makeStage({ label, name, onMove, onDrag, onTap, handles = ["position"] }) {
   const id = `stage-${stages++}`;
+  const takesKeys = Boolean(onTap) || handles.length > 1;
   const group = (part) => svg("g", { class: part });
   const parts = Object.fromEntries(["ground", "cloud", "lines", "squares", "pixels", "handles", "dots"].map((p) => [p, group(p)]));
   const root = svg("svg", {
-    class: "stage", "data-stage": name, role: onTap ? "application" : "img", "aria-label": label, preserveAspectRatio: "xMidYMid meet",
+    class: "stage", "data-stage": name, role: takesKeys ? "application" : "img", "aria-label": label, preserveAspectRatio: "xMidYMid meet",
   }, hatch(id), ...Object.values(parts));
   let seen = null;
   let dragged = null;
@@ -72,7 +73,7 @@ export function makeStage({ label, name, onMove, onDrag, onTap, handles = ["posi
     event.preventDefault();
   });
 
-  const handleOf = Object.fromEntries(handles.map((handle) => [handle, makeHandle(handle, Boolean(onTap) || handles.length > 1)]));
+  const handleOf = Object.fromEntries(handles.map((handle) => [handle, makeHandle(handle, takesKeys)]));
   parts.handles.append(...Object.values(handleOf));
 
   return {
@@ -162,11 +163,12 @@ function drawPixels(part, chosen, now) {
 function drawDots(part, taps, { now, unit, onTap, chosen }) {
   while (part.childElementCount > taps.length) part.lastChild.remove();
   while (part.childElementCount < taps.length) part.append(makeDot(onTap));
+  const most = Math.max(1.2 * unit, Math.min(2.5 * unit, 0.48)); // neighbouring taps do not cover one another
   taps.forEach((tap, i) => {
     const dot = part.children[i];
     const shown = finite(tap.at);
     const share = tap.modulation / now.most;
-    const r = unit * (0.9 + 1.6 * Math.sqrt(Math.min(Math.max(share, 0), 1) || 0));
+    const r = most * (0.36 + 0.64 * Math.sqrt(Math.min(Math.max(share, 0), 1) || 0));
     const isChosen = Boolean(chosen && chosen.g === tap.g && chosen.n === tap.n);
     const [grip, ring, face] = dot.children;
     dot.tap = { g: tap.g, n: tap.n };
