@@ -202,17 +202,22 @@ def test_points_through_a_stack_are_those_of_all_paths(browser, stack):
 # ---- mouse, keys, fingers
 
 
+def drag(browser, *points):
+    """Press at the first point, move through the others, let go at the last."""
+    actions = browser.actions()
+    pointer = actions.w3c_actions.pointer_action
+    pointer.move_to_location(*map(round, points[0]))
+    pointer.pointer_down()
+    for point in points[1:]:
+        pointer.move_to_location(*map(round, point))
+    pointer.pointer_up()
+    actions.perform()
+
+
 def test_dragging_moves_all_maps_in_step(browser, zoo_file):
     browser.open(zoo_file)
     browser.choose(layer=0)
-    start, goal = (browser.point(*at) for at in (browser.state()["position"], (1.2, 8.8)))
-    browser.actions().move_by_offset(0, 0).perform()
-    pointer = browser.actions()
-    pointer.w3c_actions.pointer_action.move_to_location(*map(round, start))
-    pointer.w3c_actions.pointer_action.pointer_down()
-    pointer.w3c_actions.pointer_action.move_to_location(*map(round, goal))
-    pointer.w3c_actions.pointer_action.pointer_up()
-    pointer.perform()
+    drag(browser, browser.point(*browser.state()["position"]), browser.point(1.2, 8.8))
     assert browser.state()["position"] == [1, 9]
     crosses = browser.script(
         "return [...document.querySelectorAll('[data-handle=position]')].map((e) => e.getAttribute('transform'))"
@@ -220,18 +225,21 @@ def test_dragging_moves_all_maps_in_step(browser, zoo_file):
     assert crosses == ["translate(9 1)"] * 5  # the map, three panels, and A of the question
 
 
-def press(browser, at):
-    pointer = browser.actions()
-    pointer.w3c_actions.pointer_action.move_to_location(*map(round, at))
-    pointer.w3c_actions.pointer_action.click()
-    pointer.perform()
+def test_a_drag_may_begin_on_a_dot_which_a_press_chooses(browser, plain_file):
+    browser.open(plain_file)
+    browser.choose(slider_kind="zero")  # dots lie on the grid, one of them on the cross
+    browser.go((10, 10))
+    drag(browser, browser.point(9, 11))
+    assert (browser.state()["tap"], browser.state()["position"]) == ({"g": 0, "n": 2}, [10, 10])
+    drag(browser, browser.point(10, 10), browser.point(12, 13), browser.point(14, 6))
+    assert (browser.state()["tap"], browser.state()["position"]) == ({"g": 0, "n": 4}, [14, 6])
 
 
 def test_b_is_dragged_in_the_question_alone(browser, zoo_file):
     browser.open(zoo_file)
     browser.choose(layer=0)
     before = browser.state()
-    press(browser, browser.point(0, 0, "question"))  # nearer to B
+    drag(browser, browser.point(0, 0, "question"))  # nearer to B
     assert browser.state()["second"] == [0, 0]
     assert browser.state()["position"] == before["position"]
 
@@ -239,7 +247,7 @@ def test_b_is_dragged_in_the_question_alone(browser, zoo_file):
 def test_a_panel_is_dragged_too(browser, zoo_file):
     browser.open(zoo_file)
     browser.choose(layer=0)
-    press(browser, browser.point(7, 2, "deformable"))
+    drag(browser, browser.point(7, 2, "deformable"))
     assert browser.state()["position"] == [7, 2]
 
 

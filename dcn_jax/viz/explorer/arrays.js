@@ -14,8 +14,9 @@ export function decode({ dtype, shape, base64 }) {
   const text = atob(base64);
   const bytes = new Uint8Array(text.length);
   for (let i = 0; i < bytes.length; i++) bytes[i] = text.charCodeAt(i);
-  const data = dtype === "float16"
-    ? Float32Array.from(new Uint16Array(bytes.buffer), halfToNumber)
-    : new Float32Array(bytes.buffer);
+  const data =
+    dtype === "float16"
+      ? Float32Array.from(new Uint16Array(bytes.buffer), halfToNumber)
+      : new Float32Array(bytes.buffer);
   return { data, shape };
 }

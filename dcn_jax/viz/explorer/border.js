@@ -20,6 +20,8 @@ function symmetric(index, size) {
 /** For an index that may lie beyond the border, the pixel of the map. With "zeros" that is not read. */
 export const INTO_MAP = { zeros: clip, edge: clip, wrap: modulo, reflect, symmetric };
 
+export const MODES = Object.keys(INTO_MAP).map((mode) => [mode, mode]); // for a select
+
 /** The two pixels of an axis that the position `regular + offset` reads: [{index, pixel, weight, read}]. */
 export function neighbours(regular, offset, size, mode) {
   const near = Math.abs(offset) < FAR; // false for NaN, whose weights then are NaN
@@ -28,7 +30,10 @@ export function neighbours(regular, offset, size, mode) {
   const fraction = kept - below;
   const far = mode === "edge" && !(offset < 0) ? size : -2;
   const first = near ? regular + below : far;
-  return [[first, 1 - fraction], [first + 1, fraction]].map(([index, weight]) => {
+  return [
+    [first, 1 - fraction],
+    [first + 1, fraction],
+  ].map(([index, weight]) => {
     const inside = index >= 0 && index < size;
     const read = mode === "zeros" ? inside : mode === "edge" ? !Number.isNaN(offset) : near;
     return { index, pixel: INTO_MAP[mode](index, size), weight, read };

@@ -1,7 +1,15 @@
 // Colours of modulation, of offset groups, and of pictures.
 
 // Dark to bright, as matplotlib's plasma; the same in both themes.
-const STOPS = [[62, 4, 156], [126, 3, 168], [177, 42, 144], [216, 87, 107], [241, 131, 76], [252, 180, 49], [240, 240, 40]];
+const STOPS = [
+  [62, 4, 156],
+  [126, 3, 168],
+  [177, 42, 144],
+  [216, 87, 107],
+  [241, 131, 76],
+  [252, 180, 49],
+  [240, 240, 40],
+];
 
 /** The colour of a share in [0, 1]. */
 export function heat(share) {
@@ -20,7 +28,9 @@ export function signedHeat(value, most) {
 
 const HUES = 6; // --group-0 to --group-5 in style.css
 
-export const groupColour = (g) => `var(--group-${g % HUES})`;
+/** The colour of a tap's line and rim: its own, else that of its offset group; null for a layer with one group. */
+export const hueOf = (tap, { layer }) =>
+  tap.hue ?? (layer.groups > 1 ? `var(--group-${tap.g % HUES})` : null);
 
 /** Whether the page is dark now. */
 export function isDark() {
@@ -29,7 +39,16 @@ export function isDark() {
 }
 
 // What black and white of a grey picture become, so that what is drawn over it stands out.
-const TONES = { light: [[250, 249, 246], [104, 112, 124]], dark: [[24, 27, 33], [158, 166, 178]] };
+const TONES = {
+  light: [
+    [250, 249, 246],
+    [104, 112, 124],
+  ],
+  dark: [
+    [24, 27, 33],
+    [158, 166, 178],
+  ],
+};
 
 /** A grey share in [0, 1] as [red, green, blue]. */
 export function tone(share) {

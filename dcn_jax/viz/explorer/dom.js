@@ -18,11 +18,14 @@ function make(element, attributes, children) {
   return element;
 }
 
-export const html = (tag, attributes = {}, ...children) => make(document.createElement(tag), attributes, children);
-export const svg = (tag, attributes = {}, ...children) => make(document.createElementNS(SVG, tag), attributes, children);
+export const html = (tag, attributes = {}, ...children) =>
+  make(document.createElement(tag), attributes, children);
+export const svg = (tag, attributes = {}, ...children) =>
+  make(document.createElementNS(SVG, tag), attributes, children);
 
 /** A number that is shown rounded and kept whole in data-value, where tests and other programs read it. */
-export const figure = (name, value, text) => html("span", { class: "number", "data-name": name, "data-value": value }, text);
+export const figure = (name, value, text) =>
+  html("span", { class: "number", "data-name": name, "data-value": value }, text);
 
 /** A select with a label; `options` are [value, text]. */
 export function choice(label, options, value, onchange, attributes = {}) {

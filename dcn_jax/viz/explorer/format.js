@@ -6,13 +6,15 @@ export function number(value) {
   const size = Math.abs(value);
   if (size === Infinity) return value < 0 ? "−∞" : "∞";
   let text;
-  if (value !== 0 && (size < 5e-4 || size >= 1e6)) text = size.toExponential(1).replace("e-", "e−").replace("e+", "e");
+  if (value !== 0 && (size < 5e-4 || size >= 1e6))
+    text = size.toExponential(1).replace("e-", "e−").replace("e+", "e");
   else text = size.toFixed(size >= 100 ? 1 : size >= 10 ? 2 : 3);
   return (value < 0 && !/^[0.]*$/.test(text) ? "−" : "") + text;
 }
 
 /** A number in little room: two decimals. */
-export const short = (value) => (Math.abs(value) < 0.005 ? "0.00" : `${value < 0 ? "−" : ""}${Math.abs(value).toFixed(2)}`);
+export const short = (value) =>
+  Math.abs(value) < 0.005 ? "0.00" : `${value < 0 ? "−" : ""}${Math.abs(value).toFixed(2)}`;
 
 /** With a plus sign where it is positive. */
 export const signed = (value) => (value > 0 ? "+" : "") + number(value);

@@ -48,10 +48,12 @@ export function middle(layer) {
 
 /** `middle` through several layers, into the map of the first. */
 export function middleThrough(layers) {
-  return layers.map(middle).reduce((outer, inner) => outer.map(([scale, shift], a) => {
-    const [s, b] = inner[a];
-    return [scale * s, scale * b + shift];
-  }));
+  return layers.map(middle).reduce((outer, inner) =>
+    outer.map(([scale, shift], a) => {
+      const [s, b] = inner[a];
+      return [scale * s, scale * b + shift];
+    }),
+  );
 }
 
 /** The output position whose window has its middle nearest to a point of the map. */

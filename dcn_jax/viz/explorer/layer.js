@@ -40,13 +40,16 @@ export function tapAt(layer, position, g, n, variant = "modulated") {
 /** The four pixels around a tap's point: where they are, which pixel of the map is read, and their weights. */
 export function corners(layer, tap) {
   const [rows, columns] = [0, 1].map((a) =>
-    neighbours(tap.regular[a], tap.delta[a], layer.spatial[a], layer.modes[a]));
-  return rows.flatMap((row) => columns.map((column) => ({
-    index: [row.index, column.index],
-    pixel: [row.pixel, column.pixel],
-    weight: row.weight * column.weight,
-    read: row.read && column.read,
-  })));
+    neighbours(tap.regular[a], tap.delta[a], layer.spatial[a], layer.modes[a]),
+  );
+  return rows.flatMap((row) =>
+    columns.map((column) => ({
+      index: [row.index, column.index],
+      pixel: [row.pixel, column.pixel],
+      weight: row.weight * column.weight,
+      read: row.read && column.read,
+    })),
+  );
 }
 
 /** The map's value at one corner in one kept channel; zero where the corner is not read. */

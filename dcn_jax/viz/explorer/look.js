@@ -38,7 +38,9 @@ export function look(state) {
 }
 
 function tapsAt(layer, position, groups, variant) {
-  return groups.flatMap((g) => Array.from({ length: tapCount(layer) }, (_, n) => tapAt(layer, position, g, n, variant)));
+  return groups.flatMap((g) =>
+    Array.from({ length: tapCount(layer) }, (_, n) => tapAt(layer, position, g, n, variant)),
+  );
 }
 
 const largest = new WeakMap();
@@ -46,6 +48,10 @@ const largest = new WeakMap();
 /** The largest modulation of a layer, at least 1: what the brightest colour means. */
 function mostModulation(layer) {
   if (!layer.mask) return 1;
-  if (!largest.has(layer)) largest.set(layer, layer.mask.data.reduce((most, m) => (m > most ? m : most), 1));
+  if (!largest.has(layer))
+    largest.set(
+      layer,
+      layer.mask.data.reduce((most, m) => (m > most ? m : most), 1),
+    );
   return largest.get(layer);
 }

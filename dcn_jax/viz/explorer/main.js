@@ -24,7 +24,10 @@ function readNetwork() {
   if (!stored) return null;
   const array = (packed) => packed && decode(packed);
   const layers = stored.layers.map((layer) => ({
-    ...layer, ...Object.fromEntries(["x", "kernel", "bias", "offset", "mask"].map((name) => [name, array(layer[name])])),
+    ...layer,
+    ...Object.fromEntries(
+      ["x", "kernel", "bias", "offset", "mask"].map((name) => [name, array(layer[name])]),
+    ),
   }));
   return { layers, picture: array(stored.picture), about: stored.about, first: stored.first };
 }
@@ -58,7 +61,12 @@ const choose = (tap) => {
   if (tap.g !== now.g || tap.n !== now.n) store.set({ tap });
 };
 
-const stage = makeStage({ label: "The map and where the taps read. Arrow keys move the position, Tab goes through the taps.", name: "main", ...actions, onTap: choose });
+const stage = makeStage({
+  label: "The map and where the taps read. Arrow keys move the position, Tab goes through the taps.",
+  name: "main",
+  ...actions,
+  onTap: choose,
+});
 find("stage").append(stage.element);
 const question = makeQuestion(find("question"), actions);
 const parts = [
@@ -75,17 +83,26 @@ makeDecoder(find("decoder"));
 
 /** What the picture shows, in a line below it. */
 function caption({ layer, state, variants, base, most }) {
-  const geometry = [`window ${layer.window.join(" × ")}`, `stride ${layer.strides.join(", ")}`, `dilation ${layer.dilation.join(", ")}`,
-    `border ${[...new Set(layer.modes)].join(", ")}`, `map ${base.spatial.join(" × ")}`, `output ${layer.out.join(" × ")}`];
+  const geometry = [
+    `window ${layer.window.join(" × ")}`,
+    `stride ${layer.strides.join(", ")}`,
+    `dilation ${layer.dilation.join(", ")}`,
+    `border ${[...new Set(layer.modes)].join(", ")}`,
+    `map ${base.spatial.join(" × ")}`,
+    `output ${layer.out.join(" × ")}`,
+  ];
   find("geometry").textContent = geometry.join(" · ");
   const { cloud } = variants.modulated;
-  find("cut").textContent = !cloud ? "" : cloud.found > cloud.points.length
-    ? `${cloud.found} places of the first map are read; the ${cloud.points.length} strongest are drawn.`
-    : `${cloud.found} places of the first map are read.`;
+  find("cut").textContent = !cloud
+    ? ""
+    : cloud.found > cloud.points.length
+      ? `${cloud.found} places of the first map are read; the ${cloud.points.length} strongest are drawn.`
+      : `${cloud.found} places of the first map are read.`;
   for (const key of document.querySelectorAll(".of-taps")) key.hidden = state.stacked;
   find("legend-most").textContent = state.stacked ? "largest" : number(most);
   find("legend-name").textContent = state.stacked ? "weight of a point" : "Δm";
-  find("legend-bar").style.background = `linear-gradient(to right, ${[0, 0.2, 0.4, 0.6, 0.8, 1].map(heat).join(", ")})`;
+  find("legend-bar").style.background =
+    `linear-gradient(to right, ${[0, 0.2, 0.4, 0.6, 0.8, 1].map(heat).join(", ")})`;
 }
 
 let seen = null;
@@ -98,10 +115,19 @@ function draw(state) {
 function show({ layers, picture, first = 0, keep = false }) {
   const now = store.get();
   if (now.layers === layers) return;
-  store.set({ layers, picture, layer: keep ? Math.min(now.layer, layers.length - 1) : first, stacked: false, ...(keep ? {} : { zoom: 0, group: -1 }) });
+  store.set({
+    layers,
+    picture,
+    layer: keep ? Math.min(now.layer, layers.length - 1) : first,
+    stacked: false,
+    ...(keep ? {} : { zoom: 0, group: -1 }),
+  });
 }
 
-for (const [id, save] of [["save-svg", saveSvg], ["save-png", savePng]]) {
+for (const [id, save] of [
+  ["save-svg", saveSvg],
+  ["save-png", savePng],
+]) {
   find(id).addEventListener("click", () => save(stage.element));
 }
 const THEMES = ["", "light", "dark"];
@@ -129,7 +155,14 @@ window.dcn = Object.freeze({
   layer: () => {
     const plain = (array) => array && { shape: array.shape, data: [...array.data] };
     const { x, kernel, bias, offset, mask, ...geometry } = seen.layer;
-    return { ...geometry, x: plain(x), kernel: plain(kernel), bias: plain(bias), offset: plain(offset), mask: plain(mask) };
+    return {
+      ...geometry,
+      x: plain(x),
+      kernel: plain(kernel),
+      bias: plain(bias),
+      offset: plain(offset),
+      mask: plain(mask),
+    };
   },
   sentence: () => sentence(seen),
 });

@@ -29,7 +29,10 @@ export function readNpy(buffer) {
   const length = wide ? view.getUint32(8, true) : view.getUint16(8, true);
   const header = new TextDecoder().decode(bytes.slice(start, start + length));
   const dtype = /'descr':\s*'([^']*)'/.exec(header)?.[1] ?? "of several fields";
-  const shape = (/'shape':\s*\(([^)]*)\)/.exec(header)?.[1] ?? "").split(",").filter((n) => n.trim()).map(Number);
+  const shape = (/'shape':\s*\(([^)]*)\)/.exec(header)?.[1] ?? "")
+    .split(",")
+    .filter((n) => n.trim())
+    .map(Number);
   const reader = READERS[dtype.slice(1)];
   if (!reader) throw new Error(`its dtype is ${dtype}; wanted floats or ints: array.astype("float32")`);
   const [size, read] = reader;
@@ -68,8 +71,12 @@ export async function readNpz(buffer) {
   let at = view.getUint32(end + 16, true);
   for (let i = view.getUint16(end + 10, true); i > 0; i--) {
     const [method, packed, nameLength, extra, comment, local] = [
-      view.getUint16(at + 10, true), view.getUint32(at + 20, true), view.getUint16(at + 28, true),
-      view.getUint16(at + 30, true), view.getUint16(at + 32, true), view.getUint32(at + 42, true),
+      view.getUint16(at + 10, true),
+      view.getUint32(at + 20, true),
+      view.getUint16(at + 28, true),
+      view.getUint16(at + 30, true),
+      view.getUint16(at + 32, true),
+      view.getUint32(at + 42, true),
     ];
     const name = new TextDecoder().decode(new Uint8Array(buffer, at + 46, nameLength)).replace(/\.npy$/, "");
     const start = local + 30 + view.getUint16(local + 26, true) + view.getUint16(local + 28, true);

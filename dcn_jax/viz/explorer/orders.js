@@ -33,10 +33,14 @@ export function indexOf(order, kind, { window, groups }, channel) {
   }
   const first = packed ? group * 3 * taps : group * 2 * taps;
   switch (order) {
-    case "torchvision": return first + 2 * tap + axis;
-    case "all_y_all_x": return axis * groups * taps + group * taps + tap;
-    case "all_x_all_y": return (1 - axis) * groups * taps + group * taps + tap;
-    default: return first + 2 * tap + (1 - axis);
+    case "torchvision":
+      return first + 2 * tap + axis;
+    case "all_y_all_x":
+      return axis * groups * taps + group * taps + tap;
+    case "all_x_all_y":
+      return (1 - axis) * groups * taps + group * taps + tap;
+    default:
+      return first + 2 * tap + (1 - axis);
   }
 }
 
@@ -69,7 +73,9 @@ export function reorder(data, order, kind, shape) {
   const rows = data.length / count;
   const ours = new Float32Array(rows * theirs.length);
   for (let row = 0; row < rows; row++) {
-    theirs.forEach((from, to) => { ours[row * theirs.length + to] = data[row * count + from]; });
+    theirs.forEach((from, to) => {
+      ours[row * theirs.length + to] = data[row * count + from];
+    });
   }
   return ours;
 }

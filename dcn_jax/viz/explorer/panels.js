@@ -14,8 +14,15 @@ export function makePanels(root, actions) {
   const panels = PANELS.map(([variant, title, text]) => {
     const stage = makeStage({ label: `${title}: ${text}`, name: variant, ...actions });
     const y = html("p", { class: "answer" });
-    root.append(html("figure", { class: "panel" },
-      html("figcaption", {}, html("h3", {}, title), html("p", {}, text)), stage.element, y));
+    root.append(
+      html(
+        "figure",
+        { class: "panel" },
+        html("figcaption", {}, html("h3", {}, title), html("p", {}, text)),
+        stage.element,
+        y,
+      ),
+    );
     return { variant, stage, y };
   });
   return (seen) => {

@@ -25,8 +25,9 @@ function draw({ data, shape: [height, width, channels] }, channel, margin, modes
   for (let row = -margin; row < height + margin; row++) {
     for (let column = -margin; column < width + margin; column++) {
       const inside = row >= 0 && row < height && column >= 0 && column < width;
-      const zero = (modes[0] === "zeros" && (row < 0 || row >= height))
-        || (modes[1] === "zeros" && (column < 0 || column >= width));
+      const zero =
+        (modes[0] === "zeros" && (row < 0 || row >= height)) ||
+        (modes[1] === "zeros" && (column < 0 || column >= width));
       if (zero && !inside) continue;
       const pixel = INTO_MAP[modes[0]](row, height) * width + INTO_MAP[modes[1]](column, width);
       const rgb = colour ? [0, 1, 2].map((c) => 255 * share(pixel, c)) : tone(share(pixel, channel ?? 0));

@@ -3,7 +3,16 @@
 import { resolve, tapCount } from "./geometry.js";
 
 export const KINDS = ["zero", "sine", "random"];
-export const SLIDERS = { kind: "sine", window: 3, dilation: 1, stride: 1, maxOffset: 1.5, mode: "zeros", groups: 1, seed: 0 };
+export const SLIDERS = {
+  kind: "sine",
+  window: 3,
+  dilation: 1,
+  stride: 1,
+  maxOffset: 1.5,
+  mode: "zeros",
+  groups: 1,
+  seed: 0,
+};
 
 const SIZE = 24;
 
@@ -68,8 +77,12 @@ export function playgroundLayer(settings, picture) {
     channels: groups,
     inputs: [...Array(groups).keys()],
     ...resolve({
-      spatial: [height, width], window: [window, window], strides: [stride, stride], padding: "SAME",
-      dilation: [dilation, dilation], modes: [mode, mode],
+      spatial: [height, width],
+      window: [window, window],
+      strides: [stride, stride],
+      padding: "SAME",
+      dilation: [dilation, dilation],
+      modes: [mode, mode],
     }),
   };
   const kernels = window === 3 ? KERNELS : KERNELS.slice(0, 1);
@@ -83,7 +96,8 @@ export function playgroundLayer(settings, picture) {
     for (let n = 0; n < taps; n++) {
       const [row, column] = [Math.floor(n / window) - (window - 1) / 2, (n % window) - (window - 1) / 2];
       const share = name === "mean" ? 1 / taps : 1;
-      for (let g = 0; g < groups; g++) kernel[(n * groups + g) * kernels.length + f] = (value(row, column) * share) / groups;
+      for (let g = 0; g < groups; g++)
+        kernel[(n * groups + g) * kernels.length + f] = (value(row, column) * share) / groups;
     }
   });
 

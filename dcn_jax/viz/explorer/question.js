@@ -8,7 +8,12 @@ import { tapAt, weight } from "./layer.js";
 import { makeStage } from "./stage.js";
 
 export function makeQuestion(root, actions) {
-  const stage = makeStage({ label: "Two positions, A and B", name: "question", handles: ["position", "second"], ...actions });
+  const stage = makeStage({
+    label: "Two positions, A and B",
+    name: "question",
+    handles: ["position", "second"],
+    ...actions,
+  });
   stage.element.querySelector("[data-handle=position]").dataset.letter = "A";
   stage.element.querySelector("[data-handle=second]").dataset.letter = "B";
   const grids = html("div", { class: "grids" });
@@ -20,7 +25,10 @@ export function makeQuestion(root, actions) {
     const { g } = state.tap;
     const coloured = (taps, hue) => taps.filter((tap) => tap.g === g).map((tap) => ({ ...tap, hue }));
     stage.draw(seen, {
-      taps: [...coloured(seen.variants.modulated.taps, "var(--mark)"), ...coloured(seen.secondTaps, "var(--second)")],
+      taps: [
+        ...coloured(seen.variants.modulated.taps, "var(--mark)"),
+        ...coloured(seen.secondTaps, "var(--second)"),
+      ],
       chosen: null,
     });
     const taps = [...Array(tapCount(layer)).keys()];
@@ -39,45 +47,95 @@ export function makeQuestion(root, actions) {
 
 function grid(title, text, name, values, layer, most) {
   const [rows, columns] = layer.window;
-  const cells = (row) => values.slice(row * columns, (row + 1) * columns).map((value, column) =>
-    html("td", { style: `background: ${signedHeat(value, most)}`, title: number(value) },
-      figure(`${name}-${row * columns + column}`, value, columns > 5 ? "" : short(value))));
-  return html("table", { class: "kernel" },
+  const cells = (row) =>
+    values
+      .slice(row * columns, (row + 1) * columns)
+      .map((value, column) =>
+        html(
+          "td",
+          { style: `background: ${signedHeat(value, most)}`, title: number(value) },
+          figure(`${name}-${row * columns + column}`, value, columns > 5 ? "" : short(value)),
+        ),
+      );
+  return html(
+    "table",
+    { class: "kernel" },
     html("caption", {}, html("b", {}, title), html("small", {}, text)),
-    html("tbody", {}, ...Array.from({ length: rows }, (_, row) => html("tr", {}, ...cells(row)))));
+    html("tbody", {}, ...Array.from({ length: rows }, (_, row) => html("tr", {}, ...cells(row)))),
+  );
 }
 
 /** The answer, with the numbers of these two positions and of the whole map. */
 function say({ layer, state, a, b, w, g }) {
   const p = (...children) => html("p", {}, ...children);
   if (!layer.offset) {
-    return [p("This layer is a plain convolution: its taps stay on the grid and count the same everywhere. Choose a deformable layer to see the difference.")];
+    return [
+      p(
+        "This layer is a plain convolution: its taps stay on the grid and count the same everywhere. Choose a deformable layer to see the difference.",
+      ),
+    ];
   }
-  const said = [p("One more convolution multiplies by the same weights at every position, and reads at the same places around it. ",
-    "Here both depend on the position: the weight of a tap is ", html("b", {}, "wₙ · Δmₙ"), ", and a network computes Δmₙ and Δpₙ from what the picture shows there.")];
+  const said = [
+    p(
+      "One more convolution multiplies by the same weights at every position, and reads at the same places around it. ",
+      "Here both depend on the position: the weight of a tap is ",
+      html("b", {}, "wₙ · Δmₙ"),
+      ", and a network computes Δmₙ and Δpₙ from what the picture shows there.",
+    ),
+  ];
   const gap = (n) => Math.abs(a[n].modulation - b[n].modulation);
   const n = w.map((_, i) => i).reduce((best, i) => (gap(i) > gap(best) ? i : best), 0);
   const here = state.position.join() === state.second.join();
   if (here) {
     said.push(p("A and B stand on the same position. Drag one of them away."));
   } else if (!layer.mask) {
-    said.push(p("This layer has no modulation (DCNv1): Δmₙ = 1, and the weights at A and B agree. What differs is where they read."));
+    said.push(
+      p(
+        "This layer has no modulation (DCNv1): Δmₙ = 1, and the weights at A and B agree. What differs is where they read.",
+      ),
+    );
   } else {
-    said.push(p(`Look at tap ${n}: it counts `, figure("gap-a", a[n].modulation, number(a[n].modulation)), " at A and ",
-      figure("gap-b", b[n].modulation, number(b[n].modulation)), " at B. A second convolution has one number for this tap. ",
-      "The best single number, ", figure("best", (w[n] * (a[n].modulation + b[n].modulation)) / 2, number((w[n] * (a[n].modulation + b[n].modulation)) / 2)),
-      ", is wrong by ", figure("wrong", (Math.abs(w[n]) * gap(n)) / 2, number((Math.abs(w[n]) * gap(n)) / 2)), " at both."));
+    said.push(
+      p(
+        `Look at tap ${n}: it counts `,
+        figure("gap-a", a[n].modulation, number(a[n].modulation)),
+        " at A and ",
+        figure("gap-b", b[n].modulation, number(b[n].modulation)),
+        " at B. A second convolution has one number for this tap. ",
+        "The best single number, ",
+        figure(
+          "best",
+          (w[n] * (a[n].modulation + b[n].modulation)) / 2,
+          number((w[n] * (a[n].modulation + b[n].modulation)) / 2),
+        ),
+        ", is wrong by ",
+        figure("wrong", (Math.abs(w[n]) * gap(n)) / 2, number((Math.abs(w[n]) * gap(n)) / 2)),
+        " at both.",
+      ),
+    );
   }
-  const moved = Math.max(...a.map((tap, i) => Math.hypot(tap.delta[0] - b[i].delta[0], tap.delta[1] - b[i].delta[1])));
+  const moved = Math.max(
+    ...a.map((tap, i) => Math.hypot(tap.delta[0] - b[i].delta[0], tap.delta[1] - b[i].delta[1])),
+  );
   if (!here) {
-    said.push(p("Around A and around B the same tap reads at places that differ by up to ", figure("moved", moved, number(moved)),
-      " pixels. A convolution cannot do that at all: its taps are equally far from p₀ everywhere."));
+    said.push(
+      p(
+        "Around A and around B the same tap reads at places that differ by up to ",
+        figure("moved", moved, number(moved)),
+        " pixels. A convolution cannot do that at all: its taps are equally far from p₀ everywhere.",
+      ),
+    );
   }
   if (layer.mask) {
     const missed = missedByOneKernel(layer, state, g);
-    said.push(p("Over the whole map, the best single kernel for this pair of channels misses ",
-      html("b", {}, figure("missed", missed, `${Math.round(100 * missed)} %`)), " of these weights (root mean square). ",
-      "Two convolutions in a row are no way out: without something nonlinear between them they are one convolution with a larger kernel, again the same everywhere."));
+    said.push(
+      p(
+        "Over the whole map, the best single kernel for this pair of channels misses ",
+        html("b", {}, figure("missed", missed, `${Math.round(100 * missed)} %`)),
+        " of these weights (root mean square). ",
+        "Two convolutions in a row are no way out: without something nonlinear between them they are one convolution with a larger kernel, again the same everywhere.",
+      ),
+    );
   }
   return said;
 }

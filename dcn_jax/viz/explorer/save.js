@@ -1,6 +1,17 @@
 // Saving the large map as SVG or PNG.
 
-const LOOKS = ["fill", "fill-opacity", "stroke", "stroke-width", "opacity", "display", "font-family", "font-weight", "image-rendering", "paint-order"];
+const LOOKS = [
+  "fill",
+  "fill-opacity",
+  "stroke",
+  "stroke-width",
+  "opacity",
+  "display",
+  "font-family",
+  "font-weight",
+  "image-rendering",
+  "paint-order",
+];
 const PIXELS = 1600; // the longer side of a PNG
 
 /** An SVG that needs no style sheet: what the page's styles say is written into each element. */

@@ -33,7 +33,8 @@ export function through(layers, position, variant = "modulated") {
   }
   const [first] = layers;
   const read = reached.flatMap(({ at, weight }) =>
-    tapsAt(first, at, variant).map((tap) => ({ at: tap.at, weight: weight * tap.modulation })));
+    tapsAt(first, at, variant).map((tap) => ({ at: tap.at, weight: weight * tap.modulation })),
+  );
   const points = first.offset && VARIANTS[variant].moved ? read : meet(read);
   points.sort((a, b) => b.weight - a.weight);
   return { points: points.slice(0, MOST), found: points.length };

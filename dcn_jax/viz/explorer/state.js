@@ -22,7 +22,8 @@ export function makeStore(initial) {
 }
 
 /** The layers that are drawn as one: the chosen one alone, or all that lead to it. */
-export const chainOf = (state) => (state.stacked ? wayTo(state.layers, state.layer) : [state.layers[state.layer]]);
+export const chainOf = (state) =>
+  state.stacked ? wayTo(state.layers, state.layer) : [state.layers[state.layer]];
 
 /** A state that makes sense, after a change: everything within its range, channels and groups that fit. */
 function settle(next, change, before) {
@@ -32,7 +33,8 @@ function settle(next, change, before) {
   const old = before?.layers[before.layer];
   const other = old !== layer;
   for (const name of ["position", "second"]) {
-    const moved = old && other ? state[name].map((p, a) => ((p + 0.5) * layer.out[a]) / old.out[a] - 0.5) : state[name];
+    const moved =
+      old && other ? state[name].map((p, a) => ((p + 0.5) * layer.out[a]) / old.out[a] - 0.5) : state[name];
     state[name] = moved.map((p, a) => clamp(p, layer.out[a]));
   }
   state.input = clamp(state.input, layer.inputs.length);
@@ -61,12 +63,16 @@ function frameOf(state, before) {
   const full = chain[0].spatial.map((size) => size + 2 * margin);
   const kept = before?.frame && before.base === chain[0] && before.zoom === state.zoom ? before.frame : null;
   state.base = chain[0];
-  if (state.zoom === 0 || (before && before.base !== chain[0] && before.base.spatial.join() !== chain[0].spatial.join())) {
+  if (
+    state.zoom === 0 ||
+    (before && before.base !== chain[0] && before.base.spatial.join() !== chain[0].spatial.join())
+  ) {
     state.zoom = Math.max(1, Math.max(...full) / SHOWN);
   }
   const size = full.map((length) => length / state.zoom);
   const point = middleThrough(chain).map(([scale, shift], a) => state.position[a] * scale + shift);
-  const calm = kept && [0, 1].every((a) => Math.abs(point[a] - kept[a] - kept[2 + a] / 2) < 0.3 * kept[2 + a]);
+  const calm =
+    kept && [0, 1].every((a) => Math.abs(point[a] - kept[a] - kept[2 + a] / 2) < 0.3 * kept[2 + a]);
   if (calm) return kept;
   const start = size.map((length, a) => {
     const [low, high] = [-margin - 0.5, chain[0].spatial[a] + margin - 0.5];
@@ -95,7 +101,9 @@ function reach(layer) {
         for (let a = 0; a < 2; a++) {
           const tap = a === 0 ? Math.floor((t % taps) / layer.window[1]) : t % layer.window[1];
           const step = (tap - (layer.window[a] - 1) / 2) * layer.dilation[a];
-          const delta = layer.offset ? layer.offset.data[2 * ((i * layer.out[1] + j) * layer.groups * taps + t) + a] : 0;
+          const delta = layer.offset
+            ? layer.offset.data[2 * ((i * layer.out[1] + j) * layer.groups * taps + t) + a]
+            : 0;
           const p = at[a] + step + delta;
           const beyond = Math.max(-p, p - layer.spatial[a] + 1);
           if (beyond > far && beyond < 2 ** 30) far = beyond;
