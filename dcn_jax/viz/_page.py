@@ -53,6 +53,7 @@ class Page:
         )
 
     def _repr_html_(self) -> str:
+        """What a notebook shows: the page in a frame, or a sentence if it takes more than 20 MB."""
         if self.size > LARGE:
             return f"<p>{html.escape(self._too_large())}</p>"
         style = "width: 100%; height: 56rem; border: 0"

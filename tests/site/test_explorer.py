@@ -3,6 +3,7 @@
 import itertools
 import time
 import xml.etree.ElementTree
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ from tests.site.zoo import FEATURES, GEOMETRIES, Answers, Zoo, image, stored_lay
 pytestmark = pytest.mark.lenient
 RNG = np.random.default_rng(0)
 LAYERS = [*GEOMETRIES, "plain"]
+DOCUMENTED = Path(__file__).parents[2] / "docs" / "explorer.html"
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,21 @@ def test_the_numbers_are_those_of_deform_conv(browser, zoo, zoo_file, name):
             close([shown["at-y"], shown["at-x"]], points[at][g, n])
             close(shown["modulation"], answers.mask[at][tap])
             close([shown["origin-y"] + shown["step-y"] + shown["delta-y"]], [shown["at-y"]])
+
+
+def test_the_page_of_the_documentation_has_the_numbers_of_deform_conv(browser):
+    layers = stored_layers(DOCUMENTED.read_text(encoding="utf-8"))
+    browser.open(DOCUMENTED)
+    for index, layer in enumerate(layers):
+        answers = Answers(layer).everywhere
+        browser.choose(layer=index)
+        for position in RNG.integers(layer["out"], size=(3, 2)).tolist():
+            feature = int(RNG.integers(layer["features"]))
+            browser.go(position)
+            browser.choose(output=feature)
+            shown = browser.numbers()
+            for which, everywhere in answers.items():
+                close(shown[which], everywhere[tuple(position)][feature])
 
 
 def test_what_all_taps_and_channels_add_is_y(browser, zoo, zoo_file):
@@ -451,6 +468,24 @@ def test_offsets_in_another_order_are_sorted(browser, plain_file, tmp_path, orde
     np.testing.assert_allclose(layer["mask"], MASK, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["channels last", "channels first", "png"])
+def test_a_picture_of_bytes_is_read_from_0_to_1(browser, plain_file, tmp_path, kind):
+    from PIL import Image
+
+    picture = RNG.integers(0, 256, (H, W, 3), dtype=np.uint8)
+    np.save(tmp_path / "offset.npy", OFFSET[..., :18])
+    if kind == "png":
+        Image.fromarray(picture).save(tmp_path / "picture.png")
+        file = tmp_path / "picture.png"
+    else:
+        file = tmp_path / "image.npy"
+        np.save(file, picture if kind == "channels last" else picture.transpose(2, 0, 1))
+    browser.open(plain_file)
+    browser.sources("files")
+    assert give(browser, file, tmp_path / "offset.npy").startswith("Shown: 1 offset group, without modulation")
+    np.testing.assert_allclose(shown_layer(browser)["x"], picture / 255, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arrays", "settings", "message"),
     [
@@ -649,10 +684,10 @@ def test_a_notebook_shows_it(browser, zoo, tmp_path):
 
 @pytest.mark.parametrize("width", [1280, 360])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pictures_to_look_at(browser, zoo_file, plain_file, pictures, scheme, width):
+def test_pictures_to_look_at(browser, plain_file, pictures, scheme, width):
     browser.resize(width, 900)
     browser.prefer(scheme)
-    for name, path in [("network", zoo_file), ("sliders", plain_file)]:
+    for name, path in [("network", DOCUMENTED), ("sliders", plain_file)]:
         browser.open(path)
         time.sleep(0.5)
         picture = pictures / f"{name}-{scheme}-{width}.png"

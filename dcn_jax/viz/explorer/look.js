@@ -3,7 +3,7 @@
 import { middleThrough, tapCount } from "./geometry.js";
 import { VARIANTS, detail, response, tapAt } from "./layer.js";
 import { through } from "./stack.js";
-import { chainOf, marginOf } from "./state.js";
+import { chainOf, marginOf } from "./frame.js";
 
 export function look(state) {
   const layer = state.layers[state.layer];
