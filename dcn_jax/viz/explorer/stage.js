@@ -16,9 +16,10 @@ let stages = 0;
 export function makeStage({ label, name, onMove, onDrag, onTap, handles = ["position"] }) {
   const id = `stage-${stages++}`;
   const takesKeys = Boolean(onTap) || handles.length > 1;
+  const above = onTap ? ["handles", "dots"] : ["dots", "handles"]; // what is above takes the pointer
   const group = (part) => svg("g", { class: part });
   const parts = Object.fromEntries(
-    ["ground", "cloud", "lines", "squares", "pixels", "handles", "dots"].map((p) => [p, group(p)]),
+    ["ground", "cloud", "lines", "squares", "pixels", ...above].map((p) => [p, group(p)]),
   );
   const root = svg(
     "svg",
