@@ -178,16 +178,12 @@ def run(grid: Grid, x: jax.Array, offset: jax.Array, mask: jax.Array) -> jax.Arr
 
 
 def _convolve(grid: Grid, x: jax.Array, offset: jax.Array, mask: jax.Array) -> jax.Array:
-    window, channels, groups = grid.window, x.shape[-1], mask.shape[-1] // grid.taps
-    offset = offset.reshape(*offset.shape[:-1], groups, grid.taps, 2)
-    mask = mask.reshape(*mask.shape[:-1], groups, grid.taps, 1)
+    window, channels = grid.window, x.shape[-1]
     wide = x.astype(dtypes.wide(x.dtype))  # in half precision the products with ones would be rounded
     return deform_conv(
         wide,
         jnp.ones((*window.size, 1, channels), wide.dtype),
-        # A tap that is left out reads at infinity. That is zero even if pixels of x are infinite.
-        _row_by_row(grid, _stretch(grid, offset)[..., ::-1], jnp.inf),
-        _row_by_row(grid, mask, 0),
+        *as_deform_conv(grid, offset, mask),
         strides=window.strides,
         padding=window.pads,
         kernel_dilation=window.dilation,
@@ -196,6 +192,15 @@ def _convolve(grid: Grid, x: jax.Array, offset: jax.Array, mask: jax.Array) -> j
         preferred_element_type=x.dtype,
         implementation="xla",
     )
+
+
+def as_deform_conv(grid: Grid, offset: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Offsets `(…, G * K * 2)` and weights `(…, G * K)` in the orders of `deform_conv`, of all taps of the window."""
+    groups = mask.shape[-1] // grid.taps
+    offset = offset.reshape(*offset.shape[:-1], groups, grid.taps, 2)
+    mask = mask.reshape(*mask.shape[:-1], groups, grid.taps, 1)
+    # A tap that is left out reads at infinity. That is zero even if pixels of x are infinite.
+    return _row_by_row(grid, _stretch(grid, offset)[..., ::-1], jnp.inf), _row_by_row(grid, mask, 0)
 
 
 def _stretch(grid: Grid, offset: jax.Array) -> jax.Array:

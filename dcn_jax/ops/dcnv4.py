@@ -82,7 +82,12 @@ def dcnv4(
     fits = packed.ndim > 0 and packed.shape[-1] >= used
     check_points("offset_mask", packed, x, grid, f"at least {used}", meaning, fits=fits)
 
+    return run(grid, x, *unpack(packed, groups, taps))
+
+
+def unpack(packed: jax.Array, groups: int, taps: int) -> tuple[jax.Array, jax.Array]:
+    """Offsets `(…, G * K * 2)` and weights `(…, G * K)`, in DCNv3's orders, from DCNv4's packed one."""
     positions = packed.shape[:-1]
-    packed = packed[..., :used].reshape(*positions, groups, taps * 3)
+    packed = packed[..., : groups * taps * 3].reshape(*positions, groups, taps * 3)
     offset, mask = packed[..., : taps * 2], packed[..., taps * 2 :]
-    return run(grid, x, offset.reshape(*positions, groups * taps * 2), mask.reshape(*positions, groups * taps))
+    return offset.reshape(*positions, groups * taps * 2), mask.reshape(*positions, groups * taps)

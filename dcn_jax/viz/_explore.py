@@ -115,9 +115,12 @@ def _stored(layer: Layer, before: int | None, channels: int | None, dtype: str) 
     """A layer as the page keeps it: its geometry, and arrays of the kept channels."""
     groups = 1 if layer.offset is None else layer.offset.shape[-3]
     inputs, outputs = _kept(layer.inputs, groups, channels), _kept(layer.output, 1, channels)
-    kernel = np.asarray(layer.kernel)[..., outputs]
-    if layer.feature_group_count == 1:
-        kernel = kernel[..., inputs, :]
+    features, feature_groups, kernel = layer.output.shape[-1], layer.feature_group_count, layer.kernel
+    if kernel is None:  # a DCNv3 or DCNv4 samples each channel by itself
+        outputs, features, feature_groups = inputs, layer.inputs.shape[-1], layer.inputs.shape[-1]
+    else:
+        kernel = np.asarray(kernel)[..., outputs]
+        kernel = kernel[..., inputs, :] if feature_groups == 1 else kernel
     arrays = {
         "x": layer.inputs[..., inputs],
         "kernel": kernel,
@@ -128,8 +131,9 @@ def _stored(layer: Layer, before: int | None, channels: int | None, dtype: str) 
     out = layer.output.shape[:-1]
     return {
         "name": layer.path or "the layer",
-        "kind": "plain" if layer.offset is None else "deformable" if layer.mask is None else "modulated deformable",
+        "kind": _kind(layer),
         "before": before,
+        "projects": layer.kernel is None,  # a DCNv3 or DCNv4, before and after it reads
         "spatial": layer.inputs.shape[:-1],
         "out": out,
         "window": layer.window,
@@ -138,13 +142,22 @@ def _stored(layer: Layer, before: int | None, channels: int | None, dtype: str) 
         "dilation": layer.kernel_dilation,
         "modes": layer.padding_mode,
         "groups": groups,
-        "featureGroups": layer.feature_group_count,
+        "featureGroups": feature_groups,
         "channels": layer.inputs.shape[-1],
-        "features": layer.output.shape[-1],
+        "features": features,
         "inputs": inputs.tolist(),
         "outputs": outputs.tolist(),
         **{name: pack(_finite(array, layer.path, name, dtype), dtype) for name, array in arrays.items()},
     }
+
+
+def _kind(layer: Layer) -> str:
+    """What the page calls a layer."""
+    if layer.offset is None:
+        return "plain"
+    if layer.kernel is None:
+        return "DCNv3 or DCNv4"
+    return "deformable" if layer.mask is None else "modulated deformable"
 
 
 def _kept(array: np.ndarray, groups: int, channels: int | None) -> np.ndarray:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from dcn_jax._core import checks
+from dcn_jax.ops.deform_conv import deform_conv
 from dcn_jax.viz import _calls
 from dcn_jax.viz._canvas import canvas, check_image, scatter
-from dcn_jax.viz._looked import looked
+from dcn_jax.viz._looked import Layer, looked
 from dcn_jax.viz._node import Node, value_of
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ def effective_receptive_field(model: Any, x: Any, node: Node, *, call: Callable[
 
 
 def effective_sampling(
-    model: Any, x: Any, node: Node, *, call: Callable[..., Any] | None = None
+    model: Any, x: Any, node: Node, *, plain: bool = False, call: Callable[..., Any] | None = None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Where each deformable layer reads, and how strongly a node depends on where that is.
 
@@ -76,11 +78,13 @@ def effective_sampling(
         x: one image `(H, W, C)`, floating-point.
         node: a function of the model's output for that image, without a batch axis, to a number; or
             an index into that output.
+        plain: whether Flax's `Conv` count too, as deformable layers whose offsets are zero.
         call: how to call the model with a batch of one, if it is not `model(images)`, as in `looked`.
 
     Returns:
-        For each call of a `DeformConv`, in order, points `(*out, OG, K, n)` in pixels of the map
-        that it reads, and their strength `(*out, OG, K)`.
+        For each call of a `DeformConv` (and of a `Conv`, if `plain`), in order, points
+        `(*out, OG, K, n)` in pixels of the map that it reads, and their strength `(*out, OG, K)`.
+        DCNv3, DCNv4 and attention are left out.
 
     Raises:
         ValueError: node does not give one floating-point number, or a layer is called several times
@@ -101,34 +105,42 @@ def effective_sampling(
         ((8, 8, 1, 9, 2), (8, 8, 1, 9))
     """
     images = _calls.batch_of_one(x)
-    layers = [layer for layer in looked(model, x, call=call) if layer.kind == "deform_conv"]
+    kinds = ("deform_conv", "conv") if plain else ("deform_conv",)
+    layers = [layer for layer in looked(model, x, call=call) if layer.kind in kinds]
+    if len({layer.path for layer in layers}) < len(layers) and any(layer.reads is None for layer in layers):
+        raise ValueError(_SEVERAL_CALLS)
 
     def response(moves: list[jax.Array]) -> jax.Array:
-        left = iter(moves)
+        left = iter(list(zip(layers, moves, strict=True)))
 
         def around(layer_call: _calls.Call) -> Any:
-            if layer_call.kind == "deform_conv":
-                move = next(left, None)
-                if move is None:
-                    raise ValueError(_SEVERAL_CALLS)
-                layer_call = _moved(layer_call, move)
-            return _calls.unchanged(layer_call)
+            if layer_call.kind not in kinds:
+                return _calls.unchanged(layer_call)
+            if (mine := next(left, None)) is None:
+                raise ValueError(_SEVERAL_CALLS)
+            return (_deformable if layer_call.kind == "deform_conv" else _plain)(layer_call, *mine)
 
         output = _calls.run(model, images, around, call)
         if next(left, None) is not None:
             raise ValueError(_SEVERAL_CALLS)
         return value_of(node, output)
 
-    offsets = [layer.offset for layer in layers if layer.offset is not None]
+    shapes = [layer.points.shape for layer in layers]
     # As the layers take them: (*out, OG * K * n).
-    moves = [jnp.zeros((*offset.shape[:-3], math.prod(offset.shape[-3:])), offset.dtype) for offset in offsets]
-    gradients = jax.grad(response)(moves)
-    strengths = [_length(g.reshape(offset.shape)) for g, offset in zip(gradients, offsets, strict=True)]
+    moves = [
+        jnp.zeros((*shape[:-3], math.prod(shape[-3:])), _dtype(layer))
+        for layer, shape in zip(layers, shapes, strict=True)
+    ]
+    strengths = [_length(g.reshape(shape)) for g, shape in zip(jax.grad(response)(moves), shapes, strict=True)]
     return [(layer.points, strength) for layer, strength in zip(layers, strengths, strict=True)]
 
 
-def _moved(layer_call: _calls.Call, move: jax.Array) -> _calls.Call:
-    """The call with `move` `(*out, OG * K * n)` added to its offsets."""
+def _dtype(layer: Layer) -> Any:
+    return np.float32 if layer.offset is None else layer.offset.dtype
+
+
+def _deformable(layer_call: _calls.Call, layer: Layer, move: jax.Array) -> Any:
+    """The result of a deformable layer, with `move` `(*out, OG * K * n)` added to its offsets."""
     base_offset = (3, "base_offset")  # of the arguments that have names alone
     for argument in ((1, "offset"), base_offset):
         given = layer_call.argument(*argument)
@@ -137,8 +149,24 @@ def _moved(layer_call: _calls.Call, move: jax.Array) -> _calls.Call:
                 given = jnp.tile(given, move.shape[-1] // given.shape[-1])
             dtype = jnp.promote_types(given.dtype, move.dtype)
             move = jnp.expand_dims(move, tuple(range(given.ndim - move.ndim)))
-            return layer_call.replaced(*argument, given.astype(dtype) + move.astype(dtype))
-    return layer_call.replaced(*base_offset, move)
+            return _calls.unchanged(layer_call.replaced(*argument, given.astype(dtype) + move.astype(dtype)))
+    return _calls.unchanged(layer_call.replaced(*base_offset, move))
+
+
+def _plain(layer_call: _calls.Call, layer: Layer, move: jax.Array) -> Any:
+    """The result of a plain layer; its derivative by `move`, which is zero, is that of a deformable one."""
+    output = _calls.unchanged(layer_call)
+    moved = deform_conv(
+        lax.stop_gradient(layer_call.argument(*_calls.MAP["conv"])),
+        jnp.asarray(layer.kernel),
+        move,
+        strides=layer.strides,
+        padding=layer.padding,
+        kernel_dilation=layer.kernel_dilation,
+        padding_mode=layer.padding_mode,
+        feature_group_count=layer.feature_group_count,
+    ).astype(output.dtype)
+    return output + (moved - lax.stop_gradient(moved))
 
 
 _SEVERAL_CALLS = (
@@ -149,7 +177,7 @@ _SEVERAL_CALLS = (
 
 def _length(gradient: jax.Array) -> np.ndarray:
     """The length of each vector along the last axis."""
-    return np.asarray(jnp.linalg.norm(gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32)), axis=-1))
+    return np.array(jnp.linalg.norm(gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32)), axis=-1))
 
 
 def plot_receptive_field(image: Any, field: Any, *, ax: "Axes | None" = None) -> "Axes":

@@ -10,9 +10,11 @@ import numpy as np
 from jax.core import Tracer
 
 from dcn_jax._core.checks import is_int
+from dcn_jax._layers import dcn
 from dcn_jax._layers.ms_deform_attn import points_per_level
 from dcn_jax._layers.offset_conv import window_size
 from dcn_jax.geometry import Window, resolve_window
+from dcn_jax.ops import dcnv3, dcnv4
 from dcn_jax.ops.ms_deform_attn.call import check_spatial_shapes
 from dcn_jax.viz import _calls
 from dcn_jax.viz._wiring import sources
@@ -22,12 +24,14 @@ from dcn_jax.viz._wiring import sources
 class Layer:
     """One call of a layer: the arrays that it read and made, as NumPy arrays without a batch axis, and its geometry.
 
-    A "deform_conv" or a "conv" has a window; only a "deform_conv" has an offset, and only if it is
-    modulated a mask. An "attention" has locations and weights instead.
+    A "deform_conv" or a "conv" has a window and a kernel; only a "deform_conv" has an offset, and only
+    if it is modulated a mask. A "dcn" (DCNv3, DCNv4) has a window, an offset and a mask in the orders of
+    a "deform_conv", and no kernel; a tap that it leaves out has an offset of inf. An "attention" has
+    locations and weights instead.
     """
 
     path: str  # the layer's place in the model, names joined by "."
-    kind: str  # "deform_conv", "conv" or "attention"
+    kind: str  # "deform_conv", "conv", "dcn" or "attention"
     inputs: np.ndarray  # (*spatial, C), the map that it read; of an attention (S, E), all levels
     output: np.ndarray  # (*out, features); of an attention (Q, E)
     kernel: np.ndarray | None = None  # (*window, C // feature_group_count, features)
@@ -73,9 +77,9 @@ def _grid(sizes: tuple[int, ...]) -> np.ndarray:
 def looked(model: Any, x: Any, *, call: Callable[..., Any] | None = None) -> list[Layer]:
     """Run a model on one image, and return what each of its layers read, used and made.
 
-    Watched are this library's `DeformConv` and `MSDeformAttn` and Flax's `Conv`, of linen and of
-    nnx, in the order of their calls; a layer that is called twice is there twice. What runs inside
-    one of them, such as the convolution that emits the offsets, is left out.
+    Watched are this library's `DeformConv`, `DCNv3`, `DCNv4` and `MSDeformAttn` and Flax's `Conv`, of
+    linen and of nnx, in the order of their calls; a layer that is called twice is there twice. What
+    runs inside one of them, such as the convolution that emits the offsets, is left out.
 
     The model stays as it is. It runs as it would anyway: layers may be called under `jax.jit`,
     `jax.checkpoint` or a scan. For what an evaluation shows (dropout off, the batch norm's
@@ -110,8 +114,7 @@ def looked(model: Any, x: Any, *, call: Callable[..., Any] | None = None) -> lis
 
     def around(call: _calls.Call) -> Any:
         output, sown = call.run(*call.args, **call.kwargs)
-        read = _attention if call.kind == "attention" else _convolution
-        arrays, described = read(call, output, sown)
+        arrays, described = _READ[call.kind](call, output, sown)
         _when_known(lambda arrays: seen.append((described, arrays)), arrays)
         return output
 
@@ -164,12 +167,37 @@ def _convolution(call: _calls.Call, output: Any, sown: dict[str, Any]) -> tuple[
     return arrays, {
         "path": call.path,
         "kind": call.kind,
+        "feature_group_count": layer.feature_group_count,
+        **_geometry(window),
+    }
+
+
+def _dcn(call: _calls.Call, output: Any, made: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays of the `Layer` of a DCNv3 or DCNv4, which may be tracers, and its other fields."""
+    inputs = call.argument(*_calls.MAP[call.kind])
+    grid = dcnv3.make_grid(inputs.shape, **dcn.op_options(call.layer))
+    if "offset_mask" in made:
+        offset, mask = dcnv4.unpack(made["offset_mask"], call.layer.group, grid.taps)
+    else:
+        offset, mask = made["offset"], dcn.softmax(made["mask"], call.layer.group)
+    offset, mask = dcnv3.as_deform_conv(grid, offset, mask)
+    points = (*grid.window.out_spatial, call.layer.group, grid.window.taps)
+    return {
+        "inputs": _without_batch(call.path, "inputs", inputs, 3),
+        "output": _without_batch(call.path, "output", output, 3),
+        "offset": offset.reshape(*points, 2),
+        "mask": mask.reshape(points),
+    }, {"path": call.path, "kind": call.kind, **_geometry(grid.window)}
+
+
+def _geometry(window: Window) -> dict[str, Any]:
+    """The window of a `Layer`."""
+    return {
         "window": window.size,
         "strides": window.strides,
         "padding": window.pads,
         "kernel_dilation": window.dilation,
         "padding_mode": window.padding_mode,
-        "feature_group_count": layer.feature_group_count,
     }
 
 
@@ -209,6 +237,9 @@ def _attention(call: _calls.Call, output: Any, sown: dict[str, Any]) -> tuple[di
         "spatial_shapes": check_spatial_shapes(call.argument(3, "spatial_shapes")),
         "points_per_level": points_per_level(call.layer),
     }
+
+
+_READ = {"deform_conv": _convolution, "conv": _convolution, "dcn": _dcn, "attention": _attention}
 
 
 def _without_batch(path: str, name: str, array: Any, axes: int) -> Any:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dcn_jax._core import extras
 from dcn_jax.viz import _calls
 from dcn_jax.viz._canvas import canvas, check_image
 from dcn_jax.viz._node import Node, value_of
@@ -117,10 +116,7 @@ def _on_pixels(tiles: Any, spatial: tuple[int, ...]) -> Any:
 
 def _by_gradients(error_of: Any, error: float, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
     """A soft region: values in (0, 1) of tiles, few of them large, whose error lies within half the bound."""
-    try:
-        import optax
-    except ModuleNotFoundError as missing:
-        raise extras.missing("dcn_jax.viz.saliency_region", "flax") from missing
+    import optax  # which Flax needs too, so it is there
 
     optimizer = optax.adam(_RATE)
 

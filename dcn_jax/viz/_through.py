@@ -130,7 +130,7 @@ def _is_read(layers: list[Layer], other: int, place: int) -> bool:
 
 
 def _depth(way: list[Layer]) -> tuple[int, int]:
-    return sum(layer.kind == "deform_conv" for layer in way), len(way)
+    return sum(layer.offset is not None for layer in way), len(way)
 
 
 def _check_step(before: Layer, layer: Layer) -> None:

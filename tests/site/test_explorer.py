@@ -12,7 +12,7 @@ from flax import nnx
 
 from dcn_jax import deform_conv, sampling_points
 from dcn_jax.interop import reorder_offsets
-from dcn_jax.nnx import DeformConv
+from dcn_jax.nnx import DCNv3, DeformConv
 from dcn_jax.viz import explore, looked, sampling_through
 from tests.site.zoo import FEATURES, GEOMETRIES, Answers, Zoo, image, stored_layers
 
@@ -168,6 +168,20 @@ def test_a_page_of_some_channels_shows_their_numbers(browser, tmp_path):
     expected = Answers({**stored, "channels": 4}).everywhere["y"]
     close(browser.numbers()["y"], expected[3, 6, 2])
     assert f"4 of {stored['channels']} input channels" in browser.find("#formula").text
+
+
+def test_a_dcnv3_is_shown_with_what_its_taps_read(browser, tmp_path):
+    """It has no kernel: each channel is the sum of what its taps read, by their modulation. Some taps are left out."""
+    layer = DCNv3(8, group=2, kernel_size=3, offset_scale=1.5, remove_center=True, rngs=nnx.Rngs(3))
+    page = explore(layer, jnp.asarray(RNG.normal(size=(6, 7, 8)), jnp.float32))
+    (stored,) = stored_layers(page.html)
+    expected = Answers({**stored, "kernel": np.ones((*stored["window"], 1, 8))}).everywhere["y"]
+    browser.open(page.save(tmp_path / "page.html"))
+    for position in [(0, 0), (3, 4), (5, 6)]:
+        browser.go(position)
+        browser.choose(output=5)
+        close(browser.numbers()["y"], expected[position][5])
+    assert "is left out here" in browser.find("#formula").text
 
 
 def through(layers, position):

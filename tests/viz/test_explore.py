@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import dcn_jax.linen
-from dcn_jax.nnx import DeformConv
+from dcn_jax.nnx import DCNv3, DeformConv
 from dcn_jax.viz import _page, explore
 from tests.site.zoo import stored_layers
 
@@ -121,6 +121,16 @@ def test_of_a_grouped_kernel_all_rows_stay():
     layer = DeformConv(4, 8, (1, 1), feature_group_count=2, **WILD, rngs=nnx.Rngs(0))
     (stored,) = stored_layers(explore(layer, X, channels=3).html)
     assert stored["kernel"].shape == (1, 1, 2, 3)
+
+
+def test_a_dcnv3_has_no_kernel_and_keeps_its_channels_apart():
+    layer = DCNv3(8, group=2, rngs=nnx.Rngs(0))
+    (stored,) = stored_layers(explore(layer, jnp.tile(X, (1, 1, 2))).html)
+    assert stored["kernel"] is None
+    assert stored["projects"]
+    assert (stored["groups"], stored["featureGroups"], stored["channels"], stored["features"]) == (2, 8, 8, 8)
+    assert stored["offset"].shape == (6, 8, 2 * 9 * 2)
+    np.testing.assert_allclose(stored["mask"].reshape(6, 8, 2, 9).sum(-1), 1, rtol=1e-5)  # a softmax
 
 
 def test_float16_halves_the_data(layer, page):

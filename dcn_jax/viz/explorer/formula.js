@@ -175,6 +175,9 @@ function total({ modulated }, layer, { output }) {
     layer.inputs.length < layer.channels
       ? ` over the ${layer.inputs.length} of ${layer.channels} input channels in this page`
       : " over all taps and input channels";
+  const projects = layer.projects
+    ? " What this layer does to the channels before it reads them and after is left out here."
+    : "";
   return html(
     "p",
     { class: "product" },
@@ -186,7 +189,7 @@ function total({ modulated }, layer, { output }) {
     html(
       "small",
       {},
-      `output channel ${layer.outputs[output]}, summed${kept}${layer.bias ? ", and the bias" : ""}.`,
+      `output channel ${layer.outputs[output]}, summed${kept}${layer.bias ? ", and the bias" : ""}.${projects}`,
     ),
   );
 }
