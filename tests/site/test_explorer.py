@@ -583,7 +583,8 @@ def test_sliders_give_the_numbers_of_deform_conv(browser, plain_file):
         browser.choose(slider_kind=kind, slider_mode=mode, slider_stride=stride, slider_dilation=dilation)
         browser.choose(slider_window=window, slider_maxOffset=bound, slider_groups=groups)
         layer = shown_layer(browser)
-        assert layer["groups"] == groups
+        assert (layer["groups"], layer["modes"], layer["window"]) == (groups, [mode, mode], [window, window])
+        assert (layer["strides"], layer["dilation"]) == ([stride, stride], [dilation, dilation])
         assert np.abs(layer["offset"]).max() <= bound
         y = Answers({**layer, "name": "made"}).everywhere["y"]
         for position in [(0, 0), (y.shape[0] - 1, 2)]:
@@ -640,15 +641,19 @@ def contrast(a, b):
 
 def test_dark_and_light_by_the_system_and_by_the_switch(browser, plain_file):
     browser.open(plain_file)
+    drawn = "return document.querySelector('#stage image').getAttribute('href')"
+    pictures = {}
     for scheme, dark in [("light", False), ("dark", True)]:
         browser.prefer(scheme)
         seen = colours(browser)
+        pictures[scheme] = browser.script(drawn)
         assert (seen["page"][0] < 128) == dark
         for text, ground in itertools.product(("ink", "muted", "accent", "wrong"), ("page", "card")):
             assert contrast(seen[text], seen[ground]) >= 4.5, (scheme, text, ground)
     browser.find("#theme").click()  # light, whatever the system says
     assert colours(browser)["page"][0] > 128
     assert browser.find("#theme").text == "theme: light"
+    assert browser.script(drawn) == pictures["light"] != pictures["dark"]
     browser.find("#theme").click()
     assert colours(browser)["page"][0] < 128
     browser.find("#theme").click()
