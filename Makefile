@@ -33,6 +33,9 @@ test-gpu: ## run the op and its family on a CUDA GPU that is here (WORKERS="12" 
 test-gpu-here: $(VENV)/installed-gpu
 	JAX_PLATFORMS=cuda,cpu $(PYTEST) tests/gpu $(ARGS)
 
+test-site: $(VENV)/installed-site ## open the explorer in Chromium (Debian: apt install chromium chromium-driver)
+	$(BIN)/python -m pytest -q -m slow tests/site -rs $(ARGS)
+
 bench: $(VENV)/installed-examples ## time the op beside the plain convolution (ARGS="--help" for the options)
 	$(BIN)/python -m benchmarks.run $(ARGS)
 

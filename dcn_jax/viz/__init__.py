@@ -6,6 +6,7 @@ functions that need them.
 """
 
 from dcn_jax.viz._attention import plot_attention
+from dcn_jax.viz._explore import explore
 from dcn_jax.viz._gradients import (
     effective_receptive_field,
     effective_sampling,
@@ -13,14 +14,17 @@ from dcn_jax.viz._gradients import (
     plot_receptive_field,
 )
 from dcn_jax.viz._looked import Layer, looked
+from dcn_jax.viz._page import Page
 from dcn_jax.viz._saliency import plot_saliency_region, saliency_region
 from dcn_jax.viz._sampling import plot_sampling
 from dcn_jax.viz._through import plot_sampling_through, sampling_through
 
 __all__ = [
     "Layer",
+    "Page",
     "effective_receptive_field",
     "effective_sampling",
+    "explore",
     "looked",
     "plot_attention",
     "plot_effective_sampling",
