@@ -4,7 +4,7 @@ It trains the network with modulated deformable layers of 05_digits.py, on one p
 its layers read and used into a page, and needs a minute. The page is one file that any browser
 opens. That of the documentation is made by
 
-    python examples/11_explore.py docs/explorer.html
+    python examples/15_explore.py docs/explorer.html
 
 The last line should be "page: runs/explorer.html, 0.6 MB".
 """

@@ -1,4 +1,4 @@
-"""`examples/11_explore.py`: the page of the network of 05_digits.py, in the documentation and after one step of training."""
+"""`examples/15_explore.py`: the page of the network of 05_digits.py, in the documentation and after one step of training."""
 
 import importlib
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from tests.site.zoo import stored_layers
 
-program = importlib.import_module("11_explore")
+program = importlib.import_module("15_explore")
 pytestmark = pytest.mark.lenient
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -25,12 +25,12 @@ def test_the_page_of_the_documentation_is_that_of_a_trained_network():
 def test_the_page_of_the_documentation_is_of_this_version():
     text = (DOCS / "explorer.html").read_text(encoding="utf-8")
     scripts = [html.split('<script type="module">')[1] for html in (text, program.explore().html)]
-    assert scripts[0] == scripts[1], "run python examples/11_explore.py docs/explorer.html"
+    assert scripts[0] == scripts[1], "run python examples/15_explore.py docs/explorer.html"
 
 
 @pytest.mark.slow
 def test_it_trains_and_saves(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run("11_explore", Path("runs/explorer.html"), steps=1)
+    run("15_explore", Path("runs/explorer.html"), steps=1)
     layers = stored_layers(Path("runs/explorer.html").read_text(encoding="utf-8"))
     assert [layer["name"] for layer in layers] == ["Conv_0", "Conv_1", "layer_0", "layer_1", "layer_2"]
