@@ -79,7 +79,7 @@ def _blocks_on_gpu(spec: Spec, operands: Operands, derivative: bool) -> int:
         else 0
     )
     bound = max(_SPARE, _SHARE_OF_COLUMNS[kind] * columns)
-    number = math.ceil(_COLUMNS_OF_A_BLOCK[kind] * columns / max(bound - sums, bound / 2))
+    number = max(1, math.ceil(_COLUMNS_OF_A_BLOCK[kind] * columns / max(bound - sums, bound / 2)))
     return _dividing(number, positions)
 
 

@@ -78,7 +78,8 @@ def _pull_block(
 
     given = {name: getattr(part, name) for name in active if name != "matrices"}
     (maps, weight), undo, (row, is_read) = jax.vjp(located, given, has_aux=True)
-    bar = lax.optimization_barrier(bar.astype(_dtype_of_cotangents(spec)).reshape(-1, bar.shape[-1]))
+    bar = bar.astype(_dtype_of_cotangents(spec)).reshape(math.prod(bar.shape[:2]), bar.shape[-1])
+    bar = lax.optimization_barrier(bar)  # with the block's slice in the product, XLA of JAX 0.10 finds no tiles for it
     samples_bar = _pull_samples(spec, part.matrices, bar).reshape(*row[0].shape, maps.rows.shape[-1])
     at = Corners(row, is_read, weight)
     samples, weight_bar = pull_weights(maps, at, samples_bar)
@@ -103,20 +104,15 @@ def _multiply(spec: Spec, samples: jax.Array, matrices: jax.Array) -> jax.Array:
 def _pull_samples(spec: Spec, matrices: jax.Array, bar: jax.Array) -> jax.Array:
     """The gradient of the columns, `(B * size, G, K * C / G)`, at `bar`, `(B * size, F)`."""
     matrices = _by_group(spec, matrices.astype(bar.dtype))
-    bar = bar.reshape(-1, spec.feature_groups, matrices.shape[-1])
+    bar = bar.reshape(bar.shape[0], spec.feature_groups, matrices.shape[-1])
     return _einsum(spec, "ngf,gcf->ngc", bar, matrices).astype(bar.dtype)
 
 
 def _pull_matrices(spec: Spec, samples: jax.Array, matrices: jax.Array, bar: jax.Array) -> jax.Array:
     """The gradient of the matrices, `(K, C / G, F)`, at `bar`, `(B * size, F)`."""
-    by_group = partial(_by_group, spec)
-    matrices_bar = _einsum(
-        spec,
-        "ngc,ngf->gcf",
-        _columns(spec, samples),
-        bar.reshape(-1, spec.feature_groups, bar.shape[-1] // spec.feature_groups),
-    )
-    return jax.linear_transpose(by_group, jax.ShapeDtypeStruct(matrices.shape, matrices_bar.dtype))(matrices_bar)[0]
+    by_group, pull = jax.vjp(partial(_by_group, spec), matrices)
+    bar = bar.reshape(bar.shape[0], spec.feature_groups, by_group.shape[-1])
+    return pull(_einsum(spec, "ngc,ngf->gcf", _columns(spec, samples), bar))[0]
 
 
 def _dtype_of_cotangents(spec: Spec) -> Any:
