@@ -209,23 +209,33 @@ def _pool(spec: Pooling, x: jax.Array, rois: jax.Array, offset: jax.Array | None
     """The op, whose boxes read one map of three axes, (image, y, x)."""
     *spatial, channels = x.shape
     bins, samples = math.prod(spec.output_size), spec.sampling_ratio**2
-    shape = (rois.shape[0], *spec.output_size, channels)
     if spatial[0] == 0:  # every index is out of range
-        return jnp.zeros(shape, x.dtype)
+        return jnp.zeros((rois.shape[0], *spec.output_size, channels), x.dtype)
     given = [array.dtype for array in (x, rois, offset, mask) if array is not None]
     # The sum's gradients have the dtype of its operands, so these are widened before it.
     dtype = dtypes.wide(*given)
     real = jnp.finfo(dtype).dtype
     points = _samples(spec, tuple(spatial), rois.astype(real), None if offset is None else offset.astype(real))
-    weights = None
-    if mask is not None:
-        each = (rois.shape[0], bins, 1)
-        weights = jnp.broadcast_to(mask.astype(real).reshape(each) / samples, (*each[:2], samples))
-    border = Border(tuple(spatial), ("zeros", "edge", "edge"))
-    level = Level(border, ("floor", "linear", "linear"), _as_given, 0, 0, samples)
+    points = points.reshape(rois.shape[0], bins, samples, 3)
+    # Weights without a mask too: to divide the result would take its memory once more.
+    weights = jnp.ones((), real) if mask is None else mask.astype(real).reshape(rois.shape[0], bins, 1)
+    weights = jnp.broadcast_to(weights / samples, points.shape[:-1])
     rows = x.reshape(1, math.prod(spatial), channels).astype(dtype)
-    y = sum_readings((level,), Operands(rows, points.reshape(rois.shape[0], bins, samples, 3), weights))
-    return (y if mask is not None else y / samples).reshape(shape).astype(x.dtype)
+    y = sum_readings(_levels(tuple(spatial), bins, samples), Operands(rows, points, weights))
+    return y.reshape(*rois.shape[:1], *spec.output_size, channels).astype(x.dtype)
+
+
+def _levels(spatial: tuple[Size, ...], bins: int, samples: int) -> tuple[Level, ...]:
+    """The map `(image, y, x)`, once for each part of the samples.
+
+    Gradients are computed in steps of one level and some bins. If a box has few bins, a step of all
+    samples would take many times the memory of the result.
+    """
+    part = min(samples, max(1, bins // 4))
+    border, method = Border(spatial, ("zeros", "edge", "edge")), ("floor", "linear", "linear")
+    return tuple(
+        Level(border, method, _as_given, 0, first, min(part, samples - first)) for first in range(0, samples, part)
+    )
 
 
 def _as_given(position: jax.Array, size: jax.Array) -> jax.Array:

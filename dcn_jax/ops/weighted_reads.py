@@ -263,11 +263,12 @@ def _blocks_of_derivatives(levels: tuple[Level, ...], operands: Operands) -> int
     """The number that makes a block's rows of a level half of the result, or of the features if they are larger."""
     features, points, _ = operands
     pixels, queries = features.shape[1], points.shape[1]
-    readers = points.shape[0] if _is_shared(features, points) else 1  # of one map
-    if not all(isinstance(size, int) for size in (pixels, queries, readers)):
-        return _FEWEST
     most = max(2 * level.points * level.corners for level in levels)
-    return max(_FEWEST, min(most, round(most * queries * readers / max(pixels, 1))))
+    if _is_shared(features, points):
+        return most
+    if not (isinstance(queries, int) and isinstance(pixels, int)):
+        return _FEWEST
+    return max(_FEWEST, min(most, round(most * queries / max(pixels, 1))))
 
 
 def _divide(queries: Size, number: int) -> _Blocks:
