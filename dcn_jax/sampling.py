@@ -127,11 +127,13 @@ def countable(rows: Size) -> bool:
     return not isinstance(rows, int) or rows < 2**31
 
 
-def locate(points: Positions, scale: jax.Array | None, border: Border, method: str = "linear") -> Rows:
+def locate(
+    points: Positions, scale: jax.Array | None, border: Border, method: str | tuple[str, ...] = "linear"
+) -> Rows:
     """The rows that points read of a map `(*spatial, OG, Cg)`, flattened to rows of Cg channels.
 
     Points `(*query, OG, n)` -> arrays `(*query, OG)`. `scale`, `(*query, OG)`, multiplies the
-    weights, if it is given.
+    weights, if it is given. `method` is one for all axes, or one per axis.
     """
     regular, offset = points.regular, points.offset.astype(dtypes.wide(points.offset.dtype))
     groups = offset.shape[-2]
@@ -149,7 +151,7 @@ def locate_along(
     groups: int,
     scale: jax.Array | None,
     border: Border,
-    method: str = "linear",
+    method: str | tuple[str, ...] = "linear",
 ) -> Rows:
     """`locate` of positions along each axis, and each one's offset group. Shapes broadcast."""
     rows = math.prod(border.spatial) * groups
@@ -240,14 +242,15 @@ def _spread(weight: jax.Array, features: jax.Array) -> jax.Array:
 
 
 def corners(
-    position: Sequence[Positions], border: Border, method: str = "linear"
+    position: Sequence[Positions], border: Border, method: str | tuple[str, ...] = "linear"
 ) -> Iterator[tuple[tuple[jax.Array, ...], jax.Array, jax.Array]]:
     """For each corner of points: (its pixel along each axis, its weight, whether it is read).
 
     `position` has an entry for each spatial axis. All operations are elementwise, so that kernels
     can call this too.
     """
-    axes = [neighbours(p, size, mode, method) for p, size, mode in zip(position, *border, strict=True)]
+    methods = (method,) * len(position) if isinstance(method, str) else method
+    axes = [neighbours(*axis) for axis in zip(position, *border, methods, strict=True)]
     for corner in itertools.product(*axes):
         pixel, weights, reads = zip(*corner, strict=True)
         yield pixel, functools.reduce(operator.mul, weights), functools.reduce(operator.and_, reads)

@@ -1,7 +1,9 @@
 """Checks of arguments. Each error names the argument, what was given and what was wanted."""
 
+import math
 import operator
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, cast
 
 import jax
@@ -26,6 +28,14 @@ def count(name: str, value: Any) -> None:
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; wanted an int")
     if value < 1:
         raise ValueError(f"{name}={value!r} is too small; wanted at least 1")
+
+
+def finite(name: str, value: Any) -> None:
+    """Raise if `value` is not a finite number."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; wanted a number such as 1.0")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} is not finite; wanted a number such as 1.0")
 
 
 def per_axis(name: str, value: Any, rank: int, *, minimum: int) -> tuple[int, ...]:

@@ -4,9 +4,7 @@ It is `deform_conv` with a kernel of ones, one feature group per channel, and of
 order. `run` shows it. DCNv4 differs only in how its arguments are packed.
 """
 
-import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -157,12 +155,7 @@ def check_grid_options(
     """Raise if an option makes no sense, whatever the map."""
     size = checks.per_axis("window", window, 2, minimum=1)
     check_window(size, strides=strides, padding=padding, kernel_dilation=kernel_dilation)
-    if not isinstance(offset_scale, Real) or isinstance(offset_scale, bool):
-        raise TypeError(
-            f"offset_scale={offset_scale!r} is a {type(offset_scale).__name__}; wanted a number such as 1.0"
-        )
-    if not math.isfinite(offset_scale):
-        raise ValueError(f"offset_scale={offset_scale!r} is not finite; wanted a number such as 1.0")
+    checks.finite("offset_scale", offset_scale)
     if remove_center not in (False, True):
         raise TypeError(f"remove_center={remove_center!r} is not known; wanted True or False")
     if remove_center and (not all(k % 2 for k in size) or size == (1, 1)):

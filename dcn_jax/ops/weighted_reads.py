@@ -1,4 +1,4 @@
-"""The sum that `grid_sample` and `ms_deform_attn` share: readings of maps, weighted and added.
+"""The sum that `grid_sample`, `ms_deform_attn` and `roi_align` share: readings of maps, weighted and added.
 
     y(q, m) = Σ_l Σ_t  weight(q, m, t) · map_{l,m}(point(q, m, t))
 
@@ -7,7 +7,8 @@ over levels l and the points t of each level, for a query q and a head m.
 The letters of the shapes: B images; S pixels of all levels; Q queries, or q in a block; M heads of
 D channels; T points of all levels, P of one level; n coordinates of a point; K corners, the pixels
 that one point reads. `*M` is the axis of heads. `grid_sample` leaves it out, because XLA's CPU
-backend copies arrays that have an axis of size 1.
+backend copies arrays that have an axis of size 1. The features may have B = 1 where the points have
+more: all then read the same maps.
 """
 
 import functools
@@ -28,7 +29,7 @@ class Level(NamedTuple):
     """One map of those in `features`, and the points that read it; hashable."""
 
     border: Border
-    method: str  # of `sampling.METHODS`
+    method: str | tuple[str, ...]  # of `sampling.METHODS`; one for all axes, or one per axis
     to_pixels: Callable  # (coordinates along an axis, the map's size there) -> pixels
     first_row: Size  # its first pixel among the S
     first_point: int  # its first point among the T
@@ -39,11 +40,18 @@ class Level(NamedTuple):
         """How many pixels the map has, each a row of channels."""
         return math.prod(self.border.spatial)
 
+    @property
+    def corners(self) -> int:
+        """How many pixels a point reads."""
+        axes = len(self.border.spatial)
+        methods = (self.method,) * axes if isinstance(self.method, str) else self.method
+        return math.prod(METHODS[method] for method in methods)
+
 
 class Operands(NamedTuple):
     """The arrays of the sum. Slices of points and weights are `Operands` too."""
 
-    features: Any  # (B, S, *M, D): the maps, one level's pixels after another's
+    features: Any  # (B or 1, S, *M, D): the maps, one level's pixels after another's
     points: Any  # (B, Q, *M, T, n): coordinates that `to_pixels` understands, last spatial axis first
     weights: Any  # (B, Q, *M, T); None for ones
 
@@ -166,10 +174,11 @@ def _add_gradients(level: Level, blocks: "_Blocks", operands: Operands, y_bar: j
 def _add_rows(features: jax.Array, pixel: jax.Array, added: jax.Array) -> jax.Array:
     """Add rows `(B, q, *M, P, K, D)` to `features` at `pixel`, or nowhere if that is S."""
     # Not by `vmap`, which would move the heads of `features` to the front and back in each step.
-    batching = (0, 2)[: features.ndim - 2]  # batch and heads
+    shared = _is_shared(features, pixel)
+    batching = (0, 2)[shared : features.ndim - 2]  # batch and heads
     numbers = lax.ScatterDimensionNumbers(
         update_window_dims=(added.ndim - 1,),
-        inserted_window_dims=(1,),
+        inserted_window_dims=(0, 1) if shared else (1,),
         scatter_dims_to_operand_dims=(1,),
         operand_batching_dims=batching,
         scatter_indices_batching_dims=batching,
@@ -219,7 +228,15 @@ def _gather(level: Level, features: jax.Array, row: jax.Array) -> jax.Array:
     # every device would then gather all features.
     if features.ndim == 4:
         read = jax.vmap(read, in_axes=1, out_axes=1)
-    return jax.vmap(read)(features, jnp.minimum(row, int32(level.rows) - 1) + int32(level.first_row))
+    row = jnp.minimum(row, int32(level.rows) - 1) + int32(level.first_row)
+    if _is_shared(features, row):
+        return jax.vmap(read, in_axes=(None, 0))(features[0], row)
+    return jax.vmap(read)(features, row)
+
+
+def _is_shared(features: jax.Array, row: jax.Array) -> bool:
+    """Whether all images of `row` `(B, …)` read the maps of one."""
+    return features.shape[0] == 1 != row.shape[0]
 
 
 # Blocks of queries
@@ -244,11 +261,13 @@ _FEWEST = 8
 
 def _blocks_of_derivatives(levels: tuple[Level, ...], operands: Operands) -> int:
     """The number that makes a block's rows of a level half of the result, or of the features if they are larger."""
-    pixels, queries = operands.features.shape[1], operands.points.shape[1]
+    features, points, _ = operands
+    pixels, queries = features.shape[1], points.shape[1]
+    most = max(2 * level.points * level.corners for level in levels)
+    if _is_shared(features, points):
+        return most
     if not (isinstance(queries, int) and isinstance(pixels, int)):
         return _FEWEST
-    corners = [METHODS[level.method] ** len(level.border.spatial) for level in levels]
-    most = max(2 * level.points * each for level, each in zip(levels, corners, strict=True))
     return max(_FEWEST, min(most, round(most * queries / max(pixels, 1))))
 
 
