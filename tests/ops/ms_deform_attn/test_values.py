@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dcn_jax import ms_deform_attn
-from dcn_jax.ops import weighted_reads
+from dcn_jax.ops.weighted_reads import sum as weighted_reads
 from tests.support.running import assert_close, value_and_gradients
 
 SHAPES = ((3, 4), (2, 2))
