@@ -37,7 +37,8 @@ def count_launches(text: str) -> int:
             return 0
         if found[1] == "while":
             trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
-            parts = re.findall(r"(?:condition|body)=%?([\w.-]+)", line)
+            # XLA runs a loop of known trips without its condition.
+            parts = re.findall(r"body=%?([\w.-]+)" if trips else r"(?:condition|body)=%?([\w.-]+)", line)
             return (int(trips[1]) if trips else 1) * sum(map(count, parts))
         if found[1] == "conditional":
             branches = re.search(r"branch_computations=\{(.*?)\}", line)

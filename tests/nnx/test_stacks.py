@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import dcn_jax.linen
-from dcn_jax.interop import from_linen, from_torch, to_linen, to_onnx, to_torch
+from dcn_jax.interop import from_linen, from_torch, to_linen, to_torch
 from dcn_jax.nnx import DCNv3, DCNv4, DeformConv, MSDeformAttn, deformify
 from tests.support.running import normal
 
@@ -64,8 +64,6 @@ def test_what_takes_single_layers_refuses_stacks_by_name(name):
         to_torch(made)
     with pytest.raises(ValueError, match=message):
         from_torch(made, {})
-    with pytest.raises(ValueError, match=message):
-        to_onnx(made, (None, None, None, 4))
     to_torch(nnx.Dict(block=REFUSED[name](nnx.Rngs(0))))
 
 
