@@ -24,9 +24,7 @@ class Maps(NamedTuple):
     """The maps, by groups of channels."""
 
     rows: Any  # (B, R, C / groups)
-    wide_rows: (
-        Any  # the same in the dtype that products are summed in, to which gradients flow; None where `rows` are as wide
-    )
+    wide_rows: Any  # in the dtype that products are summed in; gradients flow to it; None where `rows` are as wide
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -50,15 +48,12 @@ class Corners(NamedTuple):
     weight: tuple[jax.Array, ...]
 
 
-def locate_taps(
-    spec: Spec, blocks: Blocks, block: jax.Array, part: Divided, groups: int, taps: slice = slice(None)
-) -> tuple[Maps, Corners]:
-    """The maps in `groups` groups of channels, and where some taps of a block read them."""
+def locate_taps(spec: Spec, blocks: Blocks, block: jax.Array, part: Divided, groups: int) -> tuple[Maps, Corners]:
+    """The maps in `groups` groups of channels, and where the taps of a block read them."""
     window, batch_axes = spec.window, part.rows.ndim - 2
 
-    def by_group(array, *each):  # (*B, size, [OG,] K * …) -> (*B, size, groups, taps, …)
+    def by_group(array, *each):  # (*B, size, [OG,] K * …) -> (*B, size, groups, K, …)
         array = array.reshape(*array.shape[: batch_axes + 1], spec.offset_groups, window.taps, *each)
-        array = lax.slice_in_dim(array, *taps.indices(window.taps)[:2], axis=batch_axes + 2)
         return jnp.repeat(array, groups // spec.offset_groups, batch_axes + 1)
 
     def split(rows):  # (*B, H * W * OG, Cg) -> (*B, H * W * groups, C / groups)
@@ -69,15 +64,15 @@ def locate_taps(
     offset = offset.astype(dtypes.wide(offset.dtype))
     scale = None if part.modulation is None else by_group(part.modulation)
     along = [
-        Positions(lax.expand_dims(_regular(spec, blocks, block, axis)[..., taps], range(batch_axes)), offset[..., axis])
+        Positions(lax.expand_dims(_regular(spec, blocks, block, axis), range(batch_axes)), offset[..., axis])
         for axis in range(window.rank)
     ]
     group = lax.broadcasted_iota(jnp.int32, offset.shape[:-1], batch_axes + 1)
     found = []
     for pixel, weight, is_read in corners(along, border_of(spec)):
-        row = functools.reduce(
-            lambda row, step: row * int32(step[0]) + step[1], zip(window.spatial[1:], pixel[1:], strict=True), pixel[0]
-        )
+        row = pixel[0]
+        for size, index in zip(window.spatial[1:], pixel[1:], strict=True):
+            row = row * int32(size) + index
         weight = weight if scale is None else weight * scale.astype(weight.dtype)
         found.append((row * groups + group if groups > 1 else row, is_read, weight))
     wide_rows = None if part.wide_rows is None else split(part.wide_rows)

@@ -56,6 +56,8 @@ def _on_gpu(spec: Spec, operands: Operands, derivative: bool) -> tuple[ModuleTyp
     """The algorithm, and its blocks."""
     if is_depthwise(spec, operands.rows.shape[-1]):
         return depthwise, 1
+    if not countable(math.lcm(spec.offset_groups, spec.feature_groups) * math.prod(spec.window.spatial)):
+        return one_tap, 1
     return two_stage, _blocks_on_gpu(spec, operands, derivative)
 
 

@@ -98,3 +98,21 @@ def test_what_is_not_read_does_no_harm():
     np.testing.assert_array_equal(
         y[:3, :3], wanted[:3, :3]
     )  # those beyond read an infinite neighbour by a weight of zero
+
+
+@pytest.mark.parametrize("platform", ["default"], indirect=True)
+@pytest.mark.parametrize("groups", [1, 2])  # two: each channel alone
+def test_a_large_cotangent_of_float16_does_not_overflow(groups):
+    """The gradient of a sample is beyond float16, which ends at 65,504; that of the offset, of which it is a factor, is not."""
+    x = 1e-3 * np.random.default_rng(0).standard_normal((1, 4, 5, 2))
+    kernel = np.full((1, 1, 2 // groups, 4), 200.0)
+    offset, y_bar = np.full((1, 4, 5, 2), 0.25, np.float32), np.full((1, 4, 5, 4), 1000.0)
+
+    def pull(dtype):
+        arrays = [jnp.asarray(a, dtype) for a in (x, kernel, y_bar)]
+        f = functools.partial(deform_conv, arrays[0], arrays[1], feature_group_count=groups)
+        return jax.jit(lambda offset, y_bar: jax.vjp(f, offset)[1](y_bar)[0])(offset, arrays[2])
+
+    narrow, wide = pull(jnp.float16), pull(jnp.float32)
+    assert np.isfinite(narrow).all()
+    np.testing.assert_allclose(narrow, wide, rtol=2e-2, atol=2e-2 * np.abs(wide).max())
