@@ -63,9 +63,10 @@ def test_compiles(kind, name, dtype):
 @pytest.mark.parametrize("name", DETECTOR)
 @pytest.mark.parametrize("kind", ["H100", "TPU v5e"])
 def test_scratch(kind, name, mode):
-    """Within the limits that hold on a CPU."""
+    """Within the limits that hold on a CPU; on a GPU 256 MB are within them too."""
     compile_there = functools.partial(aot.compile_for, *device_of(kind))
-    assert share(compile_there, DETECTOR[name], mode) <= LIMITS[mode]
+    spare = 256e6 / DETECTOR[name].sizes(jnp.float32)["columns_bytes"] if kind == "H100" else 0
+    assert share(compile_there, DETECTOR[name], mode) <= max(LIMITS[mode], spare)
 
 
 @pytest.mark.parametrize("offset_groups", [1, 4])

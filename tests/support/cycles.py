@@ -1,4 +1,4 @@
-"""What a TPU's compiler estimates of its own program, and the kernels of a GPU's: read from the text of compiled programs.
+"""What a TPU's compiler estimates of its own program, read from its text.
 
 The TPU's compiler writes `estimated_cycles` beside each instruction but gathers and scatters, whose rows are counted.
 No time: it shows relayouts and passes over memory that nobody meant, and compares two forms of one program.
@@ -9,9 +9,6 @@ import pathlib
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
-
-# What is no kernel of its own: it names, slices or waits for what others make.
-_KERNELS = re.compile(r" (?:fusion|custom-call|copy|convolution|dot|gather|scatter|reduce|transpose|sort|pad)\(")
 
 
 class Estimate(NamedTuple):
@@ -38,15 +35,6 @@ def estimate(program: str) -> Estimate:
         else:
             gathered += times * rows
     return Estimate(cycles, gathered, scattered)
-
-
-def kernels_in_loops(program: str) -> list[int]:
-    """How many kernels a GPU starts in each step of each loop, in ascending order; the loop's counter is none."""
-    computations = _computations(program)
-    bodies = re.findall(r" while\(.*body=%([\w.-]+)", program)
-    return sorted(
-        sum(bool(_KERNELS.search(line)) and " = s32[] " not in line for line in computations[body]) for body in bodies
-    )
 
 
 def bundles_in_loops(folder: pathlib.Path, name: str) -> list[int]:
