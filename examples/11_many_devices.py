@@ -50,14 +50,14 @@ def train(args: Any, signals: Signals, console: rich.console.Console) -> int:
         checkpoints = Checkpoints(args.checkpoints, run, resume=args.resume)
         state = checkpoints.restore(state)
     step, key = int(state.step), jax.random.wrap_key_data(np.asarray(state.key))
-    console.print(f"{mesh.size} devices ({jax.default_backend()}) in {jax.process_count()} processes, from step {step}")
-
     digits = jax.device_get(load_digits()[0])
     make_batch = functools.partial(global_batch, key, digits=digits, size=args.batch, sharding=by_row)
     not_finite = NotFinite([name for name, _ in by_name(state.params)], args.give_up)
     received, profiled = 0, range(step + 2, step + 7)  # not the first step, which also compiles
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as profile:
         log = stack.enter_context(contextlib.closing(Log(args.json, args.tensorboard, console, step)))
+        devices, processes = counted(mesh.size, "device"), counted(jax.process_count(), "process", "es")
+        console.print(f"{devices} ({jax.default_backend()}) in {processes}, from step {step}")
         report = stack.enter_context(progress(args.model, args.steps, console, step))
         batch = make_batch(step)
         while step < args.steps and not received:
@@ -87,8 +87,13 @@ def train(args: Any, signals: Signals, console: rich.console.Console) -> int:
             return 0 if received == signal.SIGTERM else 128 + received
         parameters = sha256_of(by_name(state.params))
         log.row({"parameters": parameters})
-    console.print(f"{step} steps, parameters {parameters[:12]}, on {mesh.size} devices")
+    console.print(f"{step} steps, parameters {parameters[:12]}, on {devices}")
     return 0
+
+
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """The number and the noun."""
+    return f"{number} {noun}{plural if number != 1 else ''}"
 
 
 def own_stdout() -> TextIO:
@@ -100,22 +105,26 @@ def own_stdout() -> TextIO:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the options, join the other processes, train; returns the exit status."""
-    args, signals = parse(argv, models=LAYERS, description=__doc__), Signals()
-    stdout = None
+    args, signals, stdout = parse(argv, models=LAYERS, description=__doc__), Signals(), None
+    signals.listen()
     if args.coordinator:
         stdout = own_stdout()
+        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `signals`
         jax.distributed.initialize(args.coordinator, args.processes, args.process, shutdown_timeout_seconds=30)
-    signals.listen()  # JAX has its own answer to SIGTERM, until now
-    alone = jax.process_index() == 0
-    if not alone:
+    first = jax.process_index() == 0
+    if not first:
         args.json = args.tensorboard = args.profile = None
     try:
-        return train(args, signals, rich.console.Console(highlight=False, quiet=not alone))
+        return train(args, signals, rich.console.Console(file=stdout, highlight=False, quiet=not first))
     except Problem as problem:
-        rich.console.Console(stderr=True, soft_wrap=True, quiet=not alone).print(
-            f"{problem}", highlight=False, markup=False
-        )
-        return 1
+        said = str(problem)
+    except jax.errors.JaxRuntimeError as error:
+        if not args.coordinator:
+            raise
+        said = f"another process was lost ({str(error).splitlines()[0][:200]}); start all of them again, with --resume"
+    if first:
+        print(said, file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

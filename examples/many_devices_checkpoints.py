@@ -96,7 +96,7 @@ class Checkpoints:
         last = f"the last good one is of step {max(self._steps(), default=None)}"
         return self._or_say(
             f"cannot write a checkpoint to {self.folder}; {last if self._steps() else 'there is none yet'}",
-            "make room there, or see to what is said above, and run again with --resume",
+            "make room there and run again with --resume",
         )
 
     @contextlib.contextmanager
@@ -106,8 +106,15 @@ class Checkpoints:
             yield
         except Exception as error:
             sys.unraisablehook = lambda _: None  # what their threads leave behind would follow the sentence
-            cause = str(error).partition("[tensorstore_spec=")[0].strip().rpartition(": ")[2] or type(error).__name__
-            raise Problem(f"{what} ({cause[:200]}); {to_do}") from error
+            raise Problem(f"{what} ({cause_of(error)}); {to_do}") from error
+
+
+def cause_of(error: BaseException) -> str:
+    """The end of what the first of a chain of errors says: there TensorStore says what happened."""
+    while error.__cause__:
+        error = error.__cause__
+    said = str(error).partition(" [tensorstore_spec=")[0].splitlines()
+    return f"{type(error).__name__}: {said[0][-120:]}" if said else type(error).__name__
 
 
 def shapes(tree: Any) -> dict[str, str]:
