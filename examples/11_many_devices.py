@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 try:
     import jax
-    import numpy as np
+    import jax.numpy as jnp
     import rich.console
     from digits_data import load_digits
     from digits_network import LAYERS, Network
@@ -49,7 +49,7 @@ def train(args: Any, signals: Signals, console: rich.console.Console) -> int:
         run = {"model": args.model, "seed": args.seed, "batch": args.batch, "learning_rate": args.learning_rate}
         checkpoints = Checkpoints(args.checkpoints, run, resume=args.resume)
         state = checkpoints.restore(state)
-    step, key = int(state.step), jax.random.wrap_key_data(np.asarray(state.key))
+    step, key = int(state.step), jax.random.wrap_key_data(jnp.asarray(jax.device_get(state.key)))
     digits = jax.device_get(load_digits()[0])
     make_batch = functools.partial(global_batch, key, digits=digits, size=args.batch, sharding=by_row)
     not_finite = NotFinite([name for name, _ in by_name(state.params)], args.give_up)

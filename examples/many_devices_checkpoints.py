@@ -62,7 +62,7 @@ class Checkpoints:
             f"the checkpoint {path} cannot be read: it is damaged, or another program wrote it",
             f"move it away to {back}, or name another folder",
         ):
-            run = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+            run = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
             there = shapes(self.manager.item_metadata(step).state.tree["params"])
         here = shapes(state.params)
         differences = [f"{k} is {run.get(k)} there and {v} here" for k, v in self.run.items() if run.get(k) != v]
@@ -79,7 +79,7 @@ class Checkpoints:
             )
         with self._or_say(f"the checkpoint {path} cannot be read: it is damaged", f"move it away to {back}"):
             wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            return self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))).state
+            return self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))["state"]
 
     def save(self, step: int, state: Any) -> None:
         """Begin to write; an error of the write before, in the background, is raised here."""

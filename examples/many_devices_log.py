@@ -15,7 +15,8 @@ class Log:
     """The log of a run, of steps after `start`. It goes on in a file whose run was interrupted."""
 
     def __init__(self, json_file: Path | None, tensorboard: Path | None, console: rich.console.Console, start: int):
-        self.console, self.file, self.curves = console, None, None
+        self.console, self.file = console, None
+        self.curves: Any = None
         if json_file:
             lines = lines_until(json_file, start) if start else []
             self.file = json_file.open("w")

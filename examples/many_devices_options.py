@@ -1,7 +1,7 @@
 """The options of 11_many_devices.py, checked before any work begins."""
 
 import argparse
-import importlib.util
+import importlib
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -56,7 +56,7 @@ def parse(argv: Sequence[str] | None, *, models: Iterable[str], description: str
         p.error("--resume: wanted --checkpoints DIR too, to resume from")
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         p.error(f"--json {args.json}: wanted the name of a file in a folder that exists")
-    if args.tensorboard and not importlib.util.find_spec("tensorboardX"):
+    if args.tensorboard and not installed("tensorboardX"):
         p.error("--tensorboard: tensorboardX is not installed: pip install tensorboardX")
 
     together = (args.coordinator, args.processes, args.process)
@@ -65,7 +65,16 @@ def parse(argv: Sequence[str] | None, *, models: Iterable[str], description: str
             p.error("--coordinator, --processes and --process: wanted all three or none")
         host, _, port = args.coordinator.rpartition(":")
         if not host or not port.isdecimal():
-            p.error(f"--coordinator {args.coordinator}: wanted HOST:PORT")
+            p.error(f"--coordinator {args.coordinator}: wanted HOST:PORT, such as 10.0.0.1:1234")
         if not 0 <= args.process < args.processes:
             p.error(f"--process {args.process}: wanted 0 to {args.processes - 1}, one less than --processes")
     return args
+
+
+def installed(module: str) -> bool:
+    """Can it be imported?"""
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True

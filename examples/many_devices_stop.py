@@ -44,12 +44,9 @@ class NotFinite:
         in_a_row = int(metrics.skipped[0])
         if in_a_row == 1 or (in_a_row and not self.first):
             affected = [name for name, finite in zip(self.names, metrics.finite, strict=True) if not finite]
-            what = (
-                f"{affected[0]} was the first of {len(affected)} parameters affected"
-                if affected
-                else "the loss alone was"
-            )
-            self.first = f"at step {step}, {what}"
+            count = f"{len(affected)} parameter{'s' if affected[1:] else ''}"
+            what = f"{affected[0]} was the first of {count}" if affected else "the loss alone was"
+            self.first = f"at step {step}, {what} affected"
         if in_a_row >= self.patience:
             raise Problem(
                 f"stopped at step {step}: {in_a_row} steps in a row were skipped, because their loss or gradients were "

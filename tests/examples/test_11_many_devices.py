@@ -1,6 +1,8 @@
 """`examples/11_many_devices.py`: the same on any number of devices, and after being killed."""
 
+import os
 import random
+import shutil
 import signal
 import socket
 import time
@@ -125,6 +127,29 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
     assert said.endswith("make room there and run again with --resume")
     assert "Traceback" not in err
     assert finish(*options).startswith("1 device (cpu) in 1 process, from step 4\n")
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_named_and_the_advice_works(tmp_path):
+    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+    options = ("--model", "conv", "--steps", 4, "--save-every", 2, *SHORT)
+    finish(*options, "--checkpoints", whole, "--json", tmp_path / "whole.json")
+    options = (*options, "--checkpoints", damaged, "--json", tmp_path / "resumed.json", "--resume")
+    for file in ("run/metadata", "state/_METADATA", "state/manifest.ocdbt", "state/ocdbt.process_0/d/*"):
+        shutil.copytree(whole, damaged)
+        path = max((damaged / "4").glob(file), key=lambda path: path.stat().st_size)
+        os.truncate(path, path.stat().st_size // 2)
+        status, _, err = end(start(*options))
+        assert status == 1
+        (said,) = err.splitlines()
+        assert said.startswith(f"the checkpoint {damaged / '4'} cannot be read: it is damaged")
+        assert "; move it away to resume from step 2" in said
+        assert sorted(os.listdir(damaged)) == ["2", "4"]
+        if file == "run/metadata":  # the advice, followed
+            (damaged / "4").rename(tmp_path / "away")
+            assert finish(*options).startswith("1 device (cpu) in 1 process, from step 2\n")
+            assert rows(tmp_path / "resumed.json")[-1] == rows(tmp_path / "whole.json")[-1]
+        shutil.rmtree(damaged)
 
 
 @pytest.mark.slow
