@@ -37,12 +37,19 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all processes
     while all(process.poll() is None for process in processes):
         time.sleep(0.1)
-    for process in processes:  # the others end by themselves, even if one was lost
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-    return next((process.returncode for process in processes if process.wait()), 0)
+    statuses = [wait(process, 60 if not any(p.poll() for p in processes) else 10) for process in processes]
+    if -signal.SIGKILL in statuses and max(statuses) == 0:
+        print("a process was killed, and the others with it; run again with --resume", file=sys.stderr)
+    return next((abs(status) for status in statuses if status), 0)
+
+
+def wait(process: subprocess.Popen, seconds: float) -> int:
+    """Its exit status; it is killed if it does not end in time, as when it waits for one that is lost."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("receivers", [(1,), (0, 1)], ids=["one", "all"])
 def test_sigterm_saves_stops_and_can_be_resumed_on_another_number_of_devices(receivers, one_device, tmp_path):
-    path, options = tmp_path / "losses.json", ("--steps", 50, *SHORT, "--checkpoints", tmp_path / "checkpoints")
+    path, options = tmp_path / "losses.json", ("--steps", 20, *SHORT, "--checkpoints", tmp_path / "checkpoints")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         together = ("--coordinator", f"localhost:{free.getsockname()[1]}", "--processes", 2, "--process")
@@ -107,7 +107,7 @@ def test_sigterm_saves_stops_and_can_be_resumed_on_another_number_of_devices(rec
     assert (tmp_path / "checkpoints" / str(step)).is_dir()
     out = finish(*options, "--json", path, "--resume", x64=True)
     assert out.startswith(f"1 device (cpu) in 1 process, from step {step}\n")
-    np.testing.assert_allclose(losses(path), one_device, rtol=1e-10)
+    np.testing.assert_allclose(losses(path), one_device[:20], rtol=1e-10)
 
 
 @pytest.mark.slow
