@@ -41,7 +41,8 @@ except ModuleNotFoundError as error:
 
 def train(args: Any, signals: Signals, console: rich.console.Console) -> int:
     """Train from the start or from a checkpoint, to the end or to a signal; returns the exit status."""
-    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    # Explicit axes, the default, are more than Optax's losses take.
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     everywhere, by_row = jax.NamedSharding(mesh, jax.P()), jax.NamedSharding(mesh, jax.P("data"))
     if args.batch % mesh.size:
         raise Problem(f"--batch {args.batch}: wanted a multiple of {mesh.size}, the number of devices")
@@ -53,6 +54,7 @@ def train(args: Any, signals: Signals, console: rich.console.Console) -> int:
         checkpoints = Checkpoints(args.checkpoints, run, resume=args.resume)
         state = checkpoints.restore(state)
     step, key = int(state.step), jax.random.wrap_key_data(jnp.asarray(jax.device_get(state.key)))
+    step_fn = jax.jit(train_step, static_argnums=(0, 1), donate_argnums=2, out_shardings=everywhere)
     digits = jax.device_get(load_digits()[0])
     make_batch = functools.partial(global_batch, key, digits=digits, size=args.batch, sharding=by_row)
     not_finite = NotFinite([name for name, _ in by_name(state.params)], args.give_up)
@@ -66,7 +68,7 @@ def train(args: Any, signals: Signals, console: rich.console.Console) -> int:
         while step < args.steps and not received:
             if args.profile and step == profiled.start:
                 profile.enter_context(jax.profiler.trace(args.profile))
-            state, metrics = train_step(network, optimizer, state, *batch, signals.on_devices(by_row))
+            state, metrics = step_fn(network, optimizer, state, *batch, signals.on_devices(by_row))
             step += 1
             batch = make_batch(step)  # the next, while the devices are at work
             metrics = jax.device_get(metrics)  # waits for them
@@ -117,8 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     first = jax.process_index() == 0
     if not first:
         args.json = args.tensorboard = args.profile = None
+    console = rich.console.Console(file=stdout, highlight=False, soft_wrap=True, quiet=not first)
     try:
-        return train(args, signals, rich.console.Console(file=stdout, highlight=False, quiet=not first))
+        return train(args, signals, console)
     except Problem as problem:
         if first:
             print(problem, file=sys.stderr)

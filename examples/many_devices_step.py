@@ -45,9 +45,8 @@ def initial_state(network: Network, optimizer: optax.GradientTransformation, see
     return State(jnp.int32(0), jax.random.key_data(data_key), params, jax.jit(optimizer.init)(params))
 
 
-@functools.partial(jax.jit, static_argnames=("network", "optimizer"), donate_argnames="state")
 def train_step(network, optimizer, state, canvases, labels, signals):
-    """One step: (state, metrics). Nothing in it speaks of devices; the arguments' shardings do."""
+    """One step: (state, metrics). Nothing in it speaks of devices; the shardings of its arguments do."""
 
     def loss_and_offsets(params):
         scores, sown = network.apply({"params": params}, canvases.astype(float), mutable="intermediates")

@@ -48,10 +48,10 @@ def test_two_processes_of_four_give_the_losses_of_one_device(one_device, tmp_pat
 
     runs = {"one": {}, "eight": {"devices": 8}, "two": here}
     for name, how in runs.items():
-        finish("--steps", 50, *SHORT, "--json", tmp_path / f"{name}.json", **how)
+        finish("--steps", 20, *SHORT, "--json", tmp_path / f"{name}.json", **how)
     one, *others = (np.array(losses(tmp_path / f"{name}.json")) for name in runs)
-    rounding = np.maximum.accumulate(np.abs(one - one_device))  # of float32, up to each step
-    assert rounding[-1] < 0.05
+    rounding = np.maximum.accumulate(np.abs(one - one_device[:20]))  # of float32, up to each step
+    assert rounding[-1] < 0.01
     for other in others:
         assert (np.abs(other - one) <= 2 * rounding + 1e-6).all()
 
