@@ -23,7 +23,9 @@ class Checkpoints:
 
     def __init__(self, folder: Path, run: dict[str, Any], *, resume: bool):
         self.folder, self.run = folder.absolute(), run
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs each error besides raising it
+        # Orbax logs each error that it raises, and TensorStore's threads report to an event loop that is gone by then.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        sys.unraisablehook = lambda _: None
         self._check(resume)
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True)
         handlers = {"state": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
@@ -105,7 +107,6 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            sys.unraisablehook = lambda _: None  # what their threads leave behind would follow the sentence
             raise Problem(f"{what} ({cause_of(error)}); {to_do}") from error
 
 
