@@ -18,12 +18,12 @@ class Signals:
         self.received = 0
 
     def listen(self) -> None:
-        """From now on the two are noted; a second Ctrl-C ends the program at once."""
+        """From now on both are noted; a Ctrl-C after either ends the program at once."""
         signal.signal(signal.SIGTERM, self._note)
         signal.signal(signal.SIGINT, self._note)
 
     def _note(self, number: int, _) -> None:
-        self.received = max(self.received, number)  # SIGTERM is the larger
+        self.received = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_devices(self, sharding: jax.NamedSharding) -> jax.Array:
