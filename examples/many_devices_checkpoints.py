@@ -97,7 +97,7 @@ class Checkpoints:
     def _writing(self):
         last = f"the last good one is of step {max(self._steps(), default=None)}"
         return self._or_say(
-            f"cannot write a checkpoint to {self.folder}; {last if self._steps() else 'there is none yet'}",
+            f"cannot write a checkpoint to {self.folder}; {last if self._steps() else 'none is complete yet'}",
             "make room there and run again with --resume",
         )
 
@@ -111,11 +111,11 @@ class Checkpoints:
 
 
 def cause_of(error: BaseException) -> str:
-    """The end of what the first of a chain of errors says: there TensorStore says what happened."""
+    """What the first of a chain of errors says; of TensorStore's, the part after the names of files."""
     while error.__cause__:
         error = error.__cause__
-    said = str(error).partition(" [tensorstore_spec=")[0].splitlines()
-    return f"{type(error).__name__}: {said[0][-120:]}" if said else type(error).__name__
+    said = str(error).partition(" [tensorstore_spec=")[0].rpartition('": ')[2].splitlines()
+    return f"{type(error).__name__}: {said[0][:160]}" if said else type(error).__name__
 
 
 def shapes(tree: Any) -> dict[str, str]:
