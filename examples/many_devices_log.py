@@ -18,9 +18,10 @@ class Log:
         self.console, self.file = console, None
         self.curves: Any = None
         if json_file:
-            lines = lines_until(json_file, start) if start else []
-            self.file = json_file.open("w")
-            self.file.writelines(lines)
+            begun = json_file.with_name(f"{json_file.name}.begun")
+            begun.write_text("".join(lines_until(json_file, start) if start else []))
+            begun.replace(json_file)  # at no moment is the file without its lines
+            self.file = json_file.open("a")
         if tensorboard:
             import tensorboardX
 

@@ -41,6 +41,7 @@ def test_a_run_that_goes_on_keeps_the_lines_of_its_steps_only(tmp_path):
     path = tmp_path / "log.json"
     path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "loss": 3.0}\n{"step": 4, "lo')
     log, _ = log_of(path, start=2)
+    assert path.read_text().count("\n") == 2  # already, should it be killed now
     log.step(3, metrics(0.5), show=False)
     log.close()
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [1, 2, 0.5]
