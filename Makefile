@@ -15,6 +15,9 @@ help: ## list the targets
 train: $(VENV)/installed-examples ## train on real digits: four networks, a table, a picture (ARGS="--help" for the options)
 	$(BIN)/python examples/05_digits.py $(ARGS)
 
+train-many: $(VENV)/installed-examples ## train on many devices: two processes of four each, on this machine's CPU
+	$(BIN)/python examples/many_devices_here.py $(ARGS)
+
 test: $(VENV)/installed-test ## run the tests
 	$(PYTEST) $(ARGS)
 
@@ -65,5 +68,5 @@ $(BIN)/python:
 	  { echo 'make: $(PYTHON) cannot make virtual environments; install its venv module (Debian: apt install python3-venv)' >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 
-.PHONY: help train test test-all test-aot test-aot-here test-gpu test-gpu-here bench lint format clean
+.PHONY: help train train-many test test-all test-aot test-aot-here test-gpu test-gpu-here bench lint format clean
 .PRECIOUS: $(VENV)/installed-%

@@ -17,67 +17,29 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 try:
-    import flax.linen as nn
     import jax
     import jax.numpy as jnp
     import optax
     import rich.console
-    from digits_data import BACKGROUND, CANVAS, CLASSES, load_digits, make_batch
+    from digits_data import CANVAS, load_digits, make_batch
+    from digits_network import LAYERS, Network, init, loss_of, make_adam
     from digits_options import parse
     from digits_picture import draw
     from digits_report import progress, results_line, results_table
     from digits_scores import Run, test
-
-    from dcn_jax.linen import DeformConv
-    from dcn_jax.optim import offset_labels
 except ModuleNotFoundError as error:
     sys.exit(f'{error.name} is not installed; from the root of the repository: pip install -e ".[examples]"')
-
-LAYERS: dict[str, Callable[..., nn.Module]] = {
-    "conv": nn.Conv,
-    "dilated": functools.partial(nn.Conv, kernel_dilation=2),
-    "dcnv1": functools.partial(DeformConv, modulated=False),
-    "dcnv2": DeformConv,  # starts at half of nn.Conv, which the GroupNorm after it makes up for
-}
-
-
-class Network(nn.Module):
-    """Two plain convolutions, to half resolution; three residual layers; the labels' scores."""
-
-    model: str
-    features: int = 32
-
-    @nn.compact
-    def __call__(self, canvas: jax.Array) -> jax.Array:
-        """`(B, 32, 32, 1)` -> `(B, 16, 16, 11)`."""
-        x = nn.relu(nn.GroupNorm(8)(nn.Conv(16, (3, 3))(canvas)))
-        x = nn.Conv(self.features, (3, 3), strides=2)(x)  # (B, 16, 16, features)
-        for i in range(3):
-            layer = LAYERS[self.model](self.features, (3, 3), name=f"layer_{i}")
-            x = x + nn.relu(nn.GroupNorm(8)(layer(x)))
-        return nn.Dense(CLASSES)(x)
-
-
-init = jax.jit(Network.init, static_argnums=0)  # network, key, canvas -> variables
 
 
 @functools.cache  # the same one for every seed, so that a step is compiled once for each network
 def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """Adam, with warm-up and cosine decay; offset branches at a tenth of the rate, as in the papers."""
+    """Adam, with warm-up and cosine decay."""
     schedule = functools.partial(optax.warmup_cosine_decay_schedule, 0, warmup_steps=steps // 10, decay_steps=steps)
-    layers, branches = optax.adamw(schedule(learning_rate)), optax.adamw(schedule(0.1 * learning_rate))
-    adam = optax.multi_transform({"main": layers, "offset": branches}, offset_labels)
-    return optax.chain(optax.clip_by_global_norm(1.0), adam)
-
-
-def loss_of(scores: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy, the positions of digits weighted fourfold: they are few."""
-    weights = jnp.where(labels == BACKGROUND, 1.0, 4.0)
-    return jnp.average(optax.softmax_cross_entropy_with_integer_labels(scores, labels), weights=weights)
+    return make_adam(schedule, learning_rate)
 
 
 @functools.partial(jax.jit, static_argnames=("network", "optimizer", "batch"), donate_argnames=("variables", "state"))

@@ -15,8 +15,8 @@ FIGURES = {"mean_iou": 3, "foreground_accuracy": 3, "step_ms": 1}  # of the tabl
 
 
 @contextlib.contextmanager
-def progress(name: str, steps: int, console: rich.console.Console) -> Iterator[Callable[[float], None]]:
-    """A line on the terminal during training: call what it gives with each step's loss."""
+def progress(name: str, steps: int, console: rich.console.Console, start: int = 0) -> Iterator[Callable[[float], None]]:
+    """A line on the terminal during training, after `start` steps: call what it gives with each step's loss."""
     columns = (
         rich.progress.TextColumn("{task.description:17}"),
         rich.progress.BarColumn(),
@@ -25,7 +25,7 @@ def progress(name: str, steps: int, console: rich.console.Console) -> Iterator[C
         rich.progress.TimeRemainingColumn(),
     )
     with rich.progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name, total=steps, loss=math.nan)
+        task = bar.add_task(name, total=steps, completed=start, loss=math.nan)
         yield lambda loss: bar.update(task, advance=1, loss=loss)
 
 
