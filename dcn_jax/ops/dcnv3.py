@@ -4,7 +4,6 @@ It is `deform_conv` with a kernel of ones, one feature group per channel, and of
 order. `run` shows it. DCNv4 differs only in how its arguments are packed.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
