@@ -38,6 +38,16 @@ OPS = {
         (X.reshape(4, 30, 2, 4), 0.5 + 0.1 * normal(4, 3, 2, 1, 2, 2), normal(4, 3, 2, 1, 2, seed=3)),
         (0, 1, 2),
     ),
+    "deform_roi_pool": (
+        functools.partial(dcn_jax.deform_roi_pool, output_size=(3, 4)),
+        (
+            X,
+            jnp.array([[0, 0.3, 0.2, 4.1, 3.3], [3, 1, 1, 5, 4]] * 2, jnp.float32),
+            normal(4, 3, 4, 2),
+            normal(4, 3, 4),
+        ),
+        (1, 2, 3),
+    ),
     "linear_sample": (dcn_jax.linear_sample, (X[0], 2 + normal(4, 2)), (1,)),
 }
 LAYERS = {

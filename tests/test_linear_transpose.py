@@ -19,6 +19,11 @@ def ms_deform_attn(value, weights):
     return dcn_jax.ms_deform_attn(value, ((4, 5),), 0.5 + 0.2 * normal(2, 3, 2, 1, 2, 2), weights)
 
 
+def deform_roi_pool(x, mask):
+    rois = jnp.array([[0, 0.3, 0.2, 4.1, 3.3], [1, 1, 1, 5, 4]], jnp.float32)
+    return dcn_jax.deform_roi_pool(x, rois, normal(2, 3, 4, 2), mask, output_size=(3, 4))
+
+
 OPS = {
     "deform_conv": (deform_conv, (X, normal(3, 3, 8, 4), MASK, normal(4))),
     "dcnv3": (lambda x, mask: dcn_jax.dcnv3(x, OFFSET, mask), (X, MASK)),
@@ -26,6 +31,7 @@ OPS = {
     "grid_sample, cubic": (lambda features: dcn_jax.grid_sample(features, GRID, method="cubic"), (X,)),
     "affine_grid": (lambda theta: dcn_jax.affine_grid(theta, (3, 4)), (normal(2, 2, 3),)),
     "ms_deform_attn": (ms_deform_attn, (X.reshape(2, 20, 2, 4), normal(2, 3, 2, 1, 2))),
+    "deform_roi_pool": (deform_roi_pool, (X, normal(2, 3, 4))),
     "linear_sample": (lambda features: dcn_jax.linear_sample(features, 2 * GRID[0]), (X[0],)),
 }
 CASES = [(name, number) for name, (_, arrays) in OPS.items() for number in range(len(arrays))]

@@ -28,6 +28,9 @@ SIGNATURES = {
     "grid_sample": "features, grid, *, method='linear', padding_mode='zeros', align_corners=False",
     "ms_deform_attn": "value, spatial_shapes, sampling_locations, attention_weights, *, points_per_level=None, "
     "method='linear', implementation=None",
+    "roi_align": "x, rois, *, output_size, spatial_scale=1.0, sampling_ratio=2, aligned=True",
+    "deform_roi_pool": "x, rois, offset=None, mask=None, *, output_size, spatial_scale=1.0, sampling_ratio=2, gamma=0.1, "
+    "aligned=True",
     "sampling_points": "offset, window, *, strides=1, padding='SAME', kernel_dilation=1, spatial",
 }
 

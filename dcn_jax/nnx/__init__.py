@@ -4,5 +4,6 @@ from dcn_jax.nnx._dcn import DCNv3, DCNv4
 from dcn_jax.nnx._deform_conv import DeformConv
 from dcn_jax.nnx._deformify import deformify
 from dcn_jax.nnx._ms_deform_attn import MSDeformAttn
+from dcn_jax.nnx._roi_pool import DeformRoIPool, ModulatedDeformRoIPool
 
-__all__ = ["DCNv3", "DCNv4", "DeformConv", "MSDeformAttn", "deformify"]
+__all__ = ["DCNv3", "DCNv4", "DeformConv", "DeformRoIPool", "MSDeformAttn", "ModulatedDeformRoIPool", "deformify"]

@@ -231,7 +231,7 @@ def _levels(spatial: tuple[Size, ...], bins: int, samples: int) -> tuple[Level, 
     Gradients are computed in steps of one level and some bins. If a box has few bins, a step of all
     samples would take many times the memory of the result.
     """
-    part = min(samples, max(1, bins // 4))
+    part = min(samples, max(1, bins // 3))
     border, method = Border(spatial, ("zeros", "edge", "edge")), ("floor", "linear", "linear")
     return tuple(
         Level(border, method, _as_given, 0, first, min(part, samples - first)) for first in range(0, samples, part)
