@@ -64,7 +64,7 @@ def test_public_functions_are_documented(public):
 @pytest.mark.parametrize("public", PUBLIC.values(), ids=PUBLIC)
 def test_options_are_keywords(public):
     """Arrays go by position; whatever changes how they are read has to be named."""
-    arrays = {"x", "kernel", "offset", "mask", "bias", "features", "points", "offset_mask", "grid"}
+    arrays = {"x", "kernel", "offset", "mask", "bias", "features", "points", "offset_mask", "grid", "rois"}
     arrays |= {"value", "spatial_shapes", "sampling_locations", "attention_weights", "theta"}
     # Which are of the shape there, not options.
     shapes = {dcn_jax.sampling_points: {"window"}, dcn_jax.affine_grid: {"spatial"}}

@@ -113,7 +113,7 @@ def test_errors(framework):
         call(sampling_ratio=0)
     with pytest.raises(ValueError, match="output_size=0 is too small"):
         call(size=0)
-    with pytest.raises(TypeError, match="deform_fc_channels=2.5 is a float; wanted an int"):
+    with pytest.raises(TypeError, match=r"deform_fc_channels=2\.5 is a float; wanted an int"):
         call(deform_fc_channels=2.5)
     with pytest.raises(ValueError, match=r"x has shape \(6, 7, 3\); wanted \(batch, H, W, C\)"):
         call(x=X[0])
