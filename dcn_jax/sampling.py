@@ -246,8 +246,7 @@ def corners(
 ) -> Iterator[tuple[tuple[jax.Array, ...], jax.Array, jax.Array]]:
     """For each corner of points: (its pixel along each axis, its weight, whether it is read).
 
-    `position` has an entry for each spatial axis. All operations are elementwise, so that kernels
-    can call this too.
+    `position` has an entry for each spatial axis. All is elementwise, so kernels can call this too.
     """
     methods = (method,) * len(position) if isinstance(method, str) else method
     axes = [neighbours(*axis) for axis in zip(position, *border, methods, strict=True)]
