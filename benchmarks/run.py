@@ -12,7 +12,10 @@ far as a Python of your choice has them (--peer-python): each runs in a process
 of its own, with as many threads, and counts only if its results are ours.
 The family (--suite family) stands beside torch, DCNv3 and DCNv4 beside the
 dense DCNv2 of their shape, which is their "plain". --suite layers times the
-layer, offset convolution included, beside flax.nnx.Conv.
+layer, offset convolution included, beside flax.nnx.Conv. --suite race runs on a
+GPU ours in several forms, "xla" of an older commit (--archive DIR) and all
+peers, the most telling first; it prints each result as it comes, and --json
+writes a line for each.
 
 A GPU computes small calls in less time than it takes to launch them from
 Python. So there a run is of programs that call the op once for each of several
@@ -53,6 +56,7 @@ from benchmarks.measure import Measurement, Settings, compile_ahead, compile_sta
 from benchmarks.peers.process import PEERS, peer_problem, start_peers, threads
 from benchmarks.plot import plot
 from benchmarks.programs import MODES, use_device
+from benchmarks.race import run_race
 from benchmarks.report import print_results
 from benchmarks.rows import STACKS, counted, spoken
 from benchmarks.suites import COMPILED, DTYPES, SUITES, Comparison, singly
@@ -97,7 +101,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--peer-python", metavar="PATH", help=peer_help)
     add("--repeats", type=int, default=20, metavar="N", help="rounds of runs (default: 20)")
     add("--quick", action="store_true", help="2 rounds, for a first look")
-    add("--minutes", type=float, metavar="M", help="begin nothing more after M minutes (default: 7 for suite gpu)")
+    add(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="begin nothing more after M minutes (default: 7 for suites gpu and race)",
+    )
+    add("--archive", metavar="DIR", help="suite race: an older commit's sources")
     add("--no-tf32", action="store_true", help="full float32 products on a GPU, for all sides")
 
     add = p.add_argument_group("what to write").add_argument
@@ -116,7 +126,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not args.workload:
         args.suite = args.suite or args.device
     if args.minutes is None:
-        args.minutes = 7 if args.suite == "gpu" else math.inf
+        args.minutes = 7 if args.suite in ("gpu", "race") else math.inf
     if not args.peer_python and args.device == "gpu" and importlib.util.find_spec("torchvision"):
         args.peer_python = sys.executable
     return args
@@ -223,6 +233,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
             console.print(f"{name:24}{work}", highlight=False)
         return []
 
+    if args.suite == "race":
+        return run_race(args, console)
     settings = settings_of(args)
     try:
         versions = [f"jax {jax.__version__}", *(peer.version or peer.problem for peer in settings.peers.values())]

@@ -36,4 +36,5 @@ SUITES = {
     "family": singly(FAMILY),
     "layers": singly(LAYERS),
     "gpu": singly(GPU, DTYPES),
+    "race": (),  # race.py has its own workloads
 }

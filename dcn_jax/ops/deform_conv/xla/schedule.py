@@ -4,7 +4,7 @@
 |---|---|---|
 | cpu | `all_taps`; `one_tap` where `_blocks_of_all_taps_on_cpu` finds none | so many that a block fits the caches |
 | tpu | `pixel_pairs`; `one_tap` where `_can_pair` says no | 4 or 5; 32 where each channel is convolved alone |
-| any other, so a GPU | `two_stage`; `depthwise` where each channel is convolved alone | as few as `_blocks_on_gpu` allows; 1 |
+| any other, so a GPU | `two_stage`; `depthwise` where each channel is convolved alone | as few as `blocks_on_gpu` allows; 1 |
 
 More blocks take less scratch memory, and each block costs time. A symbolic size counts as if it were 1.
 """
@@ -58,7 +58,7 @@ def _on_gpu(spec: Spec, operands: Operands, derivative: bool) -> tuple[ModuleTyp
         return depthwise, 1
     if not countable(math.lcm(spec.offset_groups, spec.feature_groups) * math.prod(spec.window.spatial)):
         return one_tap, 1
-    return two_stage, _blocks_on_gpu(spec, operands, derivative)
+    return two_stage, blocks_on_gpu(spec, operands, derivative)
 
 
 # Scratch memory that a GPU of 80 GB does not miss, in bytes; and if the columns are large, a share of them.
@@ -68,7 +68,7 @@ _SHARE_OF_COLUMNS = {"result": 0.30, "derivative": 0.75}
 _COLUMNS_OF_A_BLOCK = {"result": 1.15, "derivative": 2.2}
 
 
-def _blocks_on_gpu(spec: Spec, operands: Operands, derivative: bool) -> int:
+def blocks_on_gpu(spec: Spec, operands: Operands, derivative: bool) -> int:
     """So few that scratch memory stays within a bound: each block launches 5 kernels, or 10 and more with gradients."""
     *batch, _, channels = operands.rows.shape
     positions, kind = math.prod(spec.window.out_spatial), "derivative" if derivative else "result"

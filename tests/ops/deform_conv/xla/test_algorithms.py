@@ -66,7 +66,7 @@ def test_groups_are_convolved_apart(name):
 @pytest.mark.parametrize("blocks", [2, 3])  # three blocks do not divide the positions: the last one is filled up
 @pytest.mark.parametrize("name", ["1-D", "offset groups"])
 def test_blocks_on_a_gpu(monkeypatch, name, blocks):
-    monkeypatch.setattr(schedule, "_blocks_on_gpu", lambda *_: blocks)
+    monkeypatch.setattr(schedule, "blocks_on_gpu", lambda *_: blocks)
     check_against_oracle(deform_conv, CASES[name], 1e-5)
 
 
