@@ -13,7 +13,11 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 PROGRAM = "11_many_devices.py"
 
 
-def start(*options, program=PROGRAM, devices=1, x64=False, **popen):
+# Runs a program that may write files of so many bytes. Not by `preexec_fn`, which forks this process: JAX warns of that.
+LIMITED = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, 2 * (int(sys.argv[1]),)); os.execv(sys.argv[2], sys.argv[2:])"
+
+
+def start(*options, program=PROGRAM, devices=1, x64=False, largest_file=None, **popen):
     """Start the program on so many devices of the CPU; what it compiles is kept for the next, as other tests' is."""
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -23,6 +27,8 @@ def start(*options, program=PROGRAM, devices=1, x64=False, **popen):
         "PYTHONUNBUFFERED": "1",
     }
     command = [sys.executable, str(EXAMPLES / program), *map(str, options)]
+    if largest_file is not None:
+        command = [sys.executable, "-c", LIMITED, str(largest_file), *command]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     return subprocess.Popen(command, **pipes, **popen)
 

@@ -113,14 +113,9 @@ def test_sigterm_saves_stops_and_can_be_resumed_on_another_number_of_devices(rec
 
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
-    def full():
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # bytes in a file; the parameters take more
-
     options = ("--steps", 8, "--save-every", 2, *SHORT, "--checkpoints", tmp_path / "checkpoints", "--resume")
     finish(*options, "--steps", 4)
-    status, _, err = end(start(*options, preexec_fn=full))
+    status, _, err = end(start(*options, largest_file=100_000))  # the parameters take more bytes
     assert status == 1
     said = err.splitlines()[-1]
     assert "the last good one is of step 4 (" in said
