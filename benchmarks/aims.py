@@ -160,8 +160,9 @@ def family_aims(rows: list[dict]) -> list[Aim]:
                 most, name = extreme(max, found, "ms", "dense_ms")
                 aims.append(Aim(label, f"ours / the dense DCNv2, worst: {name}", most, 1))
             else:
-                least, name = extreme(min, found, "torch_ms", "ms")
-                aims.append(Aim(label, f"torch / ours, least: {name}", least, faster, at_most=False))
+                peer = "torchvision" if op == "roi_align" else "torch"
+                least, name = extreme(min, found, f"{peer}_ms", "ms")
+                aims.append(Aim(label, f"{peer} / ours, least: {name}", least, faster, at_most=False))
             most, name = extreme(max, found, "scratch_bytes", "result_bytes")
             aims.append(Aim(label, f"scratch / result, worst: {name}", most, 3))
     return aims

@@ -162,6 +162,48 @@ class Depthwise(NamedTuple):
         return {"result_bytes": math.prod(self.x) * jnp.dtype(dtype).itemsize}
 
 
+class RoiAlign(NamedTuple):
+    """One call of `roi_align`, 7×7 bins of 2×2 samples; the boxes have no gradient, as torchvision's have none."""
+
+    x: tuple[int, ...]  # (batch, H, W, C)
+    boxes: int
+
+    op = "roi_align"
+
+    def __str__(self) -> str:
+        """Sizes, channels, boxes."""
+        return f"{by(self.x[:-1])}, {self.x[-1]}, roi_align of {self.boxes} boxes"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the op is told beside its arrays."""
+        return {"output_size": 7, "spatial_scale": 1.0, "sampling_ratio": 2, "aligned": True}
+
+    def shapes(self, dtype: Any) -> list[jax.ShapeDtypeStruct]:
+        """The map, and the boxes."""
+        return [jax.ShapeDtypeStruct(shape, dtype) for shape in (self.x, (self.boxes, 5))]
+
+    def arrays(self, seed: int, dtype: Any) -> list[jax.Array]:
+        """Random: x ~ N(0, 1); boxes from 1 to 16 pixels high and wide, anywhere on the map."""
+        random, (batch, height, width, _) = np.random.default_rng(seed), self.x
+        start = random.random((self.boxes, 2)) * (width, height)
+        rois = np.concatenate([start, start + random.uniform(1, 16, (self.boxes, 2))], axis=1)
+        image = random.integers(0, batch, (self.boxes, 1))
+        return [jnp.asarray(a, dtype) for a in (random.standard_normal(self.x), np.concatenate([image, rois], 1))]
+
+    def call(self, x, rois, *, implementation=None, precision=None):
+        """The op."""
+        only_xla(self.op, implementation)
+        return dcn_jax.roi_align(x, jax.lax.stop_gradient(rois), **self.options)
+
+    def beside(self, inputs: Sequence[Sequence[jax.Array]]) -> None:
+        """JAX has nothing to compare it with."""
+
+    def sizes(self, dtype: Any) -> dict[str, int]:
+        """What scratch memory is compared with."""
+        return {"result_bytes": self.boxes * 7 * 7 * self.x[-1] * jnp.dtype(dtype).itemsize}
+
+
 def by(sizes: Sequence[int]) -> str:
     """Sizes in words."""
     return "×".join(map(str, sizes))

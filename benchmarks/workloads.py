@@ -1,10 +1,10 @@
 """Named workloads: the shapes that the ops meet, for benchmark and tests alike."""
 
 from benchmarks.convolution import Convolution
-from benchmarks.family import Attention, Depthwise, GridSample
+from benchmarks.family import Attention, Depthwise, GridSample, RoiAlign
 from benchmarks.layers import Layer
 
-Workload = Convolution | GridSample | Attention | Depthwise | Layer
+Workload = Convolution | GridSample | Attention | Depthwise | RoiAlign | Layer
 
 LEVELS = ((100, 152), (50, 76), (25, 38), (13, 19))  # of a detector's image of 800×1216, strides 8 to 64
 STAGES = ((56, 128, 4), (28, 256, 8), (14, 512, 16), (7, 1024, 32))  # side, channels, groups
@@ -48,6 +48,7 @@ FAMILY_CALLS: dict[str, Workload] = {
     "grid-sample": GridSample((1, 256, 256, 64)),
     "detr-encoder": Attention(LEVELS),
     "detr-decoder": Attention(LEVELS, queries=300),
+    "roi-align": RoiAlign((1, 50, 76, 256), 512),  # a detector's boxes on one level
     **{f"dcnv3-{side}": Depthwise("dcnv3", (1, side, side, channels), groups) for side, channels, groups in STAGES},
     **{f"dcnv4-{side}": Depthwise("dcnv4", (1, side, side, channels), groups) for side, channels, groups in STAGES},
 }

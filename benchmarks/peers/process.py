@@ -29,7 +29,7 @@ class Kind(NamedTuple):
 
 PEERS = {
     "torch": Kind(("grid_sample", "ms_deform_attn")),
-    "torchvision": Kind(("deform_conv",)),
+    "torchvision": Kind(("deform_conv", "roi_align")),
     "deformops": Kind(("deform_conv",), devices=("gpu",)),
     "onnxruntime": Kind(("deform_conv",), gradients=False, devices=("cpu",)),
     "openvino": Kind(("deform_conv",), gradients=False, devices=("cpu",)),
@@ -40,6 +40,7 @@ MAP, OURS, KERNEL = (0, 3, 1, 2), (0, 1, 2, 3), (3, 2, 0, 1)
 LAYOUTS = {
     "deform_conv": (MAP, MAP, KERNEL, MAP, MAP),
     "grid_sample": (MAP, MAP, OURS),
+    "roi_align": (MAP, MAP, (0, 1)),
     "ms_deform_attn": tuple(tuple(range(axes)) for axes in (3, 4, 6, 5)),  # as ours
     "deformops": (OURS, OURS, KERNEL, OURS, OURS),
 }

@@ -37,7 +37,19 @@ def ms_deform_attn(value, locations, weights, *, spatial_shapes):
     return y.reshape(batch, heads * channels, -1).transpose(1, 2)
 
 
-OPS = {"deform_conv": deform_conv, "grid_sample": grid_sample, "ms_deform_attn": ms_deform_attn}
+def roi_align(x, rois, *, output_size, **options):
+    """The op of torchvision."""
+    import torchvision
+
+    return torchvision.ops.roi_align(x, rois, output_size, **options)
+
+
+OPS = {
+    "deform_conv": deform_conv,
+    "grid_sample": grid_sample,
+    "ms_deform_attn": ms_deform_attn,
+    "roi_align": roi_align,
+}
 
 
 def prepare(arrays, *, op, options, **how):
@@ -59,7 +71,7 @@ def make_calls(function, arrays, *, mode, dtype, device, copies, threads, allow_
         cotangent, *arguments = inputs[copy]
         leaves = [tensor.requires_grad_() for tensor in arguments]
         y = function(*leaves)
-        return [y.detach(), *torch.autograd.grad(y, leaves, cotangent)]
+        return [y.detach(), *torch.autograd.grad(y, leaves, cotangent, materialize_grads=True)]
 
     call = forward if mode == "forward" else forward_backward
     if device != "cuda":

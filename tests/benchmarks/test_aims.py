@@ -83,7 +83,7 @@ def test_aims_of_the_family():
     assert aims.pop("ms_deform_attn, forward: scratch / result, worst: detr-encoder") == (2.0, "reached")
     assert aims.pop("dcnv3, forward + backward: ours / the dense DCNv2, worst: dcnv3-7") == (0.75, "reached")
     assert {verdict for _, verdict in aims.values()} == {"not measured"}
-    assert len(aims) == 13  # of 4 ops in 2 modes
+    assert len(aims) == 17  # of 5 ops in 2 modes
 
 
 def test_aims_on_a_gpu():

@@ -8,7 +8,7 @@ import pytest
 
 import dcn_jax
 from benchmarks.convolution import Convolution
-from benchmarks.family import Attention, Depthwise, GridSample
+from benchmarks.family import Attention, Depthwise, GridSample, RoiAlign
 from benchmarks.layers import Layer
 from benchmarks.workloads import CONVOLUTIONS, FAMILY, LAYERS, WORKLOADS
 
@@ -69,6 +69,7 @@ SMALL = [
     Attention(((8, 12), (4, 6)), queries=500, heads=2, channels=3),
     Depthwise("dcnv3", (2, 9, 8, 6), 3),
     Depthwise("dcnv4", (2, 9, 8, 6), 3),
+    RoiAlign((2, 9, 8, 6), 3),
     Layer(WORKLOADS["small"]),
 ]
 
