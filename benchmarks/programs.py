@@ -143,5 +143,5 @@ def deviation(right: Sequence[np.ndarray], results: Sequence[Any], share: float 
         error = abs(np.asarray(ours, np.float32) - wanted)
         if share < 1:  # of a million of them: to sort them all takes a large map seconds
             error = np.quantile(error.ravel()[:: 1 + error.size // SORTED], share)
-        errors.append(float(np.max(error) / abs(wanted).max()))
+        errors.append(float(np.max(error) / (abs(wanted).max() or 1)))  # a gradient may be zero everywhere
     return max(errors, key=lambda error: (math.isnan(error), error))
