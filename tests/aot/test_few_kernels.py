@@ -75,7 +75,7 @@ def nbytes(array):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolution(name, dtype, mode, tmp_path):
-    """Few kernels, in 256 MB or a share of the columns; of one block three or four, and at most 13 with gradients."""
+    """In one block at most 4 kernels, with gradients 13; in several 20 and 60. In 256 MB (groups: 300) or a share of the columns."""
     workload = CONVOLUTIONS[name]
     launches, scratch, ptx, in_one_block, *_ = figures(workload, dtype, mode, tmp_path)
     columns = workload.columns * jnp.dtype(dtype).itemsize

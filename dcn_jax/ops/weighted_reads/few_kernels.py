@@ -1,4 +1,4 @@
-"""Algorithm of the sum for a GPU: a level at a time, whose readings are weighed and added by one kernel.
+"""Algorithm of the sum for a GPU: a level at a time, whose readings are weighed and added in few kernels.
 
 A GPU takes some microseconds to launch a kernel, however little that kernel does. JOURNAL.md of `ms_deform_attn` says
 what XLA made of other forms.
@@ -16,7 +16,7 @@ from dcn_jax.geometry import int32
 from dcn_jax.ops.weighted_reads.levels import Level, Operands, add_rows, gather, take_level, zeros
 from dcn_jax.sampling import Positions, corners
 
-# XLA writes the readings to memory if more points are added in one sum, and LLVM then reads one channel at a time.
+# With more points in one sum LLVM reads one channel at a time, and not four.
 _POINTS_IN_A_SUM = 3
 
 _Corner = tuple[jax.Array, jax.Array, jax.Array]  # (row of the level, whether it is read, weight), each (B, Q, *M, P)

@@ -1,4 +1,4 @@
-"""A GPU's algorithm of the family's sum, run on a CPU beside the CPU's own, which is tested against oracles."""
+"""`few_kernels`, a GPU's algorithm, on a CPU beside `loops`, which is tested against oracles: attention, grid_sample, roi_align."""
 
 import functools
 

@@ -65,7 +65,9 @@ def gradients(
         block, sums = carry
         part = blocks.take(spec, block, None, divided._replace(matrices=operands.matrices))
         bar = blocks.take_cotangent(spec, block, y_bar)
-        bar = bar.reshape(-1, groups, features // groups).swapaxes(0, 1)  # (B * size, F) -> (G, B * size, F / G)
+        bar = bar.reshape(bar.shape[0], groups, features // groups).swapaxes(
+            0, 1
+        )  # (B * size, F) -> (G, B * size, F / G)
         bars = _pull_block(spec, blocks, first, block, part, active, bar)
         added = {n: blocks.add_part(spec, block, None, divided, n, sums[n], bars[n]) for n in active}
         return (block - 1, added), None
@@ -94,6 +96,7 @@ def _pull_block(
     samples_bar, matrices_bar = pull_product(bar)
     read = jax.eval_shape(read_images, rows, wide_rows, at)
     (read_bar,) = jax.linear_transpose(partial(_arrange, spec), read)(samples_bar)
+    read_bar = blocks.hide_filler(spec, block, read_bar)
     features_bar, weight_bar = jax.vmap(pull_rows)(rows, at, read_bar, wide_rows)
     both = (features_bar, None) if wide_rows is None else (jnp.zeros_like(rows), features_bar)
     (bars,) = undo((*both, weight_bar))
@@ -136,7 +139,8 @@ def _samples_jvp(spec, blocks, primals, tangents):
 def _read_block(spec: Spec, blocks: Blocks, first: jax.Array, part: Divided, block: jax.Array) -> jax.Array:
     """The samples of a block, of all taps, as `_arrange` arranges them."""
     rows, wide_rows, points, scale = _locate_block(spec, blocks, first, part, block)
-    return _arrange(spec, read_images(rows, wide_rows, locate(points, scale, border_of(spec))))
+    samples = read_images(rows, wide_rows, locate(points, scale, border_of(spec)))
+    return _arrange(spec, blocks.hide_filler(spec, block, samples))
 
 
 def _read_block_quickly(spec: Spec, blocks: Blocks, first: jax.Array, part: Divided, block: jax.Array) -> jax.Array:
@@ -144,6 +148,7 @@ def _read_block_quickly(spec: Spec, blocks: Blocks, first: jax.Array, part: Divi
     rows, wide_rows, points, scale = _locate_block(spec, blocks, first, part, block)
     rows, _, (points, scale) = one_batch_axis(rows, None, (points, scale))
     samples = jax.vmap(partial(sum_corners, border=border_of(spec)))(rows, points, scale)
+    samples = blocks.hide_filler(spec, block, samples)
     return _arrange(spec, samples if wide_rows is None else samples.astype(wide_rows.dtype))
 
 

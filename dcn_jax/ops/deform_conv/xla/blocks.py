@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from dcn_jax._core.dtypes import wide
@@ -47,7 +48,7 @@ class Regular(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The output positions, divided into blocks of one size. The last block is filled up with zeros."""
+    """The output positions, divided into blocks of one size. The last blocks are filled up with positions that read nothing."""
 
     number: int
     size: Size  # positions in a block
@@ -58,20 +59,23 @@ class Blocks(NamedTuple):
     def divide(self, spec: Spec, operands: Operands) -> Divided:
         """Offsets and modulations in whole blocks; matrices, and narrow rows, in the dtype that their gradient is summed in."""
         rows, wide_rows = operands.rows, None
-        if rows.dtype != spec.accumulate:
-            rows, wide_rows = lax.stop_gradient(rows), rows.astype(spec.accumulate)
+        # A real map stays real beside a complex kernel.
+        summed = spec.accumulate if jnp.iscomplexobj(rows) else jnp.finfo(spec.accumulate).dtype
+        if rows.dtype != summed:
+            rows, wide_rows = lax.stop_gradient(rows), rows.astype(summed)
         batch_axes, length = operands.rows.ndim - 2, self.number * self.size
 
-        def in_blocks(array):  # (*B, P, OG, K, …) -> (*B, number * size, [OG,] K * …)
+        def in_blocks(array, value=0.0):  # (*B, P, OG, K, …) -> (*B, number * size, [OG,] K * …)
             *front, groups = array.shape[: batch_axes + 2]
             several = (groups,) if groups > 1 else ()  # XLA's CPU backend would copy the array for an axis of 1
             array = array.reshape(*front, *several, math.prod(array.shape[batch_axes + 2 :]))
-            return fill_up(array, batch_axes, length)
+            return fill_up(array, batch_axes, length, value)
 
         modulation = None if operands.modulation is None else in_blocks(operands.modulation)
-        return Divided(
-            rows, operands.matrices.astype(spec.accumulate), in_blocks(operands.offset), modulation, wide_rows
-        )
+        # A point at infinity reads nothing. With offsets of 0 a pixel would be read that may be NaN, and 0 · NaN would be added
+        # to the gradient of the kernel.
+        offset = in_blocks(operands.offset, jnp.inf)
+        return Divided(rows, operands.matrices.astype(spec.accumulate), offset, modulation, wide_rows)
 
     def take(self, spec: Spec, block: jax.Array, tap: jax.Array | None, divided: Divided) -> Divided:
         """What one step reads of the divided operands: a block, and of its taps one, or all where `tap` is None."""
@@ -158,6 +162,17 @@ class Blocks(NamedTuple):
         bar = lax.dynamic_index_in_dim(bar, block, keepdims=False, allow_negative_indices=False)
         return bar.astype(spec.accumulate)
 
+    def hide_filler(self, spec: Spec, block: jax.Array, samples: jax.Array) -> jax.Array:
+        """Samples `(B, size, …)`, or their gradient, with zeros at positions that only fill up a block.
+
+        Elsewhere than at borders that are all clamped their infinite offsets see to that.
+        """
+        positions = math.prod(spec.window.out_spatial)
+        if positions == self.number * self.size or set(spec.window.padding_mode) != {"edge"}:
+            return samples
+        position = block * int32(self.size) + lax.broadcasted_iota(jnp.int32, samples.shape, 1)
+        return jnp.where(position < int32(positions), samples, 0)
+
     def _place(
         self, spec: Spec, block: jax.Array, tap: jax.Array | None, divided: Divided, array: jax.Array
     ) -> tuple[list[jax.Array], tuple[Size, ...]]:
@@ -187,11 +202,12 @@ def is_depthwise(spec: Spec, channels: int) -> bool:
     return spec.feature_groups == spec.offset_groups * channels
 
 
-def fill_up(array: jax.Array, axis: int, length: Size) -> jax.Array:
-    """`array` with zeros appended along an axis, which is then `length` long."""
+def fill_up(array: jax.Array, axis: int, length: Size, value: float = 0.0) -> jax.Array:
+    """`array` with `value` appended along an axis, which is then `length` long."""
     if array.shape[axis] == length:
         return array
-    return jnp.pad(array, [(0, length - n if a == axis else 0) for a, n in enumerate(array.shape)])
+    widths = [(0, length - n if a == axis else 0) for a, n in enumerate(array.shape)]
+    return jnp.pad(array, widths, constant_values=np.asarray(value, array.dtype))
 
 
 def differentiated(divided: Divided, active: tuple[str, ...]) -> tuple[str, ...]:

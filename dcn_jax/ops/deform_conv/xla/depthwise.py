@@ -18,7 +18,7 @@ from dcn_jax.ops.deform_conv.call import Spec
 from dcn_jax.ops.deform_conv.xla.blocks import Blocks, Divided, Operands, differentiated
 from dcn_jax.ops.deform_conv.xla.reading import Corners, add_to_maps, locate_taps, pull_weights, samples_of
 
-# XLA writes the readings to memory if more taps are added in one sum, and LLVM then reads one channel at a time.
+# With more taps in one sum LLVM reads one channel at a time, and not four.
 _TAPS_IN_A_SUM = 3
 
 
@@ -41,7 +41,7 @@ def _sum_taps(spec: Spec, blocks: Blocks, block: jax.Array, part: Divided) -> ja
     for start in range(0, spec.window.taps, _TAPS_IN_A_SUM):
         taps = slice(start, start + _TAPS_IN_A_SUM)
         samples = samples_of(maps, jax.tree.map(lambda array, taps=taps: array[..., taps], at))
-        sums.append(jnp.sum(samples[..., None] * matrices[:, :, :, taps].astype(samples.dtype), axis=-3))
+        sums.append(jnp.sum(samples[..., None].astype(matrices.dtype) * matrices[:, :, :, taps], axis=-3))
     return functools.reduce(operator.add, sums)
 
 
@@ -61,7 +61,7 @@ def gradients(
 def _pull_taps(
     spec: Spec, blocks: Blocks, block: jax.Array, active: tuple[str, ...], part: Divided, y_bar: jax.Array
 ) -> dict[str, jax.Array]:
-    """The gradients of what is read, at `y_bar`, `(B, P, F)`."""
+    """The gradients of the arrays of `part` named in `active`; `y_bar` is that of the result, `(B, P, F)`."""
 
     def located(given):
         maps, at = locate_taps(spec, blocks, block, part._replace(**given), spec.offset_groups)
@@ -76,7 +76,7 @@ def _pull_taps(
     samples, weight_bar = pull_weights(maps, at, samples_bar)
     (bars,) = undo((maps.gradients(add_to_maps(maps.zeros(), at, samples_bar)), weight_bar))
     if "matrices" in active:
-        matrices_bar = jnp.sum(samples[..., None] * y_bar, axis=(0, 1))
+        matrices_bar = jnp.sum(samples[..., None].astype(y_bar.dtype) * y_bar, axis=(0, 1))
         bars["matrices"] = matrices_bar.swapaxes(0, 1).reshape(part.matrices.shape)
     return bars
 

@@ -96,6 +96,7 @@ def _product(
     """What one tap adds to a block, of the shape `_shape`."""
     points, scale = blocks.tap_points(spec, regular, block, tap, part)
     samples = read_images(part.rows, part.wide_rows, locate(points, scale, border_of(spec)))  # (B, size, OG, Cg)
+    samples = blocks.hide_filler(spec, block, samples)
     return _multiply(spec, samples.reshape(math.prod(samples.shape[:2]), *samples.shape[2:]), part.matrices)
 
 

@@ -28,7 +28,7 @@ class Maps(NamedTuple):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of samples and of gradients of the maps."""
+        """The dtype of samples, and of the maps' gradients."""
         return (self.rows if self.wide_rows is None else self.wide_rows).dtype
 
     def zeros(self) -> jax.Array:
@@ -36,7 +36,7 @@ class Maps(NamedTuple):
         return jnp.zeros_like(self.rows, self.dtype)
 
     def gradients(self, total: jax.Array) -> "Maps":
-        """`total`, for the array that gradients flow to."""
+        """`total` as the gradient of `wide_rows` if they are given, and then zeros as that of `rows`; else as that of `rows`."""
         return Maps(total, None) if self.wide_rows is None else Maps(jnp.zeros_like(self.rows), total)
 
 
@@ -101,8 +101,8 @@ def samples_of(maps: Maps, at: Corners) -> jax.Array:
 
 
 def pull_weights(maps: Maps, at: Corners, bar: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The samples, and the gradients of the corners' weights at their gradient `bar`; each corner is read once for both."""
-    bar = bar.astype(maps.dtype)
+    """The samples, and the gradients of the corners' weights, where `bar` is that of the samples; each corner is read once."""
+    bar = _of_maps(bar, maps.dtype)
     samples: Any = 0
     weight_bar = []
     for row, is_read, weight in zip(*at, strict=True):
@@ -116,12 +116,17 @@ def add_to_maps(total: jax.Array, at: Corners, bar: jax.Array) -> jax.Array:
     """`total`, `(B, R, C / groups)`, with weight · `bar` added to the row of each corner that is read, in one kernel."""
     none = int32(total.shape[1])
     row = jnp.stack([jnp.where(is_read, row, none) for row, is_read, _ in zip(*at, strict=True)], axis=1)
-    update = jnp.stack(at.weight, axis=1)[..., None].astype(total.dtype) * bar[:, None].astype(total.dtype)
+    update = jnp.stack(at.weight, axis=1)[..., None].astype(total.dtype) * _of_maps(bar, total.dtype)[:, None]
 
     def add(total, row, update):
         return total.at[row].add(update, mode="drop", wrap_negative_indices=False)
 
     return jax.vmap(add)(total, row, update)
+
+
+def _of_maps(bar: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """A gradient in the maps' dtype. That of a real map beside a complex kernel is the real part."""
+    return (bar if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.real(bar)).astype(dtype)
 
 
 def _read(maps: Maps, row: jax.Array, is_read: jax.Array) -> jax.Array:

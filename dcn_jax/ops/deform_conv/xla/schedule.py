@@ -4,7 +4,7 @@
 |---|---|---|
 | cpu | `all_taps`; `one_tap` where `_blocks_of_all_taps_on_cpu` finds none | so many that a block fits the caches |
 | tpu | `pixel_pairs`; `one_tap` where `_can_pair` says no | 4 or 5; 32 where each channel is convolved alone |
-| any other, so a GPU | `two_stage`; `depthwise` where each channel is convolved alone | as few as `blocks_on_gpu` allows; 1 |
+| any other, so a GPU | `two_stage`; `depthwise` where each channel is convolved alone; `one_tap` where int32 cannot count the rows of all groups | as few as `blocks_on_gpu` allows; 1; 1 |
 
 More blocks take less scratch memory, and each block costs time. A symbolic size counts as if it were 1.
 """
@@ -69,7 +69,7 @@ _COLUMNS_OF_A_BLOCK = {"result": 1.15, "derivative": 2.2}
 
 
 def blocks_on_gpu(spec: Spec, operands: Operands, derivative: bool) -> int:
-    """So few that scratch memory stays within a bound: each block launches 5 kernels, or 10 and more with gradients."""
+    """The fewest whose scratch memory stays within a bound: each of several launches 5 kernels or 6, with gradients 10 to 15."""
     *batch, _, channels = operands.rows.shape
     positions, kind = math.prod(spec.window.out_spatial), "derivative" if derivative else "result"
     known = math.prod(n for n in (*batch, positions) if isinstance(n, int))

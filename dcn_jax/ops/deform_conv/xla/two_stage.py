@@ -6,8 +6,8 @@
 A GPU takes some microseconds to launch a kernel, however little that kernel does, so the fewest kernels are wanted:
 where memory allows it, all positions are one block. JOURNAL.md of the op says what XLA made of other forms.
 
-The channels of a column are ordered [feature group, offset group, tap, channel], because then no array but the kernel
-is transposed. G is the number of feature groups; `groups`, the least common multiple of G and OG.
+The channels of a column are ordered [feature group, one of its groups, tap, channel], because then no array but the
+kernel is transposed. G is the number of feature groups; `groups`, the least common multiple of G and OG.
 """
 
 import math
@@ -35,6 +35,7 @@ def result(spec: Spec, blocks: Blocks, operands: Operands) -> jax.Array:
         block, y = carry
         part = blocks.take(spec, block, None, divided)
         samples = samples_of(*locate_taps(spec, blocks, block, part, _groups(spec)))
+        samples = blocks.hide_filler(spec, block, samples)
         of_block = _multiply(spec, samples, part.matrices).astype(spec.out_dtype)
         start = block * int32(blocks.size)
         return (block + 1, lax.dynamic_update_slice_in_dim(y, of_block, start, 1, allow_negative_indices=False)), None
@@ -70,7 +71,7 @@ def gradients(
 def _pull_block(
     spec: Spec, blocks: Blocks, block: jax.Array, part: Divided, active: tuple[str, ...], bar: jax.Array
 ) -> dict[str, jax.Array]:
-    """The gradients of what a block reads, at `bar`, the gradient of its result, `(B, size, F)`."""
+    """The gradients of the arrays of `part` named in `active`; `bar` is that of the block's result, `(B, size, F)`."""
 
     def located(given):
         maps, at = locate_taps(spec, blocks, block, part._replace(**given), _groups(spec))
@@ -81,8 +82,10 @@ def _pull_block(
     bar = bar.astype(_dtype_of_cotangents(spec)).reshape(math.prod(bar.shape[:2]), bar.shape[-1])
     bar = lax.optimization_barrier(bar)  # with the block's slice in the product, XLA of JAX 0.10 finds no tiles for it
     samples_bar = _pull_samples(spec, part.matrices, bar).reshape(*row[0].shape, maps.rows.shape[-1])
+    samples_bar = blocks.hide_filler(spec, block, samples_bar)
     at = Corners(row, is_read, weight)
     samples, weight_bar = pull_weights(maps, at, samples_bar)
+    samples = blocks.hide_filler(spec, block, samples)
     (bars,) = undo((maps.gradients(add_to_maps(maps.zeros(), at, samples_bar)), weight_bar))
     return bars | {"matrices": _pull_matrices(spec, samples, part.matrices, bar)} if "matrices" in active else bars
 

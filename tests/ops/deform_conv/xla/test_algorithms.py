@@ -10,6 +10,7 @@ from jax.test_util import check_grads
 
 import dcn_jax
 from dcn_jax.ops.deform_conv.xla import depthwise, pixel_pairs, schedule, two_stage
+from tests.support import complex_kernel
 from tests.support.cases import draw
 from tests.support.running import check_against_oracle
 
@@ -116,3 +117,11 @@ def test_a_large_cotangent_of_float16_does_not_overflow(groups):
     narrow, wide = pull(jnp.float16), pull(jnp.float32)
     assert np.isfinite(narrow).all()
     np.testing.assert_allclose(narrow, wide, rtol=2e-2, atol=2e-2 * np.abs(wide).max())
+
+
+@pytest.mark.parametrize(
+    "platform", ["default"], indirect=True
+)  # a TPU takes a tap at a time with groups, as a CPU may
+@pytest.mark.parametrize("groups", [1, 2, 4], ids="{} groups".format)
+def test_a_real_map_with_a_complex_kernel(groups):
+    complex_kernel.check_gradients((3, 3), groups)
