@@ -102,6 +102,11 @@ def from_torch(
         >>> layer.kernel.shape, layer.offset_conv.kernel.shape
         ((3, 3, 4, 8), (3, 3, 4, 27))
     """
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"state is a {type(state).__name__}; wanted a dictionary of arrays by name: from_torch(model, "
+            "read_checkpoint(path)) for a file, model.state_dict() of a PyTorch module"
+        )
     prefix = prefix.removesuffix(".")
     slots, problems, spare = _slots(model, prefix, lambda name: find_layout(name, state), arrays, to_torch=False)
     known = {name for each in slots for name in each.names} | spare
@@ -186,7 +191,9 @@ def _slots(
             problems += convolution_problems(names[path], node)
         if isinstance(node, DeformConv):
             problems += dilation_problems(names[path], node, layouts[path])
-    return slots, problems, {joined(names[path], own) for path, node in nodes.items() for own in not_needed(node)}
+    # An array of a parameter that has a problem of its own is not unexpected too.
+    ignored = {joined(names[path], name) for path, node in nodes.items() for name in not_needed(node)}
+    return slots, problems, ignored | set(own)
 
 
 def _known(path: tuple, variable: Any, theirs: str, nodes: Mapping, names: Mapping, layouts: Mapping) -> Slot:

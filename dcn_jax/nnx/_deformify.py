@@ -79,7 +79,7 @@ def deformify(
         The copy, of the model's type; a `DeformConv` if the model itself is a chosen `nnx.Conv`.
 
     Raises:
-        ValueError: an option does not fit, or a chosen layer cannot become deformable: it has an
+        ValueError: an option does not fit, `where` chooses none of the convolutions, or a chosen layer cannot become deformable: it has an
             `input_dilation`, a `mask`, causal padding or its own `conv_general_dilated`, or its
             class is derived from `nnx.Conv`. The message names the path of the layer.
         TypeError: an argument or option is of the wrong kind.
@@ -115,10 +115,17 @@ def deformify(
     copy = nnx.clone(model, arrays=True, graph=True)
     modules = [(path, node) for path, node in nnx.iter_graph(copy, graph=True) if isinstance(node, nnx.Pytree)]
     branches = {id(node) for _, layer in modules if isinstance(layer, DeformConv) for _, node in nnx.iter_graph(layer)}
+    plain = [(path, node) for path, node in modules if isinstance(node, nnx.Conv) and id(node) not in branches]
+    chosen = [(path, conv) for path, conv in plain if where(path, conv)]
+    if plain and not chosen:
+        paths = [str(path) for path, _ in plain]
+        raise ValueError(
+            f"where chose none of the {len(plain)} convolutions, whose paths are {', '.join(paths[:8])}"
+            f"{', …' if len(paths) > 8 else ''}; wanted True for one of them, such as lambda path, conv: path == {paths[0]}"
+        )
     layers = {
-        id(module): _deformable(path, module, rngs, use_bias, {"mask_scale": mask_scale, **options})
-        for path, module in modules
-        if isinstance(module, nnx.Conv) and id(module) not in branches and where(path, module)
+        id(conv): _deformable(path, conv, rngs, use_bias, {"mask_scale": mask_scale, **options})
+        for path, conv in chosen
     }
     for _, module in modules:
         for name, value in list(vars(module).items()):

@@ -113,3 +113,10 @@ def test_layers_of_flax_that_are_not_known_stay_so():
 
     with pytest.raises(ValueError, match=r"scale .*PyTorch's name for it in Norm is not known"):
         to_torch(Norm(3, rngs=nnx.Rngs(0)))
+
+
+def test_a_parameter_without_a_rule_is_listed_once():
+    state = to_torch(Model(), arrays=OURS)
+    with pytest.raises(ValueError, match="level_embed") as error:
+        from_torch(Model(), state)
+    assert "unexpected" not in str(error.value)

@@ -333,6 +333,11 @@ def test_what_has_no_counterpart_is_named():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (
+            lambda: from_torch(make("mmcv"), "x.safetensors"),
+            TypeError,
+            r"state is a str; wanted a dictionary of arrays by name: from_torch\(model, read_checkpoint\(path\)\)",
+        ),
         (lambda: to_torch(make("mmcv"), layout="tf"), ValueError, "layout='tf' is not known; wanted one of"),
         (lambda: to_torch({}), TypeError, "model is a dict; wanted an nnx.Module"),
         (lambda: to_torch(nnx.eval_shape(lambda: make("mmcv"))), ValueError, "has no value yet, only a shape"),

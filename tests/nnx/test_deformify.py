@@ -101,7 +101,6 @@ def test_where_chooses():
     assert set(plain) == set(PLACES) - chosen
     assert kinds(deformify(net, lambda path, module: module.kernel_size == (1, 1)))[0] == [("again",)]
     assert kinds(deformify(net, nnx.PathContains("named")))[0] == [("named", "a"), ("named", "b", "c")]
-    assert kinds(deformify(net, lambda path, module: False)) == ([], PLACES)
 
 
 def test_the_model_itself_and_containers_of_models():
@@ -359,3 +358,15 @@ def test_a_bias_is_not_dropped_in_silence():
         deformify(net, everywhere, use_bias=False)
     with pytest.raises(TypeError, match="use_bias='yes' is a str; wanted True, False or None"):
         deformify(net, everywhere, use_bias="yes")
+
+
+def test_a_choice_of_none_names_the_paths():
+    """And the path that it proposes works."""
+    net = nnx.Dict(first=conv(), blocks=nnx.List([conv(), conv()]))
+    message = r"where chose none of the 3 convolutions, whose paths are .*\('blocks', 1\).*such as lambda path, conv: path == (.*)$"
+    with pytest.raises(ValueError, match=message) as error:
+        deformify(net, lambda path, module: path == "blocks.0")
+    proposed = eval(str(error.value).partition("such as ")[2])
+    found = [node for _, node in nnx.iter_graph(deformify(net, proposed)) if isinstance(node, DeformConv)]
+    assert len(found) == 1
+    deformify(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), lambda path, module: False)  # nothing to choose from

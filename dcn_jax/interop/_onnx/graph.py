@@ -282,10 +282,13 @@ class Graph:
         if part in self._converters:
             return self._converters[part], (), keywords
         known = sorted(name for name in map(public_name, self._converters) if "._" not in name)
+        name, function = _class_or_function(part).__name__, _class_or_function(part) is part
+        call = "f(graph, x)" if function else "f(graph, module, x)"
+        named = name if name.isidentifier() else "function"
         self.refuse(
             f"{public_name(part)} is not known; wanted one of {', '.join(known)}, or functools.partial of a function "
-            f"with options by name. Pass converters={{{_class_or_function(part).__name__}: f}}, where f(graph, module, x) adds "
-            f"its nodes, {USE_JAX_EXPORT}"
+            f"with options by name. {'' if named == name else 'Give it a name, function, and p'}"
+            f"{'P' if named == name else ''}ass converters={{{named}: f}}, where {call} adds its nodes, {USE_JAX_EXPORT}"
         )
 
     def _refuse_call(self, part: Any, converter: Callable[..., Value], error: TypeError) -> NoReturn:

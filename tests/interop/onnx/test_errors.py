@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen, nnx
 
@@ -193,3 +194,21 @@ def test_constants_that_nothing_takes():
 def test_a_module_without_a_call():
     with pytest.raises(TypeError, match=r"^layer is a Module without __call__"):
         to_onnx(nnx.Module(), (None, 4))
+
+
+def bounded(z):
+    """A function that the table does not know."""
+    return 10 * jnp.tanh(z)
+
+
+def test_the_advice_for_a_function_works():
+    """Its converter gets no module; a function without a name is to be given one."""
+    net = nnx.Sequential(nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(0)), bounded)
+    message = r"Pass converters=\{bounded: f\}, where f\(graph, x\) adds its nodes"
+    with pytest.raises(ValueError, match=message):
+        to_onnx(net, (1, 5, 6, 4))
+    ten = np.float32(10)
+    to_onnx(net, (1, 5, 6, 4), converters={bounded: lambda graph, x: graph.node("Mul", graph.node("Tanh", x), ten)})
+    net = nnx.Sequential(nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(0)), lambda z: z)
+    with pytest.raises(ValueError, match=r"Give it a name, function, and pass converters=\{function: f\}"):
+        to_onnx(net, (1, 5, 6, 4))
