@@ -36,6 +36,12 @@ test-gpu: ## run the op and its family on a CUDA GPU that is here (WORKERS="12" 
 test-gpu-here: $(VENV)/installed-gpu
 	JAX_PLATFORMS=cuda,cpu $(PYTEST) tests/gpu $(ARGS)
 
+test-keras: ## run the tests of the Keras layers, on Keras's newest release
+	@$(MAKE) --no-print-directory VENV=$(VENV)-keras test-keras-here
+
+test-keras-here: $(VENV)/installed-keras-test
+	KERAS_BACKEND=jax $(PYTEST) -m "slow or not slow" dcn_jax/keras tests/keras $(ARGS)
+
 test-site: $(VENV)/installed-site ## open the explorer in Chromium (Debian: apt install chromium chromium-driver)
 	$(BIN)/python -m pytest -q -m slow tests/site -rs $(ARGS)
 
@@ -68,5 +74,5 @@ $(BIN)/python:
 	  { echo 'make: $(PYTHON) cannot make virtual environments; install its venv module (Debian: apt install python3-venv)' >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 
-.PHONY: help train train-many test test-all test-aot test-aot-here test-gpu test-gpu-here bench lint format clean
+.PHONY: help train train-many test test-all test-aot test-aot-here test-gpu test-gpu-here test-keras test-keras-here test-site bench lint format clean
 .PRECIOUS: $(VENV)/installed-%

@@ -1,9 +1,9 @@
 """Deformable convolution (DCNv1 and DCNv2) for JAX and Flax.
 
 The op is `deform_conv`, its family `grid_sample` (with `affine_grid`), `ms_deform_attn`, `dcnv3`,
-`dcnv4`, `roi_align` and `deform_roi_pool`; layers are in `dcn_jax.linen` and `dcn_jax.nnx`;
-`dcn_jax.sharding` takes maps that are split over devices. Read the package in the order of the
-mathematics: `geometry`, `sampling`, `ops/deform_conv`, then the layers.
+`dcnv4`, `roi_align` and `deform_roi_pool`; layers are in `dcn_jax.linen`, `dcn_jax.nnx` and
+`dcn_jax.keras`; `dcn_jax.sharding` takes maps that are split over devices. Read the package in the
+order of the mathematics: `geometry`, `sampling`, `ops/deform_conv`, then the layers.
 """
 
 import importlib
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 # They load when they are asked for: most need more than JAX and NumPy.
-_MODULES = ("interop", "linen", "models", "nnx", "optim", "sharding", "viz")
+_MODULES = ("interop", "keras", "linen", "models", "nnx", "optim", "sharding", "viz")
 
 
 def __getattr__(name: str) -> Any:

@@ -92,12 +92,15 @@ def branch_features(layer: Any) -> int:
 
 def branch_options(layer: Any) -> dict[str, Any]:
     """The options with which Flax's Conv reads the pixels under the main convolution's window."""
+    kept = ("strides", "kernel_dilation", "dtype", "param_dtype", "precision")
+    return {"padding": branch_padding(layer), **{name: getattr(layer, name) for name in kept}}
+
+
+def branch_padding(layer: Any) -> Any:
+    """The padding that is left for the branch's convolution: none where `_extend` has padded the map already."""
     rank = len(window_size(layer.kernel_size))
     padding = canonical_padding(layer.padding, rank)
-    if set(canonical_padding_mode(layer.padding_mode, rank, padding)) != {"zeros"}:
-        padding = "VALID"  # `_extend` has padded the map already
-    kept = ("strides", "kernel_dilation", "dtype", "param_dtype", "precision")
-    return {"padding": padding, **{name: getattr(layer, name) for name in kept}}
+    return padding if set(canonical_padding_mode(layer.padding_mode, rank, padding)) == {"zeros"} else "VALID"
 
 
 def wide_conv(x: jax.Array, kernel: jax.Array, *geometry: Any, **options: Any) -> jax.Array:
