@@ -40,7 +40,7 @@ test-keras: ## run the tests of the Keras layers, on Keras's newest release
 	@$(MAKE) --no-print-directory VENV=$(VENV)-keras test-keras-here
 
 test-keras-here: $(VENV)/installed-keras-test
-	KERAS_BACKEND=jax $(PYTEST) -m "slow or not slow" dcn_jax/keras tests/keras $(ARGS)
+	KERAS_BACKEND=jax $(PYTEST) -m "slow or not slow" dcn_jax/keras tests/keras tests/examples/test_12_keras_digits.py $(ARGS)
 
 test-site: $(VENV)/installed-site ## open the explorer in Chromium (Debian: apt install chromium chromium-driver)
 	$(BIN)/python -m pytest -q -m slow tests/site -rs $(ARGS)
