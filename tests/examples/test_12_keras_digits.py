@@ -10,7 +10,9 @@ import pytest
 keras = pytest.importorskip("keras", reason="Keras has an environment of its own: make test-keras")
 pytestmark = [
     pytest.mark.lenient,
+    # What Keras itself does, when NumPy reads its variables and when it sees int64.
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Explicitly requested dtype int64 requested in ShapeDtypeStruct:UserWarning"),
 ]
 
 

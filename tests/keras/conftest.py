@@ -5,7 +5,11 @@ import os
 import pytest
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
-KERAS_OWN = "__array__ implementation doesn't accept a copy keyword"  # Keras's variables, when NumPy reads them
+# What Keras itself does: when NumPy reads its variables, and when labels are int64.
+KERAS_OWN = (
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
+    "ignore:Explicitly requested dtype int64 requested in ShapeDtypeStruct:UserWarning",
+)
 keras = pytest.importorskip("keras")
 
 
@@ -13,7 +17,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "keras" in item.path.parts:
             item.add_marker(pytest.mark.lenient)  # Keras promotes dtypes and ranks
-            item.add_marker(pytest.mark.filterwarnings(f"ignore:{KERAS_OWN}:DeprecationWarning"))
+            item.add_marker(pytest.mark.filterwarnings(*KERAS_OWN))
 
 
 @pytest.fixture
