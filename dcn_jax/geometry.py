@@ -278,6 +278,9 @@ def check_offset_shape(shape: tuple[int, ...], window: Window) -> int:
         )
         if len(shape) > rank and shape[-rank:] == window.out_spatial and shape[-rank - 1] % per_group == 0:
             problem += "; it looks channels-first: move its channel axis last"
+        elif shape[-rank - 1 : -1] == window.out_spatial and shape[-1] and shape[-1] % (per_group + window.taps) == 0:
+            offsets = shape[-1] // (per_group + window.taps) * per_group
+            problem += f"; {shape[-1]} is what a branch emits: give [..., :{offsets}] as offset, and as mask the sigmoid of the rest"
         raise ValueError(problem)
     return shape[-1] // per_group
 

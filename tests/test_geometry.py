@@ -218,6 +218,7 @@ def test_geometry_errors(change, error, message):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
+        ((4, 5, 27), "offset has shape (4, 5, 27); wanted (*batch, 4, 5, OG * 18): the output positions, then K * n = 9 * 2 values for each offset group; 27 is what a branch emits: give [..., :18] as offset, and as mask the sigmoid of the rest"),
         ((4, 5, 17), "offset has shape (4, 5, 17); wanted (*batch, 4, 5, OG * 18): the output positions, then K * n = 9 * 2 values for each offset group"),
         ((4, 5, 0), "offset has shape (4, 5, 0); wanted (*batch, 4, 5, OG * 18)"),
         ((5, 4, 18), "offset has shape (5, 4, 18); wanted (*batch, 4, 5, OG * 18)"),

@@ -59,6 +59,11 @@ def read_checkpoint(path: str | PathLike[str], key: str | None = None) -> dict[s
         (8, 4, 3, 3)
     """
     path = Path(path)
+    if path.is_dir():
+        files = sorted(each.name for each in path.iterdir() if each.is_file())
+        raise ValueError(
+            f"path={str(path)!r} is a folder; wanted one of its files, {', '.join(files) or 'of which it has none'}"
+        )
     readers = {".safetensors": _read_safetensors} | dict.fromkeys((".pth", ".pt", ".bin", ".ckpt"), _read_torch)
     if path.suffix not in readers:
         raise ValueError(

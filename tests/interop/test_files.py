@@ -291,6 +291,17 @@ def test_files_of_other_kinds(tmp_path, name, error, message):
         read_checkpoint(tmp_path / name)
 
 
+def test_a_folder(tmp_path):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    with pytest.raises(ValueError, match="weights' is a folder; wanted one of its files, of which it has none"):
+        read_checkpoint(folder)
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).touch()
+    with pytest.raises(ValueError, match=r"wanted one of its files, config.json, model.safetensors"):
+        read_checkpoint(folder)
+
+
 @pytest.mark.parametrize(
     ("missing", "program", "message"),
     [
