@@ -42,7 +42,17 @@ test-keras: ## run the tests of the Keras layers, on Keras's newest release
 test-keras-here: $(VENV)/installed-keras-test
 	KERAS_BACKEND=jax $(PYTEST) -m "slow or not slow" dcn_jax/keras tests/keras tests/examples/test_12_keras_digits.py $(ARGS)
 
-test-site: $(VENV)/installed-site ## open the explorer in Chromium (Debian: apt install chromium chromium-driver)
+docs: ## make the site, build/site/index.html
+	@$(MAKE) --no-print-directory VENV=$(VENV)-site docs-here
+
+docs-here: $(VENV)/installed-site
+	$(BIN)/python docs/site/assemble.py build/site-source
+	$(BIN)/sphinx-build -W --keep-going -q -b html -c docs/site build/site-source build/site
+
+test-site: ## open the site and the explorer in Chromium (Debian: apt install chromium chromium-driver)
+	@$(MAKE) --no-print-directory VENV=$(VENV)-site docs-here test-site-here
+
+test-site-here: $(VENV)/installed-site
 	$(BIN)/python -m pytest -q -m slow tests/site -rs $(ARGS)
 
 bench: $(VENV)/installed-examples ## time the op beside the plain convolution (ARGS="--help" for the options)
@@ -74,5 +84,5 @@ $(BIN)/python:
 	  { echo 'make: $(PYTHON) cannot make virtual environments; install its venv module (Debian: apt install python3-venv)' >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 
-.PHONY: help train train-many test test-all test-aot test-aot-here test-gpu test-gpu-here test-keras test-keras-here test-site bench lint format clean
+.PHONY: help train train-many test test-all test-aot test-aot-here test-gpu test-gpu-here test-keras test-keras-here docs docs-here test-site test-site-here bench lint format clean
 .PRECIOUS: $(VENV)/installed-%

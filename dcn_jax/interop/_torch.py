@@ -34,7 +34,7 @@ def from_torch(
 
         kernel (*window, in, out) = weight (out, in, *window), transposed
 
-    The weight of a transposed convolution is (in, out // groups, *window): `nnx.ConvTranspose` gets
+    The weight of a transposed convolution is `(in, out // groups, *window)`: `nnx.ConvTranspose` gets
     it, and an `nnx.Conv` with an `input_dilation`, with the window turned around where Flax's is.
 
     The attributes of the model give the names: `model.layer3[4].conv2` gets

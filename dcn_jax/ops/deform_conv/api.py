@@ -129,8 +129,8 @@ def select_implementation(
 ) -> tuple[str, str]:
     """Tell which implementation `deform_conv` would take for these arguments, and why not another.
 
-    Args: those of `deform_conv` but for bias, which makes no difference. Only shapes and dtypes are looked at, so
-    arrays may be `jax.ShapeDtypeStruct`s.
+    The arguments are those of `deform_conv` but for bias, which makes no difference. Only shapes and dtypes are
+    looked at, so each array may be a `jax.ShapeDtypeStruct`.
 
     Returns:
         (implementation, reason), for example `("xla", "…")`.
