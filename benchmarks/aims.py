@@ -160,9 +160,9 @@ def family_aims(rows: list[dict]) -> list[Aim]:
                 most, name = extreme(max, found, "ms", "dense_ms")
                 aims.append(Aim(label, f"ours / the dense DCNv2, worst: {name}", most, 1))
             else:
-                peer = "torchvision" if op == "roi_align" else "torch"
-                least, name = extreme(min, found, f"{peer}_ms", "ms")
-                aims.append(Aim(label, f"{peer} / ours, least: {name}", least, faster, at_most=False))
+                for peer in (name for name, kind in PEERS.items() if op in kind.ops and "cpu" in kind.devices):
+                    least, name = extreme(min, found, f"{peer}_ms", "ms")
+                    aims.append(Aim(label, f"{peer} / ours, least: {name}", least, faster, at_most=False))
             most, name = extreme(max, found, "scratch_bytes", "result_bytes")
             aims.append(Aim(label, f"scratch / result, worst: {name}", most, 3))
     return aims

@@ -239,7 +239,7 @@ def prepare_peer(
     """What there is to tell of a peer, and its run if its results are ours."""
     label = f"{case.workload}, {case.dtype}, {mode}"
     answer = peer.prepare(WORKLOADS[case.workload], arguments, case.dtype, mode, copies, label)
-    facts: dict[str, Any] = {key: answer.get(key) for key in ("error", "peak_bytes", "timed")}
+    facts: dict[str, Any] = {key: answer.get(key) for key in ("error", "scratch_bytes", "peak_bytes", "timed")}
     if facts["error"]:
         return facts, None
     half = case.dtype != "float32"

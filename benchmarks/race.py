@@ -27,7 +27,7 @@ from rich.console import Console
 from benchmarks.convolution import Convolution
 from benchmarks.family import Attention, Depthwise, GridSample
 from benchmarks.measure import calls_for, processor
-from benchmarks.peers.process import Peer, start_peers
+from benchmarks.peers.process import PEERS, Peer, start_peers
 from benchmarks.programs import MODES, add_cotangent, deviation, make_program, truth
 from benchmarks.rows import reason, spoken
 from benchmarks.workloads import LEVELS, Workload
@@ -35,6 +35,7 @@ from dcn_jax.ops.deform_conv.xla import schedule
 from dcn_jax.ops.weighted_reads import sum as sums
 
 BLOCKS = (1, 2, 4)
+RIVAL = "deformops"  # it has fused kernels of the convolution and of attention; if it is missing, that is said
 OLD = "f08c659"  # the commit whose "xla" had the form of a CPU on a GPU too
 WORKER = Path(__file__).with_name("race_old.py")
 
@@ -134,6 +135,8 @@ def entrants(heat: Heat, race: Race) -> dict[str, Callable[[], Contestant]]:
         found["plain"] = functools.partial(plain_program, heat, race, inputs)
     for peer in race.peers.values():
         found[peer.name] = functools.partial(peer_program, heat, peer, arguments, right)
+    if RIVAL not in race.peers and heat.work.op in PEERS[RIVAL].ops:
+        found[RIVAL] = functools.partial(no_rival, race)
     if isinstance(heat.work, Convolution):
         found |= {f"xla, {n} block{'s' * (n > 1)}": functools.partial(ours, "xla", n) for n in BLOCKS}
     found[f"xla of {OLD}"] = functools.partial(old_program, heat, race, arguments, right)
@@ -171,6 +174,12 @@ def peer_program(heat: Heat, peer: Peer, arguments: Sequence[jax.Array], right: 
     if "error" in answer:
         raise RuntimeError(answer["error"])
     return Contestant(functools.partial(peer.run, "race"), deviation(right, answer["results"]), None)
+
+
+def no_rival(race: Race) -> Contestant:
+    """Why the peer that matters most does not run."""
+    missing = "--peer-python names no Python that has it"
+    raise RuntimeError(missing if race.device in PEERS[RIVAL].devices else "needs a GPU")
 
 
 def old_program(heat: Heat, race: Race, arguments: Sequence[jax.Array], right: Any) -> Contestant:
@@ -241,7 +250,7 @@ def run_race(args: argparse.Namespace, console: Console) -> list[dict]:
     if args.json:
         Path(args.json).write_text("")
     ops = {"deform_conv", "grid_sample", "ms_deform_attn"}
-    peers = start_peers(args.peer_python, ops, args.device, not args.no_tf32) if args.peer_python else {}
+    peers = start_peers(args.peer_python, ops, args.device, not args.no_tf32)
     say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
     deadline = time.perf_counter() + 60 * args.minutes
     race = Race(

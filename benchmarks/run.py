@@ -8,10 +8,11 @@ workload is visited three times, so that a few slow seconds do not decide its
 figure. "forward_backward" computes the result and the gradients of x, kernel,
 offset and mask (plain convolution: of x and kernel). The peers are torchvision,
 onnxruntime and OpenVINO, which only infer on a CPU, and on a GPU deformops, as
-far as a Python of your choice has them (--peer-python): each runs in a process
+far as Pythons of your choice have them (--peer-python): each runs in a process
 of its own, with as many threads, and counts only if its results are ours.
-The family (--suite family) stands beside torch, DCNv3 and DCNv4 beside the
-dense DCNv2 of their shape, which is their "plain". --suite layers times the
+The family (--suite family) stands beside torch, attention also beside
+zeromodels, which has it for JAX; DCNv3 and DCNv4 beside the dense DCNv2 of
+their shape, which is their "plain". --suite layers times the
 layer, offset convolution included, beside flax.nnx.Conv. --suite race runs on a
 GPU ours in several forms, "xla" of an older commit (--archive DIR) and all
 peers, the most telling first; it prints each result as it comes, and --json
@@ -96,9 +97,9 @@ def make_parser() -> argparse.ArgumentParser:
     add = p.add_argument_group("how to time it").add_argument
     add("--device", choices=("cpu", "gpu"), metavar="NAME", help="cpu, gpu (default: JAX's own choice)")
     peer_help = (
-        f"a Python that has {', '.join(PEERS)}, or some (default: with --device gpu this one, if it has torchvision)"
+        f"Pythons that have {', '.join(PEERS)}, or some (default: with --device gpu this one, if it has torchvision)"
     )
-    add("--peer-python", metavar="PATH", help=peer_help)
+    add("--peer-python", nargs="+", default=[], metavar="PATH", help=peer_help)
     add("--repeats", type=int, default=20, metavar="N", help="rounds of runs (default: 20)")
     add("--quick", action="store_true", help="2 rounds, for a first look")
     add(
@@ -128,7 +129,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.minutes is None:
         args.minutes = 7 if args.suite in ("gpu", "race") else math.inf
     if not args.peer_python and args.device == "gpu" and importlib.util.find_spec("torchvision"):
-        args.peer_python = sys.executable
+        args.peer_python = [sys.executable]
     return args
 
 
@@ -158,8 +159,9 @@ def problem_of(args: argparse.Namespace) -> str | None:
         return '--plot needs matplotlib: pip install "dcn-jax[viz]"'
     if args.plot and Path(args.plot).suffix not in PICTURES:
         return f"--plot {args.plot}: wanted a name that ends in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}"
-    if args.peer_python and (problem := peer_problem(args.peer_python)):
-        return f"--peer-python {args.peer_python}: {problem}; name a Python that has one"
+    for python in args.peer_python:
+        if problem := peer_problem(python):
+            return f"--peer-python {python}: {problem}; name a Python that has one"
     return None
 
 
@@ -179,7 +181,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         implementations=tuple(args.implementation or (IMPLEMENTATIONS if gpu else ("xla",))),
         repeats=2 if args.quick else args.repeats,
         tf32=not args.no_tf32,
-        peers=start_peers(args.peer_python, ops, args.device, not args.no_tf32) if args.peer_python else {},
+        peers=start_peers(args.peer_python, ops, args.device, not args.no_tf32),
     )
 
 

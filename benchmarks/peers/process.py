@@ -29,21 +29,22 @@ class Kind(NamedTuple):
 
 PEERS = {
     "torch": Kind(("grid_sample", "ms_deform_attn")),
+    "zeromodels": Kind(("ms_deform_attn",)),
     "torchvision": Kind(("deform_conv", "roi_align")),
-    "deformops": Kind(("deform_conv",), devices=("gpu",)),
+    "deformops": Kind(("deform_conv", "ms_deform_attn"), devices=("gpu",)),
     "onnxruntime": Kind(("deform_conv",), gradients=False, devices=("cpu",)),
     "openvino": Kind(("deform_conv",), gradients=False, devices=("cpu",)),
 }
 
-# The axes of ours in a peer's order, of the result and of each argument. Most have maps with channels first.
+# The axes of ours in an op's order, of the result and of each argument. Most have maps with channels first.
 MAP, OURS, KERNEL = (0, 3, 1, 2), (0, 1, 2, 3), (3, 2, 0, 1)
 LAYOUTS = {
     "deform_conv": (MAP, MAP, KERNEL, MAP, MAP),
     "grid_sample": (MAP, MAP, OURS),
     "roi_align": (MAP, MAP, (0, 1)),
     "ms_deform_attn": tuple(tuple(range(axes)) for axes in (3, 4, 6, 5)),  # as ours
-    "deformops": (OURS, OURS, KERNEL, OURS, OURS),
 }
+CHANNELS_LAST = {("deformops", "deform_conv"): (OURS, OURS, KERNEL, OURS, OURS)}
 
 
 class Peer:
@@ -60,8 +61,8 @@ class Peer:
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,  # Ctrl-C is ours to answer
-            # its threads do not spin on into the next one's turn
-            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
+            # its threads do not spin on into the next one's turn; zeromodels' Keras computes by JAX
+            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "KERAS_BACKEND": "jax"},
         )
         answer = self._answer()
         self.version = answer.get("version")
@@ -97,7 +98,7 @@ class Peer:
         """
         if problem := self.refusal(work, dtype, mode):
             return {"error": problem}
-        result, *arguments = LAYOUTS.get(self.name) or LAYOUTS[work.op]
+        result, *arguments = CHANNELS_LAST.get((self.name, work.op)) or LAYOUTS[work.op]
         arguments, gradients = arguments[: len(work.shapes(dtype))], mode != "forward"
         axes = [result, *arguments] if gradients else arguments
         arrays = [np.asarray(a, np.float32).transpose(order) for a, order in zip(inputs, axes, strict=True)]
@@ -152,8 +153,9 @@ def peer_problem(python: str) -> str | None:
     return None if importable(python) else f"has none of {', '.join(PEERS)}"
 
 
-def start_peers(python: str, ops: set[str], device: str, allow_tf32: bool) -> dict[str, Peer]:
-    """Each peer that a Python has and that has one of the ops on the device, in a process of its own."""
-    kinds = {name: PEERS[name] for name in importable(python)}
+def start_peers(pythons: Sequence[str], ops: set[str], device: str, allow_tf32: bool) -> dict[str, Peer]:
+    """Each peer that has one of the ops on the device, in a process of its own: of the first Python that has it."""
+    homes = {name: python for python in reversed(pythons) for name in importable(python)}
+    kinds = {name: kind for name, kind in PEERS.items() if name in homes}
     names = [name for name, kind in kinds.items() if ops.intersection(kind.ops) and device in kind.devices]
-    return {name: Peer(name, python, device, allow_tf32) for name in names}
+    return {name: Peer(name, homes[name], device, allow_tf32) for name in names}

@@ -1,10 +1,13 @@
-"""deformops' op, one fused Triton kernel forward and one backward, on an NVIDIA GPU.
+"""deformops' convolution and attention, one fused Triton kernel forward and one backward, on an NVIDIA GPU.
 
-It is asked for by the backend's name, which it takes or refuses: it never falls back to its eager
-one. Maps are as ours, channels last, which is what its kernels read. Its products are full float32
-whatever the dtype and whatever `allow_tf32` says: the library has no switch for TF32.
+They are asked for by the backend's name, which takes the call or refuses it: none falls back to the
+eager one. Maps are as ours, channels last, which is what the kernels read. Their products are full
+float32 whatever the dtype and whatever `allow_tf32` says: the library has no switch for TF32.
 
-The tuner of a kernel has 24 or 16 configurations, each of which Triton compiles in 3 to 80 seconds,
+Attention adds up the value's gradient as the library itself chooses: in the dtype of the value from
+Hopper on, in float32 on older GPUs. Its kernels have no tuner.
+
+The tuner of a kernel of the convolution has 24 or 16 configurations, each of which Triton compiles in 3 to 80 seconds,
 and again for other shapes, before it times them. Here it has those in CANDIDATES, compiled side by
 side: of the forward kernel large tiles that spill no register on an H100, of the backward kernel
 three that spill little (none, 24 and 516 bytes; the worst spill 52 kilobytes).
@@ -13,9 +16,10 @@ three that spill little (none, 24 and 516 bytes; the worst spill 52 kilobytes).
 import functools
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
 import triton
 from deformops.backends.triton._kernels import conv_deform2d as kernels
-from deformops.registry import Backend, conv
+from deformops.registry import Backend, conv, msda
 from with_torch import make_calls, synchronize, to_numpy
 
 __all__ = ["prepare", "synchronize", "to_numpy"]
@@ -45,6 +49,24 @@ def deform_conv(x, kernel, offset, mask=None, *, strides, padding, kernel_dilati
     )
 
 
+def ms_deform_attn(value, locations, weights, *, spatial_shapes):
+    """The attention of deformops on the backend of fused kernels."""
+    sizes, starts = level_table(tuple(map(tuple, spatial_shapes)), value.device)
+    hopper_or_newer = torch.cuda.get_device_capability() >= (9, 0)
+    return msda(value, sizes, starts, locations, weights, backend=Backend.TRITON, fp32acc=not hopper_or_newer)
+
+
+@functools.cache
+def level_table(spatial_shapes, device):
+    """Each level's height and width, and where it starts; made once, since a CUDA graph records no copy from the host."""
+    pixels = [height * width for height, width in spatial_shapes]
+    starts = [sum(pixels[:level]) for level in range(len(pixels))]
+    return torch.tensor(spatial_shapes, device=device), torch.tensor(starts, device=device)
+
+
+OPS = {"deform_conv": deform_conv, "ms_deform_attn": ms_deform_attn}
+
+
 def few(kernel, candidates, executor):
     """Let a kernel's tuner choose among the candidates, which are compiled side by side."""
     tile = "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"
@@ -67,7 +89,7 @@ def tune_among_few(threads):
         few(getattr(kernels, name), candidates, executor)
 
 
-def prepare(arrays, *, options, threads, **how):
+def prepare(arrays, *, op, options, threads, **how):
     """`call(i)` of the i-th copy of the inputs; with gradients, the first array is the result's."""
     tune_among_few(threads)
-    return make_calls(functools.partial(deform_conv, **options), arrays, threads=threads, **how)
+    return make_calls(functools.partial(OPS[op], **options), arrays, threads=threads, **how)

@@ -16,6 +16,7 @@ import numpy as np
 
 MODULES = {
     "torch": "with_torch",
+    "zeromodels": "with_zeromodels",
     "torchvision": "with_torch",
     "deformops": "with_deformops",
     "onnxruntime": "with_onnxruntime",

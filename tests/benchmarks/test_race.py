@@ -7,8 +7,10 @@ import pytest
 
 from benchmarks import race, run
 from benchmarks.convolution import Convolution
-from benchmarks.family import GridSample
+from benchmarks.family import Attention, GridSample
 from dcn_jax.ops.deform_conv.xla import schedule
+
+ATTENTION = Attention(((4, 5), (2, 3)), queries=3, heads=2, channels=4, points=2)
 
 
 def rows_of(tmp_path, *options):
@@ -22,7 +24,7 @@ def check(rows):
     """All but those that cannot run here are right and timed."""
     for row in rows:
         if "problem" in row:
-            assert row["contestant"] in ("pallas_gpu", f"xla of {race.OLD}"), row
+            assert row["contestant"] in ("pallas_gpu", "deformops", f"xla of {race.OLD}"), row
         elif row["contestant"] != "plain":
             assert row["ms"] > 0
             assert row["error"] < (1e-2 if row["dtype"] == "bfloat16" else 1e-5), row
@@ -37,13 +39,45 @@ def test_a_short_race(tmp_path, monkeypatch, capsys):
     assert schedule.algorithms is kept
     convolution = [row for row in rows if row["op"] == "deform_conv"]
     assert rows[: len(convolution)] == convolution  # the most telling first
-    assert [row["dtype"] for row in convolution] == 10 * ["bfloat16"] + 10 * ["float32"]
+    assert [row["dtype"] for row in convolution] == 12 * ["bfloat16"] + 12 * ["float32"]
     assert {row["contestant"] for row in convolution} == {
-        "xla", "pallas_gpu", "plain", "xla, 2 blocks", f"xla of {race.OLD}"
+        "xla", "pallas_gpu", "plain", "deformops", "xla, 2 blocks", f"xla of {race.OLD}"
     }  # fmt: skip
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= 80
     assert "--archive DIR names its sources: git archive f08c659 | tar" in said
+
+
+@pytest.mark.parametrize(
+    ("device", "problem"), [("cpu", "needs a GPU"), ("gpu", "--peer-python names no Python that has it")]
+)
+@pytest.mark.parametrize("work", [ATTENTION, Convolution((2, 4, 5, 4), 4)], ids=lambda work: work.op)
+def test_that_deformops_is_missing_is_said(monkeypatch, work, device, problem):
+    monkeypatch.setattr(race, "truth", lambda *_: None)
+    entrants = race.entrants(
+        race.Heat(work, "float32", "forward"), race.Race(device, 1, None, {}, None, 0, print, print)
+    )
+    with pytest.raises(RuntimeError, match=problem):
+        entrants["deformops"]()
+
+
+def test_deformops_runs_attention():
+    heat, asked = race.Heat(ATTENTION, "bfloat16", "forward_backward"), []
+
+    class Deformops:
+        name, device = "deformops", "cuda"
+
+        def prepare(self, work, inputs, dtype, mode, copies, name):
+            asked.append((work, dtype, mode))
+            return {"results": race.truth(work, mode, inputs)}
+
+        def run(self, name, calls):
+            return 7.0
+
+    peers = {"deformops": Deformops()}
+    contestant = race.entrants(heat, race.Race("gpu", 1, None, peers, None, 0, print, print))["deformops"]()
+    assert asked == [(ATTENTION, "bfloat16", "forward_backward")]
+    assert (contestant.run(1), contestant.error) == (7.0, 0)
 
 
 def test_it_ends_in_time(tmp_path, capsys):

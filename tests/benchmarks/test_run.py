@@ -120,7 +120,10 @@ def test_a_python_without_a_peer_is_refused_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run.main(["--peer-python", str(tmp_path / "python")])
     said = capsys.readouterr().err
-    assert "has none of torch, torchvision, deformops, onnxruntime, openvino; name a Python that has one" in said
+    assert (
+        "has none of torch, zeromodels, torchvision, deformops, onnxruntime, openvino; name a Python that has one"
+        in said
+    )
     assert said.count("\n") == 1
 
 

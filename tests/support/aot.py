@@ -26,24 +26,29 @@ from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use
 PLUGINS = {"gpu": "jax_plugins.xla_cuda13", "tpu": "libtpu"}
 TPUS = {"TPU v5e": "v5e", "TPU v6e": "v6e"}
 
-# What the compiler has to know of a GPU: the data sheet of the H100 SXM5 and CUDA's limits for compute capability 9.0.
-H100 = """
+# What the compiler has to know of a GPU: data sheets (H100 SXM5, A100 SXM4) and CUDA's limits for compute capabilities.
+GPU = """
 gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-  registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 registers_per_block_limit: 65536 registers_per_core_limit: 65536
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
-  cuda_compute_capability { major: 9 }
+  %s
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+device_description_str: "%s"
 """
+H100 = """core_count: 132 fpus_per_core: 128 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
+  cuda_compute_capability { major: 9 }"""
+A100 = """core_count: 108 fpus_per_core: 64 shared_memory_per_block_optin: 166912 shared_memory_per_core: 167936
+  memory_bandwidth: 2039000000000 l2_cache_size: 41943040 clock_rate_ghz: 1.41 device_memory_size: 85094170624
+  cuda_compute_capability { major: 8 }"""
+GPUS = {"H100": GPU % (H100, "NVIDIA H100 80GB HBM3"), "A100": GPU % (A100, "NVIDIA A100-SXM4-80GB")}
 
 
 def missing(kind: str) -> str | None:
-    """Why nothing can be compiled for `kind`, "H100", "TPU v5e" or "TPU v6e"; None where it can."""
+    """Why nothing can be compiled for `kind`, "H100", "A100", "TPU v5e" or "TPU v6e"; None where it can."""
     plugin = PLUGINS["tpu" if kind in TPUS else "gpu"]
     try:
         found = importlib.util.find_spec(plugin)
@@ -53,12 +58,12 @@ def missing(kind: str) -> str | None:
 
 
 def devices(kind: str, count: int = 1) -> list:
-    """At least `count` devices of a kind that need not be here: "H100", "TPU v5e" or "TPU v6e"."""
+    """At least `count` devices of a kind that need not be here: "H100", "A100", "TPU v5e" or "TPU v6e"."""
     if kind in TPUS:
         name = f"{TPUS[kind]}:{'2x2' if count <= 4 else '2x4'}"
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     return topologies.get_topology_desc(
-        platform="cuda", topology_name=f"H100x{count}", topology=f"1x1x{count}", target_config=H100
+        platform="cuda", topology_name=f"{kind}x{count}", topology=f"1x1x{count}", target_config=GPUS[kind]
     ).devices
 
 

@@ -66,6 +66,8 @@ _SPARE = 256e6
 _SHARE_OF_COLUMNS = {"result": 0.30, "derivative": 0.75}
 # What a block takes beside its columns, or with their gradient too: weights, rows, and a part of the result.
 _COLUMNS_OF_A_BLOCK = {"result": 1.15, "derivative": 2.2}
+# In the derivative, of each tap: its row, its weight and that weight's gradient, and whether it is read.
+_BYTES_OF_A_CORNER = 13
 
 
 def blocks_on_gpu(spec: Spec, operands: Operands, derivative: bool) -> int:
@@ -73,7 +75,11 @@ def blocks_on_gpu(spec: Spec, operands: Operands, derivative: bool) -> int:
     *batch, _, channels = operands.rows.shape
     positions, kind = math.prod(spec.window.out_spatial), "derivative" if derivative else "result"
     known = math.prod(n for n in (*batch, positions) if isinstance(n, int))
-    columns = known * spec.window.taps * spec.offset_groups * channels * jnp.dtype(spec.dtype).itemsize
+    row = max(channels, 1) * jnp.dtype(spec.dtype).itemsize
+    columns = known * spec.window.taps * spec.offset_groups * row
+    of_a_block = _COLUMNS_OF_A_BLOCK[kind]
+    if derivative:  # beside short rows the corners count: eight of 3-D, or few channels
+        of_a_block = max(of_a_block, 2 + 2**spec.window.rank * _BYTES_OF_A_CORNER / row)
     # The gradient of a narrow map is summed in float32.
     sums = (
         4 * math.prod(n for n in operands.rows.shape if isinstance(n, int))
@@ -81,7 +87,7 @@ def blocks_on_gpu(spec: Spec, operands: Operands, derivative: bool) -> int:
         else 0
     )
     bound = max(_SPARE, _SHARE_OF_COLUMNS[kind] * columns)
-    number = max(1, math.ceil(_COLUMNS_OF_A_BLOCK[kind] * columns / max(bound - sums, bound / 2)))
+    number = max(1, math.ceil(of_a_block * columns / max(bound - sums, bound / 2)))
     return _dividing(number, positions)
 
 
