@@ -47,6 +47,7 @@ docs: ## make the site, build/site/index.html
 
 docs-here: $(VENV)/installed-site
 	$(BIN)/python docs/site/assemble.py build/site-source
+	rm -rf build/site
 	$(BIN)/sphinx-build -W --keep-going -q -b html -c docs/site build/site-source build/site
 
 test-site: ## open the site and the explorer in Chromium (Debian: apt install chromium chromium-driver)

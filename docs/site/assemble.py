@@ -45,7 +45,8 @@ def assemble(target: Path) -> None:
         module = importlib.import_module(f"dcn_jax.{name}".removesuffix("."))
         write(target / "api" / f"{module.__name__}.md", module_page(module, ABOUT.get(name)))
     write(target / "index.md", (ROOT / "docs" / "site" / "index.md").read_text(encoding="utf-8"))
-    write(target / "whole" / "docs" / "explorer.html", (ROOT / "docs" / "explorer.html").read_text(encoding="utf-8"))
+    explorer = (ROOT / "docs" / "explorer.html").read_text(encoding="utf-8")
+    write(target / "whole" / "docs" / "digits_explorer.html", explorer)  # explorer.html is the page of explorer.md
 
 
 def write(path: Path, text: str) -> None:

@@ -48,6 +48,8 @@ html_extra_path = ["../../build/site-source/whole"]  # the explorer, which pages
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_show_search_summary = False  # a page from a file may not fetch another
+html_context = {"default_mode": "auto"}  # light or dark, as the system is
 html_math_renderer = "mathml"
 
 

@@ -36,8 +36,8 @@ class Browser:
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
-    def open(self, path):
-        self.driver.get(Path(path).as_uri())
+    def open(self, path, query=""):
+        self.driver.get(Path(path).as_uri() + query)
 
     def screenshot(self, path):
         """The whole page, however long."""
@@ -49,6 +49,10 @@ class Browser:
     def messages(self):
         """What the console has said."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def errors(self):
+        """What the console has called an error."""
+        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
 
     def asked_for(self):
         """What the page has asked for beside itself; data that it carries and its own blobs do not count."""
