@@ -114,7 +114,24 @@ def wide_conv(x: jax.Array, kernel: jax.Array, *geometry: Any, **options: Any) -
 
 
 def _conv(geometry, options, x, kernel, dtype=None):
-    return lax.conv_general_dilated(x, kernel, *geometry, **options, preferred_element_type=dtype)
+    def conv(x, kernel):
+        return lax.conv_general_dilated(x, kernel, *geometry, **options, preferred_element_type=dtype)
+
+    def filled_up(x, kernel):
+        features = kernel.shape[-1]
+        wider = jnp.pad(kernel, [(0, 0)] * (kernel.ndim - 1) + [(0, _spare(features))])
+        return lax.slice_in_dim(conv(x, wider), 0, features, axis=-1)
+
+    # The JOURNAL.md of ops/deform_conv has the figures.
+    return (
+        lax.platform_dependent(x, kernel, cpu=filled_up, default=conv) if _spare(kernel.shape[-1]) else conv(x, kernel)
+    )
+
+
+def _spare(features: int) -> int:
+    """How many channels bring a branch to a number that a CPU multiplies in two thirds of the time: 27 to 32."""
+    spare = -features % 32
+    return spare if features < 64 and 5 * spare <= features else 0
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -393,3 +393,27 @@ def test_channels_that_are_not_known():
 def test_offsets_of_a_layer_without_weights():
     with pytest.raises(ValueError, match="has no weights yet"):
         DeformConv2D(6, 3).offset_and_mask(X)
+
+
+def test_model_parallel():
+    """Filters divided over four devices and the batch over two, by the rule that the page gives."""
+    x, y = normal(8, 7, 6, 4), normal(8, 7, 6, 8, seed=1)
+
+    def loss():
+        layer = DeformConv2D(8, 3, padding="same", kernel_initializer=keras.initializers.GlorotUniform(seed=0))
+        model = functional(layer, (7, 6, 4))
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        return model.fit(x, y, epochs=2, verbose=0).history["loss"], layer
+
+    alone, _ = loss()
+    mesh = keras.distribution.DeviceMesh((2, 4), ["batch", "model"], devices=keras.distribution.list_devices("cpu"))
+    layouts = keras.distribution.LayoutMap(mesh)
+    layouts["^(?!.*offset_conv).*kernel"] = (None, None, None, "model")
+    before = keras.distribution.distribution()
+    keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch"))
+    try:
+        together, layer = loss()
+        assert layer.kernel.value.addressable_shards[0].data.shape == (3, 3, 4, 2)
+    finally:
+        keras.distribution.set_distribution(before)
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
