@@ -26,8 +26,8 @@ class MSDeformAttn(keras.Layer):
         Δ = sampling_offsets(query);  a = softmax(attention_weights(query));  v = value_proj(value)
         out = output_proj(Σ_l Σ_p  a_lp · v_l(reference_l + Δ_lp · step_l))
 
-    Call it as `layer(query, reference_points, value, spatial_shapes=((H1, W1), …))`, with
-    `padding_mask=` if pixels of `value` are padding.
+    Call it as `layer(query, reference_points, value, ((H1, W1), …))`, with `padding_mask=` if
+    pixels of `value` are padding.
 
     The sum is `dcn_jax.ms_deform_attn`; each of M heads has points of its own. The softmax is over
     all L · P points of a head. If the reference of a query is a point, step is 1 / (width_l,
@@ -61,7 +61,7 @@ class MSDeformAttn(keras.Layer):
         reference_points: `(batch, Q, L, 2)`, points (x, y), or `(batch, Q, L, 4)`, boxes with (x, y)
             the centre; in [0, 1] inside a map. The axis of levels, and batch, may be 1.
         value: `(batch, S, E)`, the pixels of all levels one after another.
-        spatial_shapes: the sizes of the maps as ints, by name; S is the sum of H · W.
+        spatial_shapes: the sizes of the maps, `((H1, W1), …)`, as ints; S is the sum of H · W.
         padding_mask: `(batch, S)` of bools; where it is True, the projected value is 0.
 
     Raises:
@@ -78,7 +78,7 @@ class MSDeformAttn(keras.Layer):
         >>> levels = (8, 12), (4, 6)
         >>> query, value = np.ones((2, 10, 32), "float32"), np.ones((2, 8 * 12 + 4 * 6, 32), "float32")
         >>> points = np.full((2, 10, 2, 2), 0.5, "float32")  # the middle of both maps, as (x, y)
-        >>> layer(query, points, value, spatial_shapes=levels).shape
+        >>> layer(query, points, value, levels).shape
         (2, 10, 32)
     """
 
@@ -102,6 +102,8 @@ class MSDeformAttn(keras.Layer):
     ):
         require_jax("MSDeformAttn")
         super().__init__(autocast=False, **kwargs)
+        # As Keras's own layers say that they take more than tensors; where Keras drops it, spatial_shapes goes by name.
+        self._allow_non_tensor_positional_args = True
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.num_levels = num_levels
@@ -191,9 +193,7 @@ class MSDeformAttn(keras.Layer):
 
     def _arguments(self, query, reference_points, value, spatial_shapes, padding_mask) -> ms_deform_attn.Arguments:
         if spatial_shapes is None:
-            raise ValueError(
-                "spatial_shapes is missing; give the sizes of the maps by name: spatial_shapes=((H1, W1), …)"
-            )
+            raise ValueError("spatial_shapes is missing; give the sizes of the maps: spatial_shapes=((H1, W1), …)")
         return ms_deform_attn.check_arguments(self, query, reference_points, value, spatial_shapes, padding_mask)
 
     def _place_points(self, arguments: ms_deform_attn.Arguments) -> tuple[jax.Array, jax.Array]:
