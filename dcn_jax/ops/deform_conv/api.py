@@ -129,8 +129,9 @@ def select_implementation(
 ) -> tuple[str, str]:
     """Tell which implementation `deform_conv` would take for these arguments, and why not another.
 
-    The arguments are those of `deform_conv` but for bias, which makes no difference. Only shapes and dtypes are
-    looked at, so each array may be a `jax.ShapeDtypeStruct`.
+    Args:
+        x, kernel, offset, mask: as for `deform_conv`, and so are the options; bias makes no difference. Only
+            shapes and dtypes are looked at, so each may be a `jax.ShapeDtypeStruct`.
 
     Returns:
         (implementation, reason), for example `("xla", "…")`.
