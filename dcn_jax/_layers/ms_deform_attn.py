@@ -1,9 +1,10 @@
-"""What the layer MSDeformAttn shares in linen and nnx: all but the parameters.
+"""What the layer MSDeformAttn shares in linen, nnx and Keras: all but the parameters.
 
-`layer` is the layer of either framework; its options have the same names in both.
+`layer` is the layer of any of them; its options have the same names in all.
 """
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ def points_per_level(layer: Any) -> tuple[int, ...]:
     """How many points each level has."""
     if checks.is_int(layer.num_points):
         checks.count("num_points", layer.num_points)
-        return (layer.num_points,) * layer.num_levels
+        return (operator.index(layer.num_points),) * layer.num_levels
     return checks.per_level("num_points", layer.num_points, layer.num_levels, minimum=1)
 
 

@@ -1,8 +1,9 @@
-"""What `DeformConv` shares in linen and nnx: options, offset branch, and the order of a call.
+"""What `DeformConv` shares in linen, nnx and Keras: options, offset branch, and the order of a call.
 
 The branch is the convolution that emits the offsets and the logits of the mask; each framework
 makes its own. A layer calls `check_input`, then `place_points`, which runs the branch, then
-`convolve`. `layer` is the layer of either framework; its options have the same names in both.
+`convolve`. `layer` is the layer of linen or nnx, whose options have the same names in both, or
+Keras's `Options`, which have them too.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """From what the branch of a `DeformConv` emits to offset and mask.
 
-`layer` is the layer of linen or nnx; its options have the same names in both.
+`layer` is the layer of linen or nnx, or Keras's `Options`; the options have the same names in all.
 """
 
 import math

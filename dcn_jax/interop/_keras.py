@@ -111,7 +111,9 @@ def from_keras(layer: Any) -> Any:
         (3, 3, 4, 8)
     """
     from dcn_jax import keras
+    from dcn_jax.keras._backend import keras as library
 
+    convert_to_numpy = library.ops.convert_to_numpy
     convolutions = (keras.DeformConv1D, keras.DeformConv2D, keras.DeformConv3D)
     if not isinstance(layer, (*convolutions, keras.MSDeformAttn)):
         names = ", ".join(kind.__name__ for kind in convolutions)
@@ -125,8 +127,8 @@ def from_keras(layer: Any) -> Any:
     else:
         if not _is_linear(layer.activation):
             raise ValueError(
-                f"activation={getattr(layer.activation, '__name__', layer.activation)} is not taken along, since an nnx layer has none; make the layer "
-                "without it, and apply it to the result"
+                f"activation={getattr(layer.activation, '__name__', layer.activation)} is not taken along, since an nnx "
+                "layer has none; make the layer without it, and apply it to the result"
             )
         made = DeformConv(
             layer.kernel.shape[-2] * layer.groups,
@@ -138,7 +140,7 @@ def from_keras(layer: Any) -> Any:
             rngs=nnx.Rngs(0),
         )
     for ours, theirs in _pairs(made, layer):
-        ours.set_value(jnp.asarray(theirs.value, ours.dtype).copy())
+        ours.set_value(jnp.array(convert_to_numpy(theirs), ours.dtype))
     return made
 
 

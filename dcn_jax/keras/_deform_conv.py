@@ -1,4 +1,4 @@
-"""`DeformConv1D`, `DeformConv2D` and `DeformConv3D` for Keras: weights and the order of axes; `offset_conv` does the rest."""
+"""`DeformConv1D`, `DeformConv2D`, `DeformConv3D` for Keras: weights and shapes; `offset_conv` does the rest."""
 
 import math
 from collections.abc import Sequence
@@ -21,9 +21,10 @@ _ACTIVATIONS = ("activation", "offset_activation")
 _PLAIN = (
     *("filters", "kernel_size", "strides", "padding", "data_format", "dilation_rate", "groups", "use_bias"),
     *("offset_groups", "modulated", "mask_scale", "max_offset", "padding_mode", "offset_branch", "implementation"),
+    "offset_trainable",
 )
 _SPATIAL = {1: ("steps",), 2: ("height", "width"), 3: ("depth", "height", "width")}
-_LARGE = 2**15  # stands for a size that is not known, where only other axes are looked at
+_LARGE = 2**15  # in place of a size that is not known: axes do not depend on each other, and any window fits in it
 
 
 class Options(NamedTuple):
@@ -78,6 +79,7 @@ class DeformConv(keras.Layer):
         offset_branch: bool = True,
         offset_kernel_initializer: Any = "zeros",
         offset_bias_initializer: Any = "zeros",
+        offset_trainable: bool = True,
         offset_activation: Any = None,
         implementation: str | None = None,
         **kwargs: Any,
@@ -88,6 +90,9 @@ class DeformConv(keras.Layer):
         checks.count("groups", groups)
         if filters % groups:
             raise ValueError(f"groups={groups} must divide filters={filters}")
+        for name, value in (("use_bias", use_bias), ("offset_trainable", offset_trainable)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}={value!r} is a {type(value).__name__}; wanted True or False")
         self.filters = filters
         self.kernel_size = checks.per_axis("kernel_size", kernel_size, self.rank, minimum=1)
         self.strides = checks.per_axis("strides", strides, self.rank, minimum=1)
@@ -114,12 +119,13 @@ class DeformConv(keras.Layer):
         self.offset_bias_initializer = keras.initializers.get(offset_bias_initializer)
         self.offset_activation = keras.activations.get(offset_activation)
         self.implementation = implementation
+        self.offset_trainable = offset_trainable
         self.offset_conv = None
         self._check_options(channels=0)  # which any number of groups divides: how many there are, `build` learns
 
     def build(self, input_shape: Any) -> None:
         """Make the weights, for inputs of this shape, or of these shapes."""
-        x = self._check_shapes(shapes.each(input_shape))
+        x = self._check_shapes(shapes.shapes_of(input_shape))
         channels = x[-1]
         if channels is None:
             raise ValueError(
@@ -145,12 +151,22 @@ class DeformConv(keras.Layer):
                 constraint=self.bias_constraint,
             )
         if self.offset_branch:
-            initializers = self.offset_kernel_initializer, self.offset_bias_initializer
-            self.offset_conv = OffsetConv(self._options, *initializers, dtype=self.variable_dtype)
+            self.offset_conv = OffsetConv(
+                self._options,
+                self.offset_kernel_initializer,
+                self.offset_bias_initializer,
+                dtype=self.variable_dtype,
+                trainable=self.trainable and self.offset_trainable,
+            )
             self.offset_conv.build(x)
 
-    def call(self, inputs: Any) -> jax.Array:
+    def __call__(self, inputs: Any, *more: Any, **kwargs: Any) -> Any:
         """Convolve `inputs`, or `inputs[0]` with the offsets and the mask that follow it."""
+        given = shapes.tensors_of(inputs, more)
+        return super().__call__(given[0] if len(given) == 1 else given, **kwargs)
+
+    def call(self, inputs: Any) -> jax.Array:
+        """`__call__` of arrays."""
         x, points = self._place_points(inputs)
         bias = None if self.bias is None else keras.ops.convert_to_tensor(self.bias, dtype=x.dtype)
         kernel = keras.ops.convert_to_tensor(self.kernel, dtype=x.dtype)
@@ -164,19 +180,23 @@ class DeformConv(keras.Layer):
         """
         if not self.built:
             raise ValueError(f"the layer {self.name} has no weights yet; call it once, or its build(shape)")
-        inputs = [keras.ops.convert_to_tensor(each) for each in shapes.each(inputs)]
-        _, points = self._place_points(inputs)
+        given = shapes.tensors_of(inputs)
+        if any(map(keras.utils.is_keras_tensor, given)):
+            raise TypeError("inputs is a symbolic tensor of a functional model; offset_and_mask takes arrays")
+        _, points = self._place_points([keras.ops.convert_to_tensor(each) for each in given])
         mask = None if points.mask is None else shapes.as_given(points.mask, self.data_format)
         return shapes.as_given(points.offset, self.data_format), mask
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """The shape of the result for inputs of this shape, or of these shapes."""
-        x = self._check_call(shapes.each(input_shape))
+        x = self._check_call(shapes.shapes_of(input_shape))
         return shapes.shape_as_given((x[0], *self._out_spatial(x), self.filters), self.data_format)
 
     def get_config(self) -> dict[str, Any]:
         """All arguments, as text and numbers."""
         config = super().get_config() | {name: getattr(self, name) for name in _PLAIN}
+        if self.offset_conv is not None and self.trainable:  # a layer that is frozen whole freezes its branch too
+            config["offset_trainable"] = self.offset_conv.trainable
         config |= {name: keras.initializers.serialize(getattr(self, name)) for name in _INITIALIZERS}
         config |= {name: keras.regularizers.serialize(getattr(self, name)) for name in _REGULARIZERS}
         config |= {name: keras.constraints.serialize(getattr(self, name)) for name in _CONSTRAINTS}
@@ -186,19 +206,19 @@ class DeformConv(keras.Layer):
     @property
     def _options(self) -> Options:
         return Options(
-            self.kernel_size,
-            self.strides,
-            self.padding,
-            self.dilation_rate,
-            self.padding_mode,
-            self.groups,
-            self.offset_groups,
-            self.modulated,
-            self.mask_scale,
-            self.max_offset,
-            None if self.offset_activation is keras.activations.linear else self.offset_activation,
-            self.offset_branch,
-            self.implementation,
+            kernel_size=self.kernel_size,
+            strides=self.strides,
+            padding=self.padding,
+            kernel_dilation=self.dilation_rate,
+            padding_mode=self.padding_mode,
+            feature_group_count=self.groups,
+            offset_groups=self.offset_groups,
+            modulated=self.modulated,
+            mask_scale=self.mask_scale,
+            max_offset=self.max_offset,
+            offset_activation=None if self.offset_activation is keras.activations.linear else self.offset_activation,
+            offset_branch=self.offset_branch,
+            implementation=self.implementation,
         )
 
     def _check_options(self, channels: int) -> None:
@@ -208,13 +228,16 @@ class DeformConv(keras.Layer):
 
     def _place_points(self, inputs: Any) -> tuple[jax.Array, offset_conv.Points]:
         """The map, channels last and in the layer's dtype; where the call reads it, and how much each tap counts."""
-        given = shapes.each(inputs)
+        given = shapes.tensors_of(inputs)
         self._check_call([each.shape for each in given])
         arrays = [shapes.channels_last(each, self.data_format) for each in given]
         x, offset, mask = (*arrays, None, None)[:3]
         x = keras.ops.cast(x, self.compute_dtype)
         window = offset_conv.check_input(self._options, x)
-        return x, offset_conv.place_points(self._options, self.offset_conv, window, x, offset, mask, None, None)
+        points = offset_conv.place_points(
+            self._options, self.offset_conv, window, x, offset, mask, offset_inputs=None, base_offset=None
+        )
+        return x, points
 
     def _out_spatial(self, x: shapes.Shape) -> shapes.Shape:
         """Output positions along each axis of a map of this shape, channels last; None where that is not known."""
@@ -231,8 +254,6 @@ class DeformConv(keras.Layer):
 
     def _check_shapes(self, given: Sequence[Sequence[Any]]) -> shapes.Shape:
         """The shape of the map, channels last; raise if the shapes do not fit each other or the layer."""
-        if len(given) > 3:
-            raise ValueError(f"inputs has {len(given)} tensors; wanted the map, [map, offset] or [map, offset, mask]")
         x = self._check_map(given[0])
         positions, taps = self._out_spatial(x), math.prod(self.kernel_size)
         every = f"each of {self.offset_groups} * {taps} taps"
@@ -308,6 +329,8 @@ class DeformConv2D(DeformConv):
         offset_branch: False makes a layer without a branch; each call must then give offsets.
         offset_kernel_initializer: of `offset_conv.kernel`.
         offset_bias_initializer: of `offset_conv.bias`.
+        offset_trainable: False freezes the branch; so does `layer.offset_conv.trainable = False` of
+            a layer that has its weights, and both are saved.
         offset_activation: a name or function, of the branch's offsets `(…, OG, K, 2)`, before
             `max_offset` bounds them.
         implementation: of the op: "xla", "pallas_gpu", "pallas_tpu", or None, which takes "xla" today.

@@ -6,6 +6,7 @@ from typing import Any
 from dcn_jax.keras._backend import keras, require_jax, serializable
 from dcn_jax.ops.grid_sample import grid_sample as _grid_sample
 from dcn_jax.ops.ms_deform_attn import ms_deform_attn as _ms_deform_attn
+from dcn_jax.ops.ms_deform_attn.call import check_spatial_shapes
 
 
 def grid_sample(
@@ -21,7 +22,7 @@ def grid_sample(
         out(q) = features at the pixel that grid(q) names, between pixels by interpolation
 
     Arguments, result, errors and source are those of `dcn_jax.grid_sample`. Channels are last,
-    whatever Keras's setting.
+    whatever Keras's setting, and there is exactly one batch axis.
 
     Example:
         >>> import keras
@@ -30,6 +31,14 @@ def grid_sample(
         >>> keras.Model([image, flow], grid_sample(image, flow)).output_shape
         (None, 8, 8, 3)
     """
+    require_jax("grid_sample")
+    features, grid = map(_tensor, (features, grid))
+    n = grid.shape[-1]
+    if n in (1, 2, 3) and len(features.shape) != n + 2:
+        raise ValueError(
+            f"features has shape {tuple(features.shape)}, and grid {tuple(grid.shape)} has {n} coordinates; wanted "
+            f"features of {n} spatial axes: (batch, {', '.join(('height', 'width') if n == 2 else ['size'] * n)}, channels)"
+        )
     return GridSample(method, padding_mode, align_corners)(features, grid)
 
 
@@ -57,7 +66,12 @@ def ms_deform_attn(
         (None, 10, 32)
     """
     attend = MSDeformAttnSum(spatial_shapes, points_per_level, method)
-    return attend(value, sampling_locations, attention_weights)
+    return attend(*map(_tensor, (value, sampling_locations, attention_weights)))
+
+
+def _tensor(x: Any) -> Any:
+    """A tensor of Keras: an array, or a symbolic one as it is."""
+    return x if keras.utils.is_keras_tensor(x) else keras.ops.convert_to_tensor(x)
 
 
 @serializable
@@ -71,7 +85,7 @@ class GridSample(keras.Operation):
 
     def call(self, features: Any, grid: Any) -> Any:
         """Read `features` at `grid`."""
-        return _grid_sample(*map(keras.ops.convert_to_tensor, (features, grid)), **self.options)
+        return _grid_sample(features, grid, **self.options)
 
     def get_config(self) -> dict[str, Any]:
         """The options."""
@@ -85,13 +99,12 @@ class MSDeformAttnSum(keras.Operation):
     def __init__(self, spatial_shapes: Any, points_per_level: Any, method: str, **kwargs: Any):
         require_jax("ms_deform_attn")
         super().__init__(**kwargs)
-        self.spatial_shapes = spatial_shapes
+        self.spatial_shapes = check_spatial_shapes(spatial_shapes)  # ints, which can be saved
         self.options = {"points_per_level": points_per_level, "method": method}
 
     def call(self, value: Any, sampling_locations: Any, attention_weights: Any) -> Any:
         """Sum the values read."""
-        value, locations, weights = map(keras.ops.convert_to_tensor, (value, sampling_locations, attention_weights))
-        return _ms_deform_attn(value, self.spatial_shapes, locations, weights, **self.options)
+        return _ms_deform_attn(value, self.spatial_shapes, sampling_locations, attention_weights, **self.options)
 
     def get_config(self) -> dict[str, Any]:
         """The options."""

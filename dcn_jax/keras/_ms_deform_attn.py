@@ -1,6 +1,7 @@
 """`MSDeformAttn` for Keras: it makes the weights; `ms_deform_attn` does the rest."""
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,6 +113,10 @@ class MSDeformAttn(keras.Layer):
         self.implementation = implementation
         self.num_axes = num_axes
         ms_deform_attn.check_options(self)
+        for name in ("embed_dim", "num_heads", "num_levels", "num_axes"):
+            setattr(self, name, operator.index(getattr(self, name)))  # a Python int, which Keras and JSON want
+        points = ms_deform_attn.points_per_level(self)
+        self.num_points = points if isinstance(num_points, Sequence) else points[0]
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.offset_kernel_initializer = keras.initializers.get(offset_kernel_initializer)
@@ -121,10 +126,11 @@ class MSDeformAttn(keras.Layer):
         wide_dtype = str(wide(jnp.dtype(self.compute_dtype)))
         points = ms_deform_attn.point_count(self)
         self.sampling_offsets = keras.layers.Dense(
-            num_axes * points,
+            self.num_axes * points,
             kernel_initializer=self.offset_kernel_initializer,
             bias_initializer=self.offset_bias_initializer or _directions(self),
             dtype=wide_dtype,
+            trainable=self.trainable,
             name="sampling_offsets",
         )
         self.attention_weights = keras.layers.Dense(
@@ -132,21 +138,38 @@ class MSDeformAttn(keras.Layer):
             kernel_initializer=self.attention_kernel_initializer,
             bias_initializer=self.attention_bias_initializer,
             dtype=wide_dtype,
+            trainable=self.trainable,
             name="attention_weights",
         )
-        projection = {"kernel_initializer": self.kernel_initializer, "bias_initializer": self.bias_initializer}
-        self.value_proj = keras.layers.Dense(embed_dim, **projection, dtype=self.dtype_policy, name="value_proj")
-        self.output_proj = keras.layers.Dense(embed_dim, **projection, dtype=self.dtype_policy, name="output_proj")
+        self.value_proj, self.output_proj = (
+            keras.layers.Dense(
+                self.embed_dim,
+                kernel_initializer=_another(self.kernel_initializer),
+                bias_initializer=_another(self.bias_initializer),
+                dtype=self.dtype_policy,
+                trainable=self.trainable,
+                name=name,
+            )
+            for name in ("value_proj", "output_proj")
+        )
 
     def build(self, query_shape: Any, reference_points_shape: Any = None, value_shape: Any = None) -> None:
         """Make the weights; of the shapes only `embed_dim` matters, which the layer knows."""
         for projection in (self.sampling_offsets, self.attention_weights, self.value_proj, self.output_proj):
             projection.build((None, self.embed_dim))
 
+    def __call__(
+        self, query: Any, reference_points: Any, value: Any, spatial_shapes: Any = None, *more: Any, **kwargs: Any
+    ) -> Any:
+        """Let each query look at the maps: `(batch, Q, embed_dim)`."""
+        # Before Keras makes an array of it, of which no sizes can be read while a program is traced.
+        shapes = None if spatial_shapes is None else check_spatial_shapes(spatial_shapes)
+        return super().__call__(query, reference_points, value, shapes, *more, **kwargs)
+
     def call(
         self, query: Any, reference_points: Any, value: Any, spatial_shapes: Any = None, padding_mask: Any = None
     ) -> jax.Array:
-        """Let each query look at the maps: `(batch, Q, embed_dim)`."""
+        """`__call__` of arrays."""
         arguments = self._arguments(query, reference_points, value, spatial_shapes, padding_mask)
         locations, weights = self._place_points(arguments)
         y = ms_deform_attn.attend(self, self.value_proj(arguments.value), arguments, locations, weights)
@@ -161,8 +184,19 @@ class MSDeformAttn(keras.Layer):
         """
         if not self.built:
             raise ValueError(f"the layer {self.name} has no weights yet; call it once, or its build(query.shape)")
+        if any(map(keras.utils.is_keras_tensor, (query, reference_points, value))):
+            raise TypeError(
+                "query, reference_points or value is a symbolic tensor of a functional model; wanted arrays"
+            )
         query, points, value = map(keras.ops.convert_to_tensor, (query, reference_points, value))
         return self._place_points(self._arguments(query, points, value, spatial_shapes, padding_mask))
+
+    def compute_output_shape(
+        self, query_shape: Any, reference_points_shape: Any = None, value_shape: Any = None
+    ) -> Any:
+        """The shape of the result."""
+        batch = query_shape[0] if value_shape is None else value_shape[0]
+        return (batch, query_shape[1], self.embed_dim)
 
     def compute_output_spec(
         self, query: Any, reference_points: Any, value: Any, spatial_shapes: Any = None, padding_mask: Any = None
@@ -182,7 +216,7 @@ class MSDeformAttn(keras.Layer):
             return self._arguments(query, points, value, spatial_shapes, mask).query
 
         jax.eval_shape(check, *filled)
-        return keras.KerasTensor((value.shape[0], query.shape[-2], self.embed_dim), dtype=self.compute_dtype)
+        return keras.KerasTensor(self.compute_output_shape(query.shape, None, value.shape), dtype=self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
         """All arguments, as text and numbers."""
@@ -202,9 +236,14 @@ class MSDeformAttn(keras.Layer):
 
 
 def _filled(tensor: Any, batch: int, second: int) -> jax.ShapeDtypeStruct:
-    """A tensor of a functional model with its first two sizes known."""
+    """A symbolic tensor whose first two sizes, if they are not known, are those that fit the other tensors."""
     first = tensor.shape[0] or batch, tensor.shape[1] or second
     return jax.ShapeDtypeStruct((*first, *tensor.shape[2:]), tensor.dtype)
+
+
+def _another(initializer: Any) -> Any:
+    """The same once more: an initializer of Keras gives the same numbers each time that it is called."""
+    return initializer.clone() if isinstance(initializer, keras.Initializer) else initializer
 
 
 def _directions(layer: MSDeformAttn) -> Any:

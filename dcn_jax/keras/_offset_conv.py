@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from dcn_jax._layers import offset_conv
+from dcn_jax.geometry import resolve_window
 from dcn_jax.keras._backend import keras
 
 _AXES = "DHW"
@@ -21,6 +22,7 @@ class OffsetConv(keras.Layer):
 
     def __init__(self, options: Any, kernel_initializer: Any, bias_initializer: Any, **kwargs: Any):
         super().__init__(name="offset_conv", autocast=False, **kwargs)
+        self.supports_masking = True  # its layer says what becomes of a mask
         self._options = options
         self._initializers = kernel_initializer, bias_initializer
 
@@ -31,6 +33,13 @@ class OffsetConv(keras.Layer):
         kernel_initializer, bias_initializer = self._initializers
         self.kernel = self.add_weight(name="kernel", shape=shape, initializer=kernel_initializer)
         self.bias = self.add_weight(name="bias", shape=(features,), initializer=bias_initializer)
+
+    def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
+        """The shape of what `call` returns."""
+        options = offset_conv.geometry(self._options)
+        options |= {"padding": offset_conv.branch_padding(self._options), "padding_mode": "zeros"}
+        window = resolve_window(self._options.kernel_size, spatial=tuple(input_shape[1:-1]), **options)
+        return (input_shape[0], *window.out_spatial, offset_conv.branch_features(self._options))
 
     def call(self, x: jax.Array) -> jax.Array:
         """The branch at each output position: `(B, *out_spatial, OG * K * n [+ OG * K])`."""

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dcn_jax._core import checks
 from dcn_jax.keras._backend import keras
 
 FORMATS = ("channels_last", "channels_first")
@@ -15,9 +14,11 @@ Shape = tuple[int | None, ...]
 
 def check_data_format(given: str | None) -> str:
     """`data_format`, checked; None is Keras's own setting."""
-    if given is not None and given not in FORMATS:
+    if given is None:
+        return keras.config.image_data_format()
+    if not isinstance(given, str) or given.lower() not in FORMATS:
         raise ValueError(f"data_format={given!r} is not known; wanted one of {FORMATS}, or None for Keras's setting")
-    return given or keras.config.image_data_format()
+    return given.lower()
 
 
 def channels_last(x: jax.Array, data_format: str) -> jax.Array:
@@ -40,10 +41,24 @@ def shape_as_given(shape: Sequence[Any], data_format: str) -> tuple[Any, ...]:
     return (shape[0], shape[-1], *shape[1:-1]) if data_format == "channels_first" else tuple(shape)
 
 
-def each(inputs: Any) -> list[Any]:
-    """Tensors, or shapes, one after another; one alone stands for itself."""
-    several = isinstance(inputs, list | tuple) and not all(size is None or checks.is_int(size) for size in inputs)
-    return list(inputs) if several else [inputs]
+def tensors_of(inputs: Any, more: Sequence[Any] = ()) -> list[Any]:
+    """The map, and the offset and the mask where they are given; None at the end stands for nothing."""
+    several = isinstance(inputs, list | tuple)
+    given = list(inputs) if several else [inputs]
+    while given and given[-1] is None:
+        given.pop()
+    if more or not 1 <= len(given) <= 3 or not all(hasattr(each, "shape") for each in given):
+        kinds = ", ".join(type(each).__name__ for each in [*(inputs if several else [inputs]), *more])
+        raise TypeError(
+            f"the layer was called with {kinds or 'no tensor'}; wanted one tensor, the map, or a list of two or three: "
+            "layer([inputs, offset]), layer([inputs, offset, mask])"
+        )
+    return given
+
+
+def shapes_of(shape: Any) -> list[Any]:
+    """Shapes one after another: Keras hands over one, or a list of them."""
+    return list(shape) if shape and isinstance(shape[0], list | tuple) else [shape]
 
 
 def fits(shape: Sequence[Any], wanted: Sequence[Any]) -> bool:

@@ -255,6 +255,7 @@ OPTIONS = {
     "padding_mode": ("edge", "wrap"),
     "offset_kernel_initializer": keras.initializers.RandomNormal(stddev=0.3, seed=1),
     "offset_activation": "tanh",
+    "offset_trainable": False,
     "name": "deformed",
     "trainable": False,
 }
@@ -365,7 +366,6 @@ def test_options_that_do_not_fit(options, error, message):
             {},
             r"mask has shape .*; wanted \(.*, 7, 6, 9\): .* one for each of 1 \* 9 taps",
         ),
-        ([(7, 6, 4)] * 4, {}, r"inputs has 4 tensors; wanted the map, \[map, offset\] or \[map, offset, mask\]"),
         (
             [(4, 7, 6), (7, 6, 18)],
             {"data_format": "channels_first"},
@@ -417,3 +417,97 @@ def test_model_parallel():
     finally:
         keras.distribution.set_distribution(before)
     np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+
+# ---- what a user of Conv2D tried
+
+
+def moved(model, layer):
+    """Which of a layer's weights a step of training moves."""
+    before = [weight.numpy() for weight in layer.weights]
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.fit(X, np.ones((2, 7, 6, 6)), verbose=0)
+    changed = [(weight.numpy() != old).any() for weight, old in zip(layer.weights, before, strict=True)]
+    return {weight.path.split("/", 1)[1] for weight, each in zip(layer.weights, changed, strict=True) if each}
+
+
+ALL = {"kernel", "bias", "offset_conv/kernel", "offset_conv/bias"}
+
+
+@pytest.mark.parametrize("again", ["as it was", "saved", "cloned"])
+@pytest.mark.parametrize("frozen", ["whole", "whole, later", "branch", "branch, later"])
+def test_what_is_frozen_stays_frozen(frozen, again, tmp_path):
+    options = {"whole": {"trainable": False}, "branch": {"offset_trainable": False}}.get(frozen, {})
+    layer = DeformConv2D(6, 3, padding="same", name="layer", **options)
+    model = functional(layer, (7, 6, 4))
+    if frozen == "whole, later":
+        layer.trainable = False
+    elif frozen == "branch, later":
+        layer.offset_conv.trainable = False
+    if again == "saved":
+        model.save(tmp_path / "model.keras")
+        model = keras.models.load_model(tmp_path / "model.keras")
+    elif again == "cloned":
+        model = keras.models.clone_model(model)
+    layer = fill(model.get_layer("layer"), scale=0.3)
+    wanted = set() if frozen.startswith("whole") else {"kernel", "bias"}
+    head = keras.Sequential([model, keras.layers.Dense(6)])  # a model without weights to train cannot be fit
+    assert moved(head, layer) == wanted
+    assert {weight.path.split("/", 1)[1] for weight in layer.trainable_weights} == wanted
+    layer.trainable = True
+    if frozen.startswith("whole"):
+        assert moved(head, layer) == ALL
+
+
+def test_none_at_the_end_stands_for_nothing():
+    layer, offset = make(padding="same"), normal(2, 7, 6, 18, seed=5)
+    np.testing.assert_array_equal(layer([X, offset, None]), layer([X, offset]))
+    np.testing.assert_array_equal(layer([X, None]), layer(X))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda layer, offset: layer(X, offset),
+        lambda layer, offset: layer([X, None, offset]),
+        lambda layer, offset: layer([]),
+        lambda layer, offset: layer({"x": X}),
+        lambda layer, offset: layer([X] * 4),
+        lambda layer, offset: layer.offset_and_mask([X, None, offset]),
+    ],
+)
+def test_a_call_that_is_none_says_what_it_takes(call):
+    message = r"wanted one tensor, the map, or a list of two or three: layer\(\[inputs, offset\]\)"
+    with pytest.raises(TypeError, match=message):
+        call(make(padding="same"), normal(2, 7, 6, 18))
+
+
+def test_offsets_of_a_symbolic_tensor():
+    with pytest.raises(TypeError, match="offset_and_mask takes arrays"):
+        make(padding="same").offset_and_mask(keras.Input((7, 6, 4)))
+
+
+@pytest.mark.parametrize("name", ["use_bias", "offset_trainable"])
+def test_what_is_true_or_false(name):
+    with pytest.raises(TypeError, match=f"{name}='no' is a str; wanted True or False"):
+        DeformConv2D(6, 3, **{name: "no"})
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_mode": "edge", "strides": 2, "padding": 1}])
+@pytest.mark.parametrize("mode", ["full", "larger_than"])
+def test_within_a_scope_of_rematerialisation(options, mode):
+    with keras.RematScope(mode=mode, output_size_threshold=1):
+        layer = make(**options)
+    np.testing.assert_allclose(layer(X), make(**options)(X), rtol=0, atol=1e-6)
+
+
+def test_a_masked_input_warns_as_conv1d_does():
+    masked = keras.layers.Masking()(np.ones((2, 9, 4), "float32"))
+    for kind in (keras.layers.Conv1D, DeformConv1D):
+        with pytest.warns(UserWarning, match="does not support mask") as seen:
+            kind(6, 3)(masked)
+        assert len(seen) == 1
+
+
+def test_the_data_format_in_any_case():
+    assert DeformConv2D(6, 3, data_format="CHANNELS_LAST").data_format == "channels_last"

@@ -28,14 +28,22 @@ def test_grid_sample(options, tmp_path):
         np.testing.assert_allclose(each([FEATURES, GRID]), wanted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_a_batch_is_not_taken_for_an_axis(symbolic):
+    make = keras.Input if symbolic else lambda shape: normal(2, *shape)
+    with pytest.raises(ValueError, match=r"wanted features of 2 spatial axes: \(batch, height, width, channels\)"):
+        grid_sample(make((7, 3)), make((5, 5, 2)))
+
+
+@pytest.mark.parametrize("levels", [LEVELS, np.array(LEVELS)], ids=["tuples", "NumPy"])
 @pytest.mark.parametrize("options", [{}, {"method": "discrete"}, {"points_per_level": (4, 2)}])
-def test_ms_deform_attn(options, tmp_path):
+def test_ms_deform_attn(options, levels, tmp_path):
     shape = (2, 7, 2, 6) if "points_per_level" in options else (2, 7, 2, 2, 3)
     arrays = [VALUE, LOCATIONS.reshape(*shape, 2), WEIGHTS.reshape(shape)]
     wanted = dcn_jax.ms_deform_attn(arrays[0], LEVELS, *arrays[1:], **options)
-    np.testing.assert_array_equal(ms_deform_attn(arrays[0], LEVELS, *arrays[1:], **options), wanted)
+    np.testing.assert_array_equal(ms_deform_attn(arrays[0], levels, *arrays[1:], **options), wanted)
     inputs = [keras.Input(array.shape[1:]) for array in arrays]
-    model = keras.Model(inputs, ms_deform_attn(inputs[0], LEVELS, *inputs[1:], **options))
+    model = keras.Model(inputs, ms_deform_attn(inputs[0], levels, *inputs[1:], **options))
     assert model.output_shape == (None, 7, 16)
     model.save(tmp_path / "model.keras")
     for each in (model, keras.models.load_model(tmp_path / "model.keras")):

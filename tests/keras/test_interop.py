@@ -142,3 +142,11 @@ def test_an_activation_does_not_go_along():
     layer.build((None, 7, 6, 4))
     with pytest.raises(ValueError, match="activation=relu is not taken along"):
         from_keras(layer)
+
+
+def test_weights_of_lora_are_merged():
+    layer = to_keras(ours.MSDeformAttn(16, 4, 2, 3, rngs=nnx.Rngs(0)))
+    layer.value_proj.enable_lora(2)
+    layer.value_proj.lora_kernel_b.assign(normal(2, 16))
+    kernel = keras.ops.convert_to_numpy(layer.value_proj.kernel)
+    np.testing.assert_allclose(from_keras(layer).value_proj.kernel, kernel, rtol=0, atol=1e-6)

@@ -126,3 +126,44 @@ def test_options_that_do_not_fit():
         MSDeformAttn(16, 3)
     with pytest.raises(ValueError, match="has no weights yet"):
         MSDeformAttn(**SIZES).locations_and_weights(*arrays(), spatial_shapes=LEVELS)
+
+
+# ---- what a user of MultiHeadAttention tried
+
+
+def test_what_is_frozen_stays_frozen(tmp_path):
+    query, reference, value = keras.Input((7, 16)), keras.Input((7, 2, 4)), keras.Input((PIXELS, 16))
+    layer = MSDeformAttn(**SIZES, trainable=False, name="layer")
+    model = keras.Model([query, reference, value], layer(query, reference, value, LEVELS))
+    model.save(tmp_path / "model.keras")
+    for each in (model, keras.models.load_model(tmp_path / "model.keras"), keras.models.clone_model(model)):
+        assert each.trainable_weights == []
+        assert [sub.trainable for sub in each.get_layer("layer")._layers] == [False] * 4
+        each.get_layer("layer").trainable = True
+        assert len(each.trainable_weights) == 8
+
+
+def test_two_projections_do_not_start_alike():
+    layer = MSDeformAttn(**SIZES)
+    layer.build((None, None, 16))
+    assert (layer.value_proj.kernel.numpy() != layer.output_proj.kernel.numpy()).any()
+
+
+def test_sizes_of_numpy():
+    layer, inputs = make(), arrays()
+    wanted = layer(*inputs, LEVELS)
+    np.testing.assert_array_equal(layer(*inputs, np.array(LEVELS)), wanted)
+    np.testing.assert_array_equal(layer(*inputs, spatial_shapes=np.array(LEVELS)), wanted)
+    counts = {name: np.int64(value) for name, value in SIZES.items()}
+    assert MSDeformAttn(**counts).get_config()["embed_dim"] == 16
+
+
+def test_the_shape_that_is_said():
+    layer = MSDeformAttn(**SIZES)
+    assert layer.compute_output_shape((None, 7, 16), (None, 7, 2, 4), (3, PIXELS, 16)) == (3, 7, 16)
+
+
+def test_locations_of_a_symbolic_tensor():
+    _, reference, value = arrays()
+    with pytest.raises(TypeError, match="is a symbolic tensor of a functional model; wanted arrays"):
+        make().locations_and_weights(keras.Input((7, 16)), reference, value, spatial_shapes=LEVELS)

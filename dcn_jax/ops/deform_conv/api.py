@@ -129,9 +129,8 @@ def select_implementation(
 ) -> tuple[str, str]:
     """Tell which implementation `deform_conv` would take for these arguments, and why not another.
 
-    Args:
-        x, kernel, offset, mask: as for `deform_conv`, and so are the options; bias makes no difference. Only
-            shapes and dtypes are looked at, so each may be a `jax.ShapeDtypeStruct`.
+    Args: those of `deform_conv`, but for bias, which makes no difference. Only shapes and dtypes are looked at, so
+        arrays may be `jax.ShapeDtypeStruct` objects.
 
     Returns:
         (implementation, reason), for example `("xla", "…")`.
