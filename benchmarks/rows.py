@@ -8,7 +8,7 @@ from typing import Any
 STACKS = {"stack1": 1, "stack12": 12}  # in place of a workload: so many layers, which are compiled and not run
 
 # Times are of one call. "dense" is the plain convolution, of a dcnv3 or dcnv4 the dense DCNv2, of a layer Flax's Conv; "peer" is the fastest
-# of the peers, each of which has keys of its own beside: torchvision_ms, _error, _parity, _scratch_bytes and _peak_bytes, say.
+# peer. Each peer also has keys that begin with its name, such as torchvision_ms, torchvision_error and torchvision_peak_bytes.
 EMPTY: dict[str, Any] = {
     "workload": None,  # its name in workloads.py, or a stack
     "implementation": None,

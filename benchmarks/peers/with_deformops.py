@@ -7,9 +7,9 @@ float32 whatever the dtype and whatever `allow_tf32` says: the library has no sw
 Attention adds up the value's gradient as the library itself chooses: in the dtype of the value from
 Hopper on, in float32 on older GPUs. Its kernels have no tuner.
 
-The tuner of a kernel of the convolution has 24 or 16 configurations, each of which Triton compiles in 3 to 80 seconds,
-and again for other shapes, before it times them. Here it has those in CANDIDATES, compiled side by
-side: of the forward kernel large tiles that spill no register on an H100, of the backward kernel
+The convolution's two kernels look for their best tile sizes by trying 24 and 16 of them. Triton takes 3
+to 80 seconds to compile each, and does so again for every new shape. Here they try only those in
+CANDIDATES, compiled side by side: of the forward kernel large tiles that spill no register on an H100, of the backward kernel
 three that spill little (none, 24 and 516 bytes; the worst spill 52 kilobytes).
 """
 

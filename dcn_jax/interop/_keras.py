@@ -185,7 +185,7 @@ def _is_linear(activation: Any) -> bool:
 
 
 def _policy(layer: Any) -> str:
-    """The name of Keras's policy for what the layer computes in, and what it keeps its parameters in."""
+    """Keras's name for a pair of dtypes, that of the computation and that of the parameters: "mixed_bfloat16"."""
     stored = jnp.dtype(layer.param_dtype).name
     computed = stored if layer.dtype is None else jnp.dtype(layer.dtype).name
     if computed == stored:

@@ -129,7 +129,7 @@ class DeformConv(keras.Layer):
         channels = x[-1]
         if channels is None:
             raise ValueError(
-                f"inputs has shape {shapes.shape_as_given(x, self.data_format)}; wanted a known number of channels"
+                f"inputs has shape {shapes.shape_in_data_format(x, self.data_format)}; wanted a known number of channels"
             )
         if channels % self.groups:
             raise ValueError(f"groups={self.groups} must divide the {channels} channels of the input")
@@ -171,7 +171,7 @@ class DeformConv(keras.Layer):
         bias = None if self.bias is None else keras.ops.convert_to_tensor(self.bias, dtype=x.dtype)
         kernel = keras.ops.convert_to_tensor(self.kernel, dtype=x.dtype)
         y = offset_conv.convolve(self._options, points, x, kernel, bias)
-        return self.activation(shapes.as_given(y, self.data_format))
+        return self.activation(shapes.in_data_format(y, self.data_format))
 
     def offset_and_mask(self, inputs: Any) -> tuple[jax.Array, jax.Array | None]:
         """The offsets and the mask with which a call of these inputs reads, in the layer's `data_format`.
@@ -184,13 +184,13 @@ class DeformConv(keras.Layer):
         if any(map(keras.utils.is_keras_tensor, given)):
             raise TypeError("inputs is a symbolic tensor of a functional model; offset_and_mask takes arrays")
         _, points = self._place_points([keras.ops.convert_to_tensor(each) for each in given])
-        mask = None if points.mask is None else shapes.as_given(points.mask, self.data_format)
-        return shapes.as_given(points.offset, self.data_format), mask
+        mask = None if points.mask is None else shapes.in_data_format(points.mask, self.data_format)
+        return shapes.in_data_format(points.offset, self.data_format), mask
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """The shape of the result for inputs of this shape, or of these shapes."""
         x = self._check_call(shapes.shapes_of(input_shape))
-        return shapes.shape_as_given((x[0], *self._out_spatial(x), self.filters), self.data_format)
+        return shapes.shape_in_data_format((x[0], *self._out_spatial(x), self.filters), self.data_format)
 
     def get_config(self) -> dict[str, Any]:
         """All arguments, as text and numbers."""
@@ -262,7 +262,7 @@ class DeformConv(keras.Layer):
             "mask": (self.offset_groups * taps, f"one for {every}"),
         }
         for shape, (name, (channels, meaning)) in zip(given[1:], wanted.items(), strict=False):
-            whole = shapes.shape_as_given((x[0], *positions, channels), self.data_format)
+            whole = shapes.shape_in_data_format((x[0], *positions, channels), self.data_format)
             if not shapes.fits(shape, whole):
                 raise ValueError(f"{name} has shape {tuple(shape)}; wanted {whole}: at each output position {meaning}")
         return x
@@ -272,7 +272,9 @@ class DeformConv(keras.Layer):
         channels = self.kernel.shape[-2] * self.groups if self.built else None
         x = shapes.shape_channels_last(given, self.data_format)
         if len(x) != self.rank + 2 or channels not in (None, x[-1]):
-            wanted = shapes.shape_as_given(("batch", *_SPATIAL[self.rank], channels or "channels"), self.data_format)
+            wanted = shapes.shape_in_data_format(
+                ("batch", *_SPATIAL[self.rank], channels or "channels"), self.data_format
+            )
             raise ValueError(
                 f"inputs has shape {tuple(given)}; wanted ({', '.join(map(str, wanted))}), since "
                 f"data_format={self.data_format!r}"

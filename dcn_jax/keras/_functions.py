@@ -70,7 +70,7 @@ def ms_deform_attn(
 
 
 def _tensor(x: Any) -> Any:
-    """A tensor of Keras: an array, or a symbolic one as it is."""
+    """Make a JAX array of x, unless it is an input or result of a functional model."""
     return x if keras.utils.is_keras_tensor(x) else keras.ops.convert_to_tensor(x)
 
 

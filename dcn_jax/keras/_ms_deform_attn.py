@@ -162,7 +162,7 @@ class MSDeformAttn(keras.Layer):
         self, query: Any, reference_points: Any, value: Any, spatial_shapes: Any = None, *more: Any, **kwargs: Any
     ) -> Any:
         """Let each query look at the maps: `(batch, Q, embed_dim)`."""
-        # Before Keras makes an array of it, of which no sizes can be read while a program is traced.
+        # Keras turns NumPy arrays into JAX arrays, and under jit the numbers in those cannot be read: take them now.
         shapes = None if spatial_shapes is None else check_spatial_shapes(spatial_shapes)
         return super().__call__(query, reference_points, value, shapes, *more, **kwargs)
 

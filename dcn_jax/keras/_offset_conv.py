@@ -1,4 +1,4 @@
-"""The branch of a Keras `DeformConv`: a convolution whose sums are float32 or wider, whatever it multiplies in."""
+"""The convolution in a Keras `DeformConv` that computes offsets and modulation, in float32 or wider."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Orders of axes, and shapes of which some sizes are not known."""
+"""Channels first or last, and checks of shapes, in which None is a size that is not known yet."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,22 +22,22 @@ def check_data_format(given: str | None) -> str:
 
 
 def channels_last(x: jax.Array, data_format: str) -> jax.Array:
-    """A tensor of the user's, with its channels last."""
+    """Move the channels of an array in `data_format` to its last axis."""
     return jnp.moveaxis(x, 1, -1) if data_format == "channels_first" else x
 
 
-def as_given(x: jax.Array, data_format: str) -> jax.Array:
-    """A tensor whose channels are last, in the user's order."""
+def in_data_format(x: jax.Array, data_format: str) -> jax.Array:
+    """Move the last axis of an array to where `data_format` has the channels."""
     return jnp.moveaxis(x, -1, 1) if data_format == "channels_first" else x
 
 
 def shape_channels_last(shape: Sequence[Any], data_format: str) -> tuple[Any, ...]:
-    """A shape of the user's, with its channels last."""
+    """`channels_last`, of a shape."""
     return (*shape[:1], *shape[2:], *shape[1:2]) if data_format == "channels_first" else tuple(shape)
 
 
-def shape_as_given(shape: Sequence[Any], data_format: str) -> tuple[Any, ...]:
-    """A shape whose channels are last, in the user's order."""
+def shape_in_data_format(shape: Sequence[Any], data_format: str) -> tuple[Any, ...]:
+    """`in_data_format`, of a shape."""
     return (shape[0], shape[-1], *shape[1:-1]) if data_format == "channels_first" else tuple(shape)
 
 
